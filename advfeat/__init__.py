@@ -1,0 +1,34 @@
+"""Adversarial examples are features: attack, train, split datasets, measure, for any module.
+
+The names here are the ones used most; the rest is in `advfeat.attacks`, `advfeat.metrics`,
+`advfeat.training`, `advfeat.robustify`, `advfeat.nonrobust` and `advfeat.store`.
+"""
+
+from advfeat.attacks import FGSM, PGD, fgsm, pgd
+from advfeat.metrics import accuracy, robust_accuracy
+from advfeat.nonrobust import (
+    construct_det_dataset,
+    construct_nonrobust_dataset,
+    construct_rand_dataset,
+)
+from advfeat.robustify import construct_robust_dataset
+from advfeat.store import ConstructedDataset
+from advfeat.training import adversarial_fit, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FGSM",
+    "PGD",
+    "ConstructedDataset",
+    "accuracy",
+    "adversarial_fit",
+    "construct_det_dataset",
+    "construct_nonrobust_dataset",
+    "construct_rand_dataset",
+    "construct_robust_dataset",
+    "fgsm",
+    "fit",
+    "pgd",
+    "robust_accuracy",
+]

@@ -1,0 +1,99 @@
+"""What every attack is: frozen settings, and ``init`` and ``step`` over a batch-first state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks
+from advfeat.model import Network, Precision, attackable
+from advfeat.threat import Bounds
+
+
+class Batch(NamedTuple):
+    """What an attack starts from: checked, detached, float32 at least, within the bounds."""
+
+    inputs: Tensor  # (N, ...)
+    labels: Tensor  # (N,) int64, true labels or targets
+    ids: Tensor  # (N,) int64, each sample's own number: its random numbers follow from it
+    start: Tensor | None = None  # (N, ...) first iterate, where it is not the inputs
+
+
+class Attack(ABC):
+    """Base of all attacks; a subclass is a frozen dataclass of its settings.
+
+    The state is a NamedTuple of tensors whose first axis is the sample, so rows can be dropped,
+    gathered and refilled by `advfeat.engine`; nothing else passes from one step to the next.
+    """
+
+    bounds: Bounds
+    targeted: bool
+
+    @abstractmethod
+    def init(self, net: Network, batch: Batch) -> Any:
+        """State of a batch before its first step."""
+
+    @abstractmethod
+    def step(self, net: Network, state: Any) -> Any:
+        """Advance every row by one gradient."""
+
+    @abstractmethod
+    def run(self, net: Network, state: Any) -> Any:
+        """Take all steps of a batch whose rows are at their beginning."""
+
+    @abstractmethod
+    def finished(self, state: Any) -> Tensor:
+        """Rows for which another step changes nothing, bool ``(N,)``."""
+
+    @abstractmethod
+    def result(self, state: Any) -> Tensor:
+        """The iterate to return, ``(N, ...)``."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        index: Tensor | None = None,
+        precision: Precision = "float32",
+        train: bool = False,
+    ) -> Tensor:
+        """Attack one batch; see `advfeat.attacks.pgd` for the words.
+
+        Returns
+        -------
+        Tensor
+            Shape of ``inputs``, float32 (float64 for float64 inputs), detached.
+        """
+        with attackable(model, precision=precision, train=train) as net:
+            batch = checked_batch(net, inputs, labels, index, self.bounds, self.targeted)
+            adversarial = self.result(self.run(net, self.init(net, batch)))
+        return adversarial.contiguous()
+
+
+def checked_batch(
+    net: Network,
+    inputs: Tensor,
+    labels: Tensor,
+    index: Tensor | None,
+    bounds: Bounds,
+    targeted: bool = False,
+) -> Batch:
+    """Refuse bad input, clip rounding off the bounds, and number the rows if nobody did."""
+    checks.inputs(inputs, bounds)
+    checks.same_device(inputs, net.device)
+    checks.labels(labels, inputs)
+    net.expect(labels, "labels (targets)" if targeted else "labels")
+    if index is None:
+        index = torch.arange(inputs.shape[0], device=inputs.device)
+    return Batch(net.prepare(inputs).clamp_(*bounds), labels.to(torch.int64), index)
+
+
+def argmax_hits(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Whether the attack has what it wants, bool ``(N,)``."""
+    predicted = logits.argmax(1)
+    return predicted == labels if targeted else predicted != labels

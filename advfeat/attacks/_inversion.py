@@ -1,0 +1,130 @@
+"""Representation inversion: an image whose activations at a layer are those of another image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, threat
+from advfeat.attacks._attack import Attack, Batch, checked_batch
+from advfeat.model import Layer, Network, Precision, attackable
+from advfeat.threat import Bounds
+
+
+class InversionState(NamedTuple):
+    """Rows of a running inversion."""
+
+    goal: Tensor  # (N, F) activations of the source inputs
+    current: Tensor  # (N, ...)
+    taken: Tensor  # (N,) int64, steps taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inversion(Attack):
+    """Representation inversion as a value; see `invert` for the meaning of each setting."""
+
+    steps: int = 1000
+    step_size: float = 0.1
+    bounds: Bounds = (0.0, 1.0)
+
+    targeted = False
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.count("steps", self.steps, low=1)
+        checks.number("step_size", self.step_size, low=0.0, strict=True)
+        checks.bounds(self.bounds)
+
+    def init(self, net: Network, batch: Batch) -> InversionState:
+        """Look up the activations to reach, and put every row at its start."""
+        start = batch.inputs if batch.start is None else batch.start
+        return InversionState(net.features(batch.inputs), start, torch.zeros_like(batch.ids))
+
+    def step(self, net: Network, state: InversionState) -> InversionState:
+        """Move every row by one step of fixed l2 length, and back into the box."""
+
+        def closeness(features: Tensor) -> Tensor:
+            # The distance's gradient has the same direction, but none where it is zero.
+            return -(features - state.goal).square().sum(1)
+
+        gradient = net.features_gradient(state.current, closeness).gradient
+        moved = state.current + self.step_size * threat.steepest(gradient, "l2")
+        current = threat.project(moved, moved, None, "l2", self.bounds)
+        return state._replace(current=current, taken=state.taken + 1)
+
+    def run(self, net: Network, state: InversionState) -> InversionState:
+        """Take all steps."""
+        for _ in range(self.steps):
+            state = self.step(net, state)
+        return state
+
+    def finished(self, state: InversionState) -> Tensor:
+        """Rows whose steps are spent."""
+        return state.taken >= self.steps
+
+    def result(self, state: InversionState) -> Tensor:
+        """The last iterate, as in the paper."""
+        return state.current
+
+
+def invert(
+    model: nn.Module,
+    inputs: Tensor,
+    start: Tensor,
+    *,
+    layer: Layer = None,
+    steps: int = 1000,
+    step_size: float = 0.1,
+    bounds: Bounds = (0.0, 1.0),
+    precision: Precision = "float32",
+) -> Tensor:
+    """Move ``start`` until the model's activations on it are those on ``inputs``.
+
+    Minimises ||g(start) - g(inputs)||_2 by steps of fixed l2 length along the gradient, clipped to
+    the box after each (Ilyas et al. 2019, appendix C). There is no ball.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    inputs
+        Where the activations are taken, ``(N, ...)`` within ``bounds``.
+    start
+        First iterates, the shape of ``inputs``: other images, or noise.
+    layer
+        What g is: a module's name or the module (its output), a callable of the inputs, or None
+        for the input of the Linear that is called last (the penultimate layer of the paper).
+    steps, step_size
+        Default 1000 steps of l2 length 0.1, the paper's choice for CIFAR-10.
+    bounds
+        The box ``(low, high)``.
+    precision
+        ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it.
+
+    Returns
+    -------
+    Tensor
+        The last iterates, the shape of ``inputs``, float32 (float64 for float64 inputs).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat.attacks import invert
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> x, start = torch.rand(4, 6), torch.rand(4, 6)
+    >>> invert(model, x, start, steps=5).shape
+    torch.Size([4, 6])
+    """
+    attack = Inversion(steps=steps, step_size=step_size, bounds=bounds)
+    checks.inputs(start, bounds)
+    if start.shape != inputs.shape:
+        checks.fail("start.shape", tuple(start.shape), f"expected that of {tuple(inputs.shape)}")
+    with attackable(model, precision=precision, layer=layer) as net:
+        labels = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
+        batch = checked_batch(net, inputs, labels, None, bounds)
+        batch = batch._replace(start=net.prepare(start).clamp_(*bounds))
+        inverted = attack.result(attack.run(net, attack.init(net, batch)))
+    return inverted.contiguous()

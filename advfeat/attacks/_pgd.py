@@ -1,0 +1,346 @@
+"""Projected gradient descent (Madry et al. 2018) and its one-step form, FGSM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, losses, seeding, threat
+from advfeat.attacks._attack import Attack, Batch, argmax_hits
+from advfeat.losses import LossName, Objective
+from advfeat.model import Evaluation, Network, Precision
+from advfeat.threat import Bounds, Norm
+
+Returns: TypeAlias = Literal["last", "best", "first"]
+
+
+class PGDState(NamedTuple):
+    """Rows of a running PGD; ``kept`` is empty, ``(N, 0)``, where only the last iterate counts."""
+
+    inputs: Tensor  # (N, ...) clean
+    labels: Tensor  # (N,) int64
+    eps: Tensor  # (N,)
+    keys: Tensor  # (N,) int64, random keys
+    taken: Tensor  # (N,) int64, steps taken, in all restarts
+    current: Tensor  # (N, ...)
+    velocity: Tensor  # (N, ...), or (N, 0) without momentum
+    kept: Tensor  # (N, ...), the best iterate so far
+    value: Tensor  # (N,) objective there
+    success: Tensor  # (N,) bool, whether it fools the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class PGD(Attack):
+    """Projected gradient descent as a value: settings that can be passed around and compared.
+
+    See `pgd` for the meaning of each setting. Call it on a batch, or give it to
+    `advfeat.robust_accuracy` and `advfeat.adversarial_fit`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> attack = PGD(eps=0.1, norm="l2", steps=5)
+    >>> attack(model, torch.rand(2, 4), torch.tensor([0, 2])).shape
+    torch.Size([2, 4])
+    """
+
+    eps: float | Tensor
+    norm: Norm
+    steps: int = 10
+    step_size: float | None = None
+    targeted: bool = False
+    random_start: bool = False
+    restarts: int = 1
+    momentum: float = 0.0
+    loss: LossName | Objective = "cross_entropy"
+    returns: Returns = "last"
+    bounds: Bounds = (0.0, 1.0)
+    seed: int | torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.norm(self.norm)
+        checks.bounds(self.bounds)
+        checks.eps(self.eps)
+        checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        checks.count("steps", self.steps, low=1)
+        if self.step_size is not None:
+            checks.number("step_size", self.step_size, low=0.0, strict=True)
+        checks.count("restarts", self.restarts, low=1)
+        checks.number("momentum", self.momentum, low=0.0)
+        checks.loss(self.loss)
+        checks.one_of("returns", self.returns, ("last", "best", "first"))
+        checks.seed(self.seed)
+
+    def init(self, net: Network, batch: Batch) -> PGDState:
+        """Put every row at its start: the clean input, or a random point of the ball."""
+        inputs, labels = batch.inputs, batch.labels
+        count = inputs.shape[0]
+        eps = torch.as_tensor(self.eps, dtype=inputs.dtype, device=inputs.device)
+        if eps.ndim and eps.shape[0] != count:
+            checks.fail("eps.shape", tuple(eps.shape), f"expected a float or ({count},)")
+        random = self.random_start or self.restarts > 1
+        keys = seeding.keys(seeding.resolve(self.seed), batch.ids) if random else batch.ids
+        state = PGDState(
+            inputs=inputs,
+            labels=labels,
+            eps=eps.expand(count),
+            keys=keys,
+            taken=torch.zeros_like(labels),
+            current=inputs if batch.start is None else batch.start,
+            velocity=torch.zeros_like(inputs) if self.momentum else inputs.new_empty(count, 0),
+            kept=inputs if self._keeps else inputs.new_empty(count, 0),
+            value=inputs.new_full((count,), -torch.inf),
+            success=torch.zeros_like(labels, dtype=torch.bool),
+        )
+        return state._replace(current=self._random_starts(state)) if random else state
+
+    def step(self, net: Network, state: PGDState) -> PGDState:
+        """Move every row by one gradient step; a row at the end of a restart begins the next."""
+        evaluation = net.logits_gradient(state.current, self._objective(state))
+        if self._keeps:
+            state = self._keep(state, evaluation)
+        state = self._moved(state, evaluation.gradient)
+        return self._restarted(state) if self.restarts > 1 else state
+
+    def run(self, net: Network, state: PGDState) -> PGDState:
+        """Take all steps, and look at the last iterate too where the best one is returned."""
+        for _ in range(self._gradients):
+            state = self.step(net, state)
+        return self._settled(net, state) if self._keeps else state
+
+    def finished(self, state: PGDState) -> Tensor:
+        """Rows whose steps are spent, or that have the first success they were to return."""
+        spent = state.taken > self._gradients
+        return spent | state.success if self.returns == "first" else spent
+
+    def result(self, state: PGDState) -> Tensor:
+        """The last iterate, or the one that was kept."""
+        return state.kept if self._keeps else state.current
+
+    @property
+    def _keeps(self) -> bool:
+        return self.returns != "last" or self.restarts > 1
+
+    @property
+    def _round(self) -> int:
+        """Evaluations of a restart: one before each step and one of the last iterate."""
+        return self.steps + 1
+
+    @property
+    def _gradients(self) -> int:
+        return self.restarts * self._round - 1
+
+    def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
+        return losses.climbed(self.loss, state.labels, self.targeted)
+
+    def _settled(self, net: Network, state: PGDState) -> PGDState:
+        logits = net.logits(state.current)
+        value = self._objective(state)(logits)
+        return self._keep(state, Evaluation(state.current, value, logits))
+
+    def _keep(self, state: PGDState, found: Evaluation) -> PGDState:
+        """Keep the current iterate of each row where it is better than the one kept so far."""
+        hits = argmax_hits(found.output, state.labels, self.targeted)
+        # Not "greater": an objective of NaN must not leave the clean input in place.
+        better = ~(found.value <= state.value)
+        phase = state.taken % self._round
+        if self.returns == "last":
+            better &= phase == self.steps
+        else:
+            better &= phase > 0
+        if self.returns == "first":
+            better = ~state.success & (hits | better)
+        return state._replace(
+            kept=torch.where(threat.per_sample(better, state.current), state.current, state.kept),
+            value=torch.where(better, found.value.to(state.value.dtype), state.value),
+            success=torch.where(better, hits, state.success),
+        )
+
+    def _moved(self, state: PGDState, gradient: Tensor) -> PGDState:
+        velocity = state.velocity
+        if self.momentum:
+            # Accumulated at unit l1 size, as in MI-FGSM (Dong et al. 2018).
+            length = threat.size(gradient, "l1").clamp_min(torch.finfo(gradient.dtype).tiny)
+            velocity = self.momentum * velocity + gradient / threat.per_sample(length, gradient)
+            gradient = velocity
+        direction = threat.steepest(gradient, self.norm)
+        size = state.eps * min(1.0, 2.5 / self.steps) if self.step_size is None else self.step_size
+        moved = state.current + threat.per_sample(size, direction) * direction
+        current = threat.project(moved, state.inputs, state.eps, self.norm, self.bounds)
+        return state._replace(current=current, velocity=velocity, taken=state.taken + 1)
+
+    def _restarted(self, state: PGDState) -> PGDState:
+        due = state.taken % self._round == 0
+        if not bool(due.any()):
+            return state
+        starts = self._random_starts(state)
+        current = torch.where(threat.per_sample(due, starts), starts, state.current)
+        velocity = state.velocity * threat.per_sample(~due, state.velocity)
+        return state._replace(current=current, velocity=velocity)
+
+    def _random_starts(self, state: PGDState) -> Tensor:
+        numbers = seeding.uniform(
+            state.keys, state.taken // self._round, state.inputs[0].numel() + 1
+        )
+        delta = threat.point_in_ball(numbers, state.eps, self.norm)
+        start = state.inputs + delta.view(state.inputs.shape)
+        return threat.project(start, state.inputs, state.eps, self.norm, self.bounds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FGSM(PGD):
+    """The fast gradient sign method (Goodfellow et al. 2015): one step of PGD; see `fgsm`."""
+
+    steps: int = field(default=1, init=False)
+
+
+def pgd(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: Norm,
+    steps: int = 10,
+    step_size: float | None = None,
+    targeted: bool = False,
+    random_start: bool = False,
+    restarts: int = 1,
+    momentum: float = 0.0,
+    loss: LossName | Objective = "cross_entropy",
+    returns: Returns = "last",
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+    precision: Precision = "float32",
+) -> Tensor:
+    """Attack one batch by projected gradient descent (Madry et al. 2018).
+
+    The model is evaluated with dropout off and BatchNorm on its running statistics, and left bit
+    for bit as it was: flags, gradients, buffers.
+
+    Parameters
+    ----------
+    model
+        Any module that returns class logits ``(N, C)``: a tensor, the first item of a tuple, the
+        entry ``"logits"`` of a dict, or an attribute ``.logits``.
+    inputs
+        Floating point, ``(N, ...)`` of any rank from 2, within ``bounds``.
+    labels
+        Class indices ``(N,)``: true labels, or the targets when ``targeted``.
+    eps
+        Radius of the ball in the units of ``inputs`` (so 8/255, not 8), a float or one for
+        each sample, ``(N,)``.
+    norm
+        ``"l1"``, ``"l2"`` or ``"linf"``.
+    steps
+        Gradients a restart takes.
+    step_size
+        Length of a step in ``norm``. Default ``2.5 * eps / steps`` (Madry et al. 2018), at most
+        ``eps``; the paper's own runs use ``eps / 5``.
+    targeted
+        Climb towards ``labels`` instead of away from them.
+    random_start
+        Start at a uniform point of the ball, instead of at the input. Always so with restarts.
+    restarts
+        Attempts from different random starts; of their results the one with the largest objective
+        is returned.
+    momentum
+        Decay of accumulated gradients (MI-FGSM, Dong et al. 2018); 0 is plain PGD.
+    loss
+        ``"cross_entropy"``, ``"margin"``, ``"dlr"``, or a callable of logits and labels that
+        returns one value to climb for each sample.
+    returns
+        ``"last"``: the iterate after the last step, as in the paper. ``"best"``: the one with the
+        largest objective. ``"first"``: the first that fools the model, else the best. A failed
+        attack returns a perturbed input in each case.
+    bounds
+        The box ``(low, high)`` that every result lies in.
+    seed
+        An integer, a generator, or None for one draw from torch's default generator (only where
+        a start is random).
+    precision
+        ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it.
+
+    Returns
+    -------
+    Tensor
+        Adversarial inputs, the shape of ``inputs``, float32 (float64 for float64 inputs), within
+        ball and box to 1e-6.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause, before any work is done.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    >>> x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    >>> x_adv = af.pgd(model, x, y, eps=0.5, norm="l2", steps=20)
+    >>> bool(((x_adv - x).flatten(1).norm(dim=1) <= 0.5 + 1e-6).all())
+    True
+    """
+    attack = PGD(
+        eps=eps,
+        norm=norm,
+        steps=steps,
+        step_size=step_size,
+        targeted=targeted,
+        random_start=random_start,
+        restarts=restarts,
+        momentum=momentum,
+        loss=loss,
+        returns=returns,
+        bounds=bounds,
+        seed=seed,
+    )
+    return attack(model, inputs, labels, precision=precision)
+
+
+def fgsm(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: Norm,
+    step_size: float | None = None,
+    targeted: bool = False,
+    random_start: bool = False,
+    loss: LossName | Objective = "cross_entropy",
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+    precision: Precision = "float32",
+) -> Tensor:
+    """Attack one batch by the fast gradient sign method: a single step (Goodfellow et al. 2015).
+
+    The words are those of `pgd`. ``step_size`` defaults to ``eps``; with ``random_start`` the
+    fast adversarial training of Wong et al. (2020) uses ``1.25 * eps``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> model = torch.nn.Linear(4, 3)
+    >>> x_adv = af.fgsm(model, torch.rand(2, 4), torch.tensor([0, 2]), eps=0.1, norm="linf")
+    """
+    attack = FGSM(
+        eps=eps,
+        norm=norm,
+        step_size=step_size,
+        targeted=targeted,
+        random_start=random_start,
+        loss=loss,
+        bounds=bounds,
+        seed=seed,
+    )
+    return attack(model, inputs, labels, precision=precision)

@@ -1,0 +1,212 @@
+"""Refusals of bad input before any work is done: each names the argument, the value, the cause."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from advfeat.losses import LOSS_NAMES
+from advfeat.threat import NORMS, Bounds
+
+# Inputs this far outside the bounds are rounding (of a resize, of float16) and are clipped.
+CLIPPED = 1e-3
+PRECISIONS = ("float32", "bfloat16")
+
+
+def fail(argument: str, value: object, cause: str) -> NoReturn:
+    """Raise the ValueError of this library: argument, value, usual cause."""
+    raise ValueError(f"{argument}={value!r}: {cause}")
+
+
+def model(value: object) -> None:
+    """Refuse what is not a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(value).__name__}")
+
+
+def norm(value: object) -> None:
+    """Refuse an unknown norm."""
+    if value not in NORMS:
+        fail("norm", value, f"unknown norm; use one of {', '.join(map(repr, NORMS))}")
+
+
+def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a name that is not among the choices."""
+    if value not in choices:
+        fail(argument, value, f"unknown; use one of {', '.join(map(repr, choices))}")
+
+
+def loss(value: object) -> None:
+    """Refuse a loss that is neither a known name nor a callable."""
+    if not callable(value):
+        if not isinstance(value, str):
+            raise TypeError(f"loss={value!r}: expected a name or a callable (logits, labels)")
+        one_of("loss", value, LOSS_NAMES)
+
+
+def number(argument: str, value: object, *, low: float, strict: bool = False) -> None:
+    """Refuse what is not a finite real number of at least (or above) ``low``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{argument}={value!r}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        fail(argument, value, "must be finite; a division by zero or an overflow made it so")
+    if value < low or (strict and value == low):
+        fail(argument, value, f"must be {'above' if strict else 'at least'} {low:g}")
+
+
+def count(argument: str, value: object, *, low: int) -> None:
+    """Refuse what is not an integer of at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument}={value!r}: expected an integer, got {type(value).__name__}")
+    if value < low:
+        fail(argument, value, f"must be at least {low}")
+
+
+def fraction(argument: str, value: object) -> None:
+    """Refuse what is not a number from 0 to 1."""
+    number(argument, value, low=0.0)
+    if value > 1:  # type: ignore[operator]
+        fail(argument, value, "must be at most 1; it is a share, not a percentage")
+
+
+def bounds(value: object) -> None:
+    """Refuse anything but two finite numbers in rising order."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"bounds={value!r}: expected a tuple (low, high)")
+    low, high = value
+    for end in (low, high):
+        number("bounds", end, low=-math.inf)
+    if not low < high:
+        fail("bounds", value, "low must be below high; are they reversed?")
+
+
+def eps(value: object) -> None:
+    """Refuse a radius that is negative, not finite or not a number (or one number per sample)."""
+    if isinstance(value, Tensor):
+        if value.ndim != 1 or not value.is_floating_point():
+            raise TypeError(
+                f"eps: expected a float or a floating tensor (N,), got {value.dtype} of shape "
+                f"{tuple(value.shape)}"
+            )
+        # NaN fails this comparison too.
+        if not bool((value >= 0).all()) or not bool(torch.isfinite(value).all()):
+            fail("eps", value, "every radius must be finite and at least 0")
+        return
+    number("eps", value, low=0.0)
+
+
+def linf_in_bounds(eps: object, norm: str, bounds: Bounds) -> None:
+    """Refuse an l_inf radius wider than the box: 8 was meant to be 8/255."""
+    width = bounds[1] - bounds[0]
+    if norm == "linf" and isinstance(eps, float | int) and eps > width:
+        fail("eps", eps, f"wider than bounds={bounds}; for pixels in [0, 1] write 8/255, not 8")
+
+
+def seed(value: object) -> None:
+    """Refuse a seed that is no integer, generator or None."""
+    if value is None or isinstance(value, torch.Generator):
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"seed={value!r}: expected an integer, a torch.Generator or None, "
+            f"got {type(value).__name__}"
+        )
+
+
+def inputs(value: object, bounds: Bounds) -> None:
+    """Refuse inputs that are not a batch of finite floating-point numbers within the bounds."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"inputs: expected a torch.Tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"inputs: expected floating-point values, got {value.dtype}; "
+            "convert images with x.float() / 255"
+        )
+    if value.ndim < 2:
+        fail("inputs.shape", tuple(value.shape), "the first axis is the sample; add one: x[None]")
+    if value.numel() == 0:
+        fail("inputs.shape", tuple(value.shape), "empty batch")
+    if value.is_meta:
+        fail("inputs.device", str(value.device), "meta tensors hold no values")
+    smallest, largest = torch.stack(value.detach().aminmax()).tolist()
+    if not (math.isfinite(smallest) and math.isfinite(largest)):
+        fail("inputs", "NaN or infinity", "every value must be finite; look at the loader")
+    low, high = bounds
+    if smallest < low - CLIPPED or largest > high + CLIPPED:
+        cause = "the normalisation is outside the model: move it inside, as its first layer"
+        if smallest >= 0 and largest > 2 and high == 1:
+            cause = "the images are in [0, 255]: divide by 255"
+        fail(
+            "inputs",
+            f"[{smallest:.4g}, {largest:.4g}]",
+            f"outside bounds={bounds}; usually {cause}. Otherwise pass bounds=(low, high)",
+        )
+
+
+def labels(value: object, inputs: Tensor, name: str = "labels") -> None:
+    """Refuse labels that are not one class index for each input."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.ndim == 2 and value.shape[0] == inputs.shape[0] and value.shape[1] > 1:
+        fail(
+            f"{name}.shape",
+            tuple(value.shape),
+            "expected (N,) class indices; one-hot labels? use labels.argmax(1)",
+        )
+    if value.ndim != 1 or value.shape[0] != inputs.shape[0]:
+        fail(
+            f"{name}.shape",
+            tuple(value.shape),
+            f"expected ({inputs.shape[0]},), one class index for each input",
+        )
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integer class indices, got {value.dtype}; use .long()")
+    if value.device != inputs.device:
+        fail(f"{name}.device", str(value.device), f"the inputs are on {inputs.device}; move one")
+    smallest = int(value.min())
+    if smallest < 0:
+        fail(name, smallest, "class indices start at 0; labels in {-1, +1} become (y + 1) // 2")
+
+
+def logits(value: object, inputs: Tensor) -> Tensor:
+    """Refuse a model output that is not one row of at least two logits for each input."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"model: returned {type(value).__name__}; expected logits (N, C) as a tensor, the "
+            "first item of a tuple, an entry 'logits' of a dict, or an attribute .logits"
+        )
+    if value.ndim != 2 or value.shape[0] != inputs.shape[0]:
+        fail(
+            "model output shape",
+            tuple(value.shape),
+            f"expected ({inputs.shape[0]}, C): one row of class logits for each input",
+        )
+    if value.shape[1] < 2:
+        fail(
+            "model output shape",
+            tuple(value.shape),
+            "one logit cannot be compared; return two classes: torch.cat([zeros, z], 1)",
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"model: returned {value.dtype}; expected floating-point logits")
+    return value
+
+
+def class_range(largest: int, classes: int, name: str = "labels") -> None:
+    """Refuse a class index that the model has no logit for."""
+    if largest >= classes:
+        fail(name, largest, f"the model has {classes} classes, indices 0 to {classes - 1}")
+
+
+def same_device(inputs: Tensor, device: torch.device | None) -> None:
+    """Refuse inputs that are elsewhere than the model."""
+    if device is not None and inputs.device != device:
+        fail(
+            "inputs.device",
+            str(inputs.device),
+            f"the model is on {device}; move them: inputs.to({str(device)!r})",
+        )

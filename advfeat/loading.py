@@ -1,0 +1,307 @@
+"""Any dataset or loader as numbered rows on a device; progress bars."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from advfeat import checks, seeding
+
+Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Sequence[Any]"
+T = TypeVar("T")
+
+_INPUT_KEYS = ("inputs", "input", "images", "image", "pixel_values", "img", "x", "data")
+_LABEL_KEYS = ("labels", "label", "targets", "target", "y", "fine_label")
+
+
+class Rows(NamedTuple):
+    """A batch with the number of each of its samples."""
+
+    ids: Tensor  # (N,) int64: the row in the dataset, or the place in a stream
+    inputs: Tensor  # (N, ...)
+    labels: Tensor  # (N,)
+
+
+class Source:
+    """A dataset, a loader or a list of batches, read in the order of its rows.
+
+    A loader over a map-style dataset is read by row number, whatever its order: shuffling cannot
+    mispair anything, and ``drop_last`` drops nothing. A sharded loader keeps to its shard, without
+    the rows that its sampler repeats to make shards equal.
+
+    Parameters
+    ----------
+    data
+        A map-style dataset, a DataLoader, or a list of batches. A loader over an iterable dataset
+        must have a length; its rows are numbered in the order they come.
+    batch_size
+        Rows to a batch; by default the loader's own, 128 for a dataset.
+    """
+
+    def __init__(self, data: Data, batch_size: int | None = None) -> None:
+        if batch_size is not None:
+            checks.count("batch_size", batch_size, low=1)
+        self._loader = data if isinstance(data, DataLoader) else None
+        dataset = data.dataset if isinstance(data, DataLoader) else data
+        self.is_stream = _is_stream(data)
+        if self.is_stream:
+            _refuse_endless(data)
+            self._batches: Iterable[Any] = data  # type: ignore[assignment]
+            self.indices: list[int] = []
+            return
+        self._dataset: Any = dataset
+        self._collate: Callable[[list[Any]], Any] = default_collate
+        if self._loader is not None and self._loader.collate_fn is not None:
+            self._collate = self._loader.collate_fn
+        own = None if self._loader is None else self._loader.batch_size
+        self._batch_size: int = batch_size or own or 128
+        self.indices = _row_numbers(dataset, self._loader)
+        if not self.indices:
+            checks.fail("data", type(data).__name__, "it has no rows")
+
+    def __len__(self) -> int:
+        """Rows, for map-style data."""
+        return len(self.indices)
+
+    @property
+    def batch_count(self) -> int:
+        """Batches that `batches` gives."""
+        if self.is_stream:
+            return len(self._batches)  # type: ignore[arg-type]
+        return -(-len(self.indices) // self._batch_size)
+
+    @property
+    def pool_size(self) -> int:
+        """Rows to attack together in evaluation: a batch of these data."""
+        return 128 if self.is_stream else self._batch_size
+
+    def batches(self, device: torch.device) -> Iterator[Rows]:
+        """Give all rows, in order, on the device."""
+        if self.is_stream:
+            yield from _numbered(self._batches, device)
+            return
+        chunks = [
+            self.indices[start : start + self._batch_size]
+            for start in range(0, len(self.indices), self._batch_size)
+        ]
+        for chunk, batch in zip(chunks, self._read(chunks), strict=True):
+            yield _rows(torch.tensor(chunk), batch, device)
+
+    def rows(self, indices: list[int], device: torch.device) -> Rows:
+        """Give single rows by their numbers; map-style data only."""
+        return _rows(torch.tensor(indices), self._fetch(indices), device)
+
+    def _read(self, chunks: list[list[int]]) -> Iterable[Any]:
+        workers = 0 if self._loader is None else self._loader.num_workers
+        if workers == 0:
+            return map(self._fetch, chunks)
+        assert self._loader is not None
+        return DataLoader(
+            self._dataset,
+            batch_sampler=chunks,
+            collate_fn=self._collate,
+            num_workers=workers,
+            pin_memory=self._loader.pin_memory,
+            worker_init_fn=self._loader.worker_init_fn,
+            timeout=self._loader.timeout,
+            multiprocessing_context=self._loader.multiprocessing_context,
+            # Without one of its own, a loader takes a number from the global generator.
+            generator=torch.Generator(),
+        )
+
+    def _fetch(self, indices: list[int]) -> Any:
+        dataset = self._dataset
+        if self._collate is default_collate:
+            # Whole-batch indexing where it is known to mean the same as row by row.
+            if type(dataset) is TensorDataset:
+                return dataset[torch.tensor(indices)]
+            if hasattr(dataset, "batch"):
+                return dataset.batch(indices)
+        if hasattr(dataset, "__getitems__"):
+            return self._collate(dataset.__getitems__(indices))
+        return self._collate([dataset[i] for i in indices])
+
+
+def training_batches(
+    data: Data, batch_size: int | None, seed: int, epoch: int, device: torch.device
+) -> Iterator[Rows]:
+    """One epoch of batches to train on: a loader as it is, a dataset shuffled by (seed, epoch)."""
+    if isinstance(data, DataLoader) or _is_stream(data):
+        if isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
+            data.sampler.set_epoch(epoch)
+        _refuse_endless(data)
+        yield from _numbered(data, device)  # type: ignore[arg-type]
+        return
+    source = Source(data, batch_size)
+    order = torch.randperm(len(source), generator=seeding.generator(seed, epoch))
+    for chunk in torch.split(order, batch_size or 128):
+        # BatchNorm cannot train on a single sample.
+        if len(chunk) > 1 or len(order) == 1:
+            yield source.rows(chunk.tolist(), device)
+
+
+def unpack(batch: object) -> tuple[Tensor, Tensor]:
+    """Find inputs and labels in a batch: a tuple with any extra items, or a mapping."""
+    if isinstance(batch, Mapping):
+        inputs, labels = (
+            next((batch[key] for key in keys if key in batch), None)
+            for keys in (_INPUT_KEYS, _LABEL_KEYS)
+        )
+        if inputs is None or labels is None:
+            checks.fail(
+                "batch keys",
+                sorted(map(str, batch)),
+                f"expected one of {_INPUT_KEYS} and one of {_LABEL_KEYS}",
+            )
+    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        inputs, labels = batch[0], batch[1]
+    else:
+        raise TypeError(
+            f"data: a batch is {type(batch).__name__}; expected (inputs, labels, ...) or a mapping"
+        )
+    for name, value in (("inputs", inputs), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"data: {name} of a batch are {type(value).__name__}; expected a tensor. "
+                "For images, add a transform that makes tensors"
+            )
+    return inputs, labels
+
+
+def wants_progress(progress: bool | None) -> bool:
+    """Whether to draw a bar: as told, or by default where stderr is a terminal and tqdm is there.
+
+    Raises
+    ------
+    ImportError
+        A bar was asked for and tqdm is missing.
+    """
+    if progress is False:
+        return False
+    try:
+        import tqdm  # noqa: F401
+    except ImportError as error:
+        if progress:
+            raise ImportError(
+                "progress=True needs tqdm: pip install 'advfeat[progress]'"
+            ) from error
+        return False
+    return bool(progress) or sys.stderr.isatty()
+
+
+def with_progress(
+    items: Iterable[T], *, total: int | None, label: str, progress: bool | None
+) -> Iterable[T]:
+    """Wrap an iterable in a progress bar where one is wanted."""
+    if not wants_progress(progress):
+        return items
+    from tqdm.auto import tqdm
+
+    bar: Iterable[T] = tqdm(items, total=total, desc=label, leave=False)
+    return bar
+
+
+def _rows(index: Tensor, batch: object, device: torch.device) -> Rows:
+    inputs, labels = unpack(batch)
+    if inputs.shape[:1] != index.shape:
+        checks.fail(
+            "data", tuple(inputs.shape), f"a batch of {len(index)} rows came back so; collate_fn?"
+        )
+    return Rows(
+        index.to(device),
+        inputs.to(device, non_blocking=True),
+        labels.to(device, non_blocking=True),
+    )
+
+
+def _numbered(batches: Iterable[Any], device: torch.device) -> Iterator[Rows]:
+    place = 0
+    for batch in batches:
+        inputs, _ = unpack(batch)
+        yield _rows(torch.arange(place, place + len(inputs)), batch, device)
+        place += len(inputs)
+    if place == 0:
+        checks.fail("data", type(batches).__name__, "it gave no rows")
+
+
+def _is_stream(data: object) -> bool:
+    if isinstance(data, DataLoader):
+        return isinstance(data.dataset, IterableDataset) or data.batch_size is None
+    if isinstance(data, (list, tuple)):
+        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+            raise TypeError(
+                "data: a pair of tensors; wrap it: torch.utils.data.TensorDataset(inputs, labels)"
+            )
+        return True
+    if isinstance(data, IterableDataset):
+        raise TypeError("data: an IterableDataset gives single samples; wrap it in a DataLoader")
+    if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        return False
+    raise TypeError(
+        f"data: expected a Dataset, a DataLoader or a list of batches, got {type(data).__name__}"
+    )
+
+
+def _refuse_endless(data: object) -> None:
+    try:
+        empty = isinstance(data, Sized) and len(data) == 0
+    except TypeError as error:
+        raise TypeError(
+            "data: the loader has no length and may never end; give its dataset a __len__, or pass "
+            "list(itertools.islice(loader, batches))"
+        ) from error
+    if empty:
+        checks.fail("data", type(data).__name__, "it has no batches")
+
+
+def _row_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
+    """Rows of the dataset that a loader covers, in the dataset's order where it shuffles."""
+    try:
+        count = len(dataset)
+    except TypeError as error:
+        raise TypeError(f"data: {type(dataset).__name__} has no length (__len__)") from error
+    sampler: Any = None if loader is None else loader.sampler
+    if loader is not None and type(loader.batch_sampler).__name__ not in ("BatchSampler",):
+        sampler = itertools.chain.from_iterable(loader.batch_sampler or [])
+        return _bounded(sampler, count)
+    if sampler is None or isinstance(sampler, SequentialSampler):
+        return list(range(count))
+    if isinstance(sampler, RandomSampler):
+        if sampler.replacement or len(sampler) != count:
+            checks.fail(
+                "data", "RandomSampler", "drawing with replacement repeats rows; pass the dataset"
+            )
+        return list(range(count))
+    if isinstance(sampler, SubsetRandomSampler):
+        return sorted(int(i) for i in sampler.indices)
+    if isinstance(sampler, DistributedSampler):
+        return list(range(sampler.rank, count, sampler.num_replicas))
+    return _bounded(sampler, count)
+
+
+def _bounded(sampler: Iterable[int], count: int) -> list[int]:
+    """Row numbers of a user's own sampler, which must end and give each row once."""
+    numbers = [int(i) for i in itertools.islice(sampler, count + 1)]
+    if len(numbers) > count or len(set(numbers)) != len(numbers):
+        checks.fail(
+            "data",
+            type(sampler).__name__,
+            "this sampler repeats rows or never ends; pass the dataset itself",
+        )
+    return numbers

@@ -1,0 +1,96 @@
+"""Objectives of attacks, one value per sample: ``(logits (N, C), labels (N,)) -> (N,)``.
+
+Each grows as the model is more wrong about ``labels``; a targeted attack climbs their negatives
+(for DLR, its targeted form). Nothing is averaged over the batch, so no sample weighs on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+LossName: TypeAlias = Literal["cross_entropy", "margin", "dlr"]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, in float32 at least.
+
+    Examples
+    --------
+    >>> cross_entropy(torch.zeros(1, 10), torch.tensor([3]))
+    tensor([2.3026])
+    """
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit minus the label's: positive where the model is wrong.
+
+    Examples
+    --------
+    >>> margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([0]))
+    tensor([3.])
+    """
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    return _largest_other(logits, labels) - own
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce and Hein 2020): the margin over z_(1) - z_(3).
+
+    Invariant to shifting and scaling the logits. With two classes the ratio has no third logit and
+    the plain margin is used.
+
+    Examples
+    --------
+    >>> dlr(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
+    tensor([-0.6667])
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, labels)
+    top = logits.topk(3, dim=1).values
+    return margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
+
+
+def margin_to_target(logits: Tensor, targets: Tensor) -> Tensor:
+    """Target's logit minus the largest other: positive where the model says the target."""
+    return -margin(logits, targets)
+
+
+def dlr_to_target(logits: Tensor, targets: Tensor) -> Tensor:
+    """Margin to the target over z_(1) - (z_(3) + z_(4)) / 2; the plain margin below 4 classes."""
+    if logits.shape[1] < 4:
+        return margin_to_target(logits, targets)
+    top = logits.topk(4, dim=1).values
+    scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
+    return margin_to_target(logits, targets) / scale.clamp_min(1e-12)
+
+
+def _likelihood_of_target(logits: Tensor, targets: Tensor) -> Tensor:
+    return -cross_entropy(logits, targets)
+
+
+_UNTARGETED: dict[str, Objective] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+_TARGETED: dict[str, Objective] = {
+    "cross_entropy": _likelihood_of_target,
+    "margin": margin_to_target,
+    "dlr": dlr_to_target,
+}
+LOSS_NAMES = tuple(_UNTARGETED)
+
+
+def climbed(
+    loss: LossName | Objective, labels: Tensor, targeted: bool
+) -> Callable[[Tensor], Tensor]:
+    """What an attack climbs, as a function of the logits alone; a callable is taken as it is."""
+    objective = loss if callable(loss) else (_TARGETED if targeted else _UNTARGETED)[loss]
+    return lambda logits: objective(logits, labels)
+
+
+def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return others.amax(1)

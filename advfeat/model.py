@@ -1,0 +1,369 @@
+"""The one border to the user's module: frozen while it is looked at, and left as it was found."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks
+
+Precision: TypeAlias = Literal["float32", "bfloat16"]
+Layer: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor] | None
+
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+# Modules that failed on channels_last inputs (an x.view in them, say) get contiguous ones.
+_contiguous_only: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# float16 input gradients underflow at the scale of one sample's loss (pitfall 12).
+_HALF_LOSS_SCALE = 1024.0
+
+
+class Evaluation(NamedTuple):
+    """What one forward and backward pass gives, each with the sample first."""
+
+    gradient: Tensor  # (N, ...) like the inputs, the objective's gradient
+    value: Tensor  # (N,) the objective
+    output: Tensor  # (N, C) logits or (N, F) features, float32 at least
+
+
+class Network:
+    """A frozen module as attacks see it: logits, features and input gradients, batch first.
+
+    Made by `attackable`; not meant to outlive its ``with`` block.
+    """
+
+    def __init__(
+        self, module: nn.Module, precision: Precision = "float32", layer: Layer = None
+    ) -> None:
+        self._module = module
+        self._layer = layer
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        example = next((t for t in tensors if t.is_floating_point()), None)
+        self.device = None if example is None else example.device
+        self._dtype = None if example is None else example.dtype
+        self.low_precision = precision == "bfloat16"
+        self._has_convolution = any(isinstance(m, _CONVOLUTIONS) for m in module.modules())
+        self.classes: int | None = None
+        self._largest_label = -1
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Copy the user's inputs: detached, float32 at least, in the fastest memory format."""
+        dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        memory_format = self._memory_format(inputs)
+        return inputs.detach().to(dtype, copy=True).contiguous(memory_format=memory_format)
+
+    def expect(self, labels: Tensor, name: str = "labels") -> None:
+        """Check class indices against the number of logits, now or once it is known."""
+        largest = int(labels.max())
+        if self.classes is not None:
+            checks.class_range(largest, self.classes, name)
+        self._largest_label = max(self._largest_label, largest)
+
+    def class_count(self, inputs: Tensor) -> int:
+        """Number of logits; looked up on the first row if no forward pass has told it yet."""
+        if self.classes is None:
+            self.logits(inputs[:1])
+        assert self.classes is not None
+        return self.classes
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return logits ``(N, C)`` without a gradient, in float32 (or float64)."""
+        with self._without_gradient():
+            return self._logits(inputs, low_precision=False)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Activations at the layer, ``(N, F)``, without a gradient, in float32 (or float64)."""
+        with self._without_gradient():
+            return self._features(inputs, low_precision=False)
+
+    def logits_gradient(self, inputs: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
+        """Gradient of a per-sample objective of the logits, by the inputs."""
+        return self._gradient(inputs, self._logits, objective)
+
+    def features_gradient(
+        self, inputs: Tensor, objective: Callable[[Tensor], Tensor]
+    ) -> Evaluation:
+        """Gradient of a per-sample objective of the layer's activations, by the inputs."""
+        return self._gradient(inputs, self._features, objective)
+
+    def _gradient(
+        self,
+        inputs: Tensor,
+        forward: Callable[..., Tensor],
+        objective: Callable[[Tensor], Tensor],
+    ) -> Evaluation:
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = inputs.detach().requires_grad_()
+            output = forward(leaf, low_precision=self.low_precision)
+            value = objective(output)
+            if not value.requires_grad:
+                gradient = self._no_gradient(leaf)
+            else:
+                scale = _HALF_LOSS_SCALE if self._dtype == torch.float16 else 1.0
+                # A sum, never a mean: no sample's gradient depends on its batch.
+                (found,) = torch.autograd.grad(value.sum() * scale, leaf, allow_unused=True)
+                gradient = self._no_gradient(leaf) if found is None else found
+        return Evaluation(gradient, value.detach(), output.detach())
+
+    @staticmethod
+    def _no_gradient(leaf: Tensor) -> Tensor:
+        warnings.warn(
+            "the model's output has no gradient by its input (detached, or computed outside "
+            "autograd): gradient attacks cannot move, and robustness measured so means nothing",
+            stacklevel=2,
+        )
+        return torch.zeros_like(leaf)
+
+    def _logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        output = checks.logits(logits_of(self._call(self._module, inputs, low_precision)), inputs)
+        if self.classes is None:
+            self.classes = output.shape[1]
+            checks.class_range(self._largest_label, self.classes)
+        return _at_least_float32(output)
+
+    def _features(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        output = self._call(self._layer_call, inputs, low_precision)
+        if not isinstance(output, Tensor) or output.shape[:1] != inputs.shape[:1]:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            checks.fail("layer", shape, "its activations must be a tensor (N, ...)")
+        return _at_least_float32(output.flatten(1))
+
+    def _layer_call(self, inputs: Tensor) -> object:
+        if self._layer is None:
+            self._layer = _input_of_last_linear(self._module, inputs[:1])
+        if isinstance(self._layer, nn.Module):
+            return _activations(self._module, self._layer, inputs)
+        assert not isinstance(self._layer, str)
+        return self._layer(inputs)
+
+    def _call(
+        self, function: Callable[[Tensor], object], inputs: Tensor, low_precision: bool
+    ) -> object:
+        if self._dtype is not None and not low_precision:
+            inputs = inputs.to(self._dtype)
+        # Set either way: the user's own autocast does not decide the attack's precision.
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=low_precision):
+            if inputs.is_contiguous():
+                return function(inputs)
+            try:
+                return function(inputs)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(error):
+                    raise
+                _contiguous_only.add(self._module)
+                return function(inputs.contiguous())
+
+    def _memory_format(self, inputs: Tensor) -> torch.memory_format:
+        fits = inputs.ndim == 4 and self._has_convolution
+        if fits and self._module not in _contiguous_only:
+            return torch.channels_last
+        return torch.contiguous_format
+
+    @contextmanager
+    def _without_gradient(self) -> Iterator[None]:
+        # Not inference_mode: its tensors could not enter a later gradient.
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+
+
+@contextmanager
+def attackable(
+    module: nn.Module,
+    *,
+    precision: Precision = "float32",
+    layer: Layer = None,
+    train: bool = False,
+) -> Iterator[Network]:
+    """Freeze a module, yield its `Network`, and leave the module as it was found.
+
+    Parameters
+    ----------
+    module
+        Any module; a DataParallel or DistributedDataParallel wrapper is taken off.
+    precision
+        ``"bfloat16"`` takes gradients under autocast where the hardware computes in bfloat16, and
+        warns and stays in float32 where it does not.
+    layer
+        Where `Network.features` looks: a module's name or the module (its output), a callable
+        of the inputs, or None for the input of the Linear that is called last.
+    train
+        Keep the training flags (BatchNorm uses batch statistics, dropout is on) instead of
+        evaluation mode. Buffers are restored all the same.
+    """
+    checks.model(module)
+    checks.one_of("precision", precision, checks.PRECISIONS)
+    module = unwrapped(module)
+    layer = find_layer(module, layer)
+    with _frozen(module, train=train):
+        yield Network(module, _affordable(precision, module), layer)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The user's own module below a data-parallel wrapper, which would synchronise gradients."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else module
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's first parameter or buffer is; the CPU if it has none."""
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def logits_of(output: object) -> object:
+    """Find the logits in what a module returned: tensor, tuple or list, mapping or ``.logits``."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    return output
+
+
+def find_layer(module: nn.Module, layer: Layer) -> Layer:
+    """Resolve a layer's name to the module, and refuse a layer that the module does not have."""
+    if not isinstance(layer, (str, nn.Module)):
+        if not (layer is None or callable(layer)):
+            raise TypeError(f"layer={layer!r}: expected a name, a module, a callable or None")
+        return layer
+    named = dict(module.named_modules())
+    if isinstance(layer, nn.Module):
+        if not any(layer is m for m in named.values()):
+            checks.fail("layer", type(layer).__name__, "this module is not part of the model")
+        return layer
+    if layer not in named or layer == "":
+        close = difflib.get_close_matches(layer, list(named), n=3, cutoff=0.3) or list(named)[1:6]
+        checks.fail("layer", layer, f"the model has no layer of this name; near: {close}")
+    found: nn.Module = named[layer]
+    return found
+
+
+@contextmanager
+def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
+    """Freeze flags and parameters; put back flags, ``requires_grad`` and every buffer's value."""
+    flags = [(m, m.training) for m in module.modules()]
+    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    buffers = [
+        (owner, name, buffer, buffer._version, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for m, _ in flags:
+            m.training = m.training and train
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        with torch.no_grad():
+            for owner, name, buffer, version, value in buffers:
+                # Untouched buffers are not written: a write would break a graph the user holds.
+                if buffer._version != version:
+                    buffer.copy_(value)
+                owner._buffers[name] = buffer
+
+
+def _affordable(precision: Precision, module: nn.Module) -> Precision:
+    if precision == "bfloat16" and not _computes_bfloat16(device_of(module)):
+        warnings.warn(
+            "precision='bfloat16': this processor only emulates bfloat16, many times slower "
+            "than float32; gradients are taken in float32",
+            stacklevel=4,
+        )
+        return "float32"
+    return precision
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+class _Reached(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass at the layer that was asked for."""
+
+
+def _activations(module: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
+    """Output of ``layer`` in a forward pass of ``module`` that ends there."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: Any) -> None:
+        found.append(output)
+        raise _Reached
+
+    return _run_until(module, layer.register_forward_hook(keep), inputs, found)
+
+
+def _input_of_last_linear(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
+    """Find the Linear that a forward pass calls last; return the function giving its input."""
+    called: list[nn.Module] = []
+    handles = [
+        m.register_forward_pre_hook(lambda m, _: called.append(m))
+        for m in module.modules()
+        if isinstance(m, nn.Linear)
+    ]
+    try:
+        with torch.no_grad():
+            module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        checks.fail(
+            "layer",
+            None,
+            "the model calls no nn.Linear, so its penultimate layer cannot be found; "
+            "name one: layer='features'",
+        )
+    last, calls = called[-1], sum(m is called[-1] for m in called)
+
+    def penultimate(inputs: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            found.append(arguments[0])
+            if len(found) == calls:
+                raise _Reached
+
+        return _run_until(module, last.register_forward_pre_hook(keep), inputs, found)
+
+    return penultimate
+
+
+def _run_until(
+    module: nn.Module,
+    handle: torch.utils.hooks.RemovableHandle,
+    inputs: Tensor,
+    found: list[Tensor],
+) -> Tensor:
+    try:
+        module(inputs)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    if not found:
+        checks.fail("layer", None, "a forward pass of the model did not reach this layer")
+    return found[-1]

@@ -21,6 +21,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> cross_entropy(torch.zeros(1, 10), torch.tensor([3]))
     tensor([2.3026])
     """
@@ -32,6 +33,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> margin(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([0]))
     tensor([3.])
     """
@@ -47,6 +49,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> dlr(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([1]))
     tensor([-0.6667])
     """

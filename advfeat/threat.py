@@ -91,7 +91,7 @@ def project(
 
     Examples
     --------
-    >>> project(torch.tensor([[2.0, 0.9]]), torch.tensor([[0.9, 0.5]]), 0.5, "l2")
+    >>> project(torch.tensor([[2.0, 1.4]]), torch.tensor([[0.9, 0.5]]), 0.5, "l2")
     tensor([[1.0000, 0.9899]])
     """
     low, high = bounds

@@ -204,7 +204,7 @@ def robust_accuracy(
     elif eps is not None or norm is not None:
         checks.fail("eps, norm", (eps, norm), "the attack has its own; pass one or the other")
     # Law 3: one seed for the whole run; the rows' numbers make the noise differ.
-    attack = dataclasses.replace(attack, returns="first", seed=seeding.resolve(attack.seed))
+    attack = dataclasses.replace(attack.until_fooled(), seed=seeding.resolve(attack.seed))
     source = Source(data, batch_size)
     clean: list[tuple[Tensor, Tensor]] = []
     fooled: list[Tensor] = []

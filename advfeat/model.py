@@ -201,7 +201,8 @@ def attackable(
     checks.one_of("precision", precision, checks.PRECISIONS)
     module = unwrapped(module)
     layer = find_layer(module, layer)
-    with _frozen(module, train=train):
+    # Not in the user's inference mode: its tensors could not enter a gradient.
+    with torch.inference_mode(False), torch.no_grad(), _frozen(module, train=train):
         yield Network(module, _affordable(precision, module), layer)
 
 
@@ -291,7 +292,7 @@ def _affordable(precision: Precision, module: nn.Module) -> Precision:
 
 def _computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return True

@@ -28,8 +28,8 @@ def resolve(seed: int | torch.Generator | None) -> int:
     >>> resolve(7)
     7
     """
-    if isinstance(seed, int):
-        return seed
+    if not (seed is None or isinstance(seed, torch.Generator)):
+        return int(seed)  # a NumPy integer too
     device = seed.device if isinstance(seed, torch.Generator) else torch.device("cpu")
     return int(torch.randint(MAX_SEED, (), generator=seed, device=device))
 

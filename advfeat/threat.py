@@ -25,9 +25,8 @@ def feature_axes(tensor: Tensor) -> tuple[int, ...]:
 
 def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
     """View a float, or an ``(N,)`` tensor or mask, so that it broadcasts against ``like``."""
-    tensor = torch.as_tensor(value, device=like.device)
-    if tensor.dtype != torch.bool:
-        tensor = tensor.to(like.dtype)
+    mask = isinstance(value, Tensor) and value.dtype == torch.bool
+    tensor = torch.as_tensor(value, dtype=torch.bool if mask else like.dtype, device=like.device)
     return tensor.reshape(-1, *(1,) * (like.ndim - 1))
 
 
@@ -60,15 +59,27 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     tensor([[ 0., -1.]])
     """
     axes = feature_axes(gradient)
-    if norm == "linf":
-        return torch.nan_to_num(gradient.sign(), nan=0.0)
-    # Dividing by the largest entry first keeps the squares of tiny and huge gradients in range.
     peak = gradient.abs().amax(axes, keepdim=True)
     usable = torch.isfinite(peak) & (peak > 0)
+    if norm == "linf":
+        return torch.where(usable, gradient.sign(), 0.0)
+    # Dividing by the largest entry first keeps the squares of tiny and huge gradients in range.
     scaled = torch.where(usable, gradient / torch.where(usable, peak, 1.0), 0.0)
     if norm == "l1":
         scaled = torch.where(scaled.abs() == 1.0, scaled, 0.0)
     return scaled / _nonzero(size(scaled, norm, keepdim=True))
+
+
+def unblocked(gradient: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
+    """The gradient without the entries that push a point on the box's wall against it.
+
+    What is left is the gradient by which a step can still climb. In l1 that matters: a step goes
+    along one entry alone, and would go against the wall for ever.
+    """
+    low, high = bounds
+    touching = 1e-6 * (high - low)
+    room = torch.where(gradient > 0, high - points, points - low)
+    return torch.where(room > touching, gradient, 0.0)
 
 
 def project(
@@ -106,7 +117,12 @@ def project(
     room = torch.where(delta > 0, high - center, center - low)
     shrink = _shrink_l2 if norm == "l2" else _shrink_l1
     kept = shrink(magnitude, room, radius)
-    return (center + torch.copysign(kept, delta)).clamp(low, high)
+    nearest = center + torch.copysign(kept, delta)
+    if norm == "l1":
+        # Rounded towards the center: roundings of one sign in many entries would leave the ball.
+        outside = (nearest - center).abs() > kept
+        nearest = torch.where(outside, torch.nextafter(nearest, center), nearest)
+    return nearest.clamp(low, high)
 
 
 def _shrink_l2(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 16) -> Tensor:
@@ -150,12 +166,12 @@ def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 40
         high = torch.where(excess > 0, high, threshold)
         slope = ((rest > 0) & (rest < room)).sum(axes, keepdim=True)
         newton = threshold + excess / slope.clamp_min(1)
-        inside = (newton > low) & (newton < high) & (slope > 0)
-        following = torch.where(inside, newton, (low + high) / 2)
+        inside = ((newton > low) & (newton < high)) | (newton == threshold)
+        following = torch.where(inside & (slope > 0), newton, (low + high) / 2)
         if following.device.type == "cpu" and torch.equal(following, threshold):
             break
         threshold = following
-    kept = torch.minimum((magnitude - high).clamp_min(0.0), room)
+    kept = torch.minimum((magnitude - threshold).clamp_min(0.0), room)
     return kept * (radius / _nonzero(kept.sum(axes, keepdim=True))).clamp_max(1.0)
 
 

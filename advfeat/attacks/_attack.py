@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from advfeat import checks
 from advfeat.model import Network, Precision, attackable
@@ -26,7 +27,10 @@ class Attack(ABC):
     """Base of all attacks; a subclass is a frozen dataclass of its settings.
 
     The state is a NamedTuple of tensors whose first axis is the sample, so rows can be dropped,
-    gathered and refilled by `advfeat.engine`; nothing else passes from one step to the next.
+    gathered and refilled by `advfeat.engine`; nothing else passes from one step to the next, and
+    no row looks at another. An attack that `advfeat.robust_accuracy` can use has these fields in
+    its state: ``inputs`` (clean), ``labels``, ``success`` (bool, whether ``result`` fools the
+    model) and ``value`` (its own objective there).
     """
 
     bounds: Bounds
@@ -38,11 +42,12 @@ class Attack(ABC):
 
     @abstractmethod
     def step(self, net: Network, state: Any) -> Any:
-        """Advance every row by one gradient."""
+        """Advance every row by one evaluation of the model; finished rows need not stay put."""
 
+    @property
     @abstractmethod
-    def run(self, net: Network, state: Any) -> Any:
-        """Take all steps of a batch whose rows are at their beginning."""
+    def ticks(self) -> int:
+        """Steps after which every row is finished, whatever the model."""
 
     @abstractmethod
     def finished(self, state: Any) -> Tensor:
@@ -51,6 +56,16 @@ class Attack(ABC):
     @abstractmethod
     def result(self, state: Any) -> Tensor:
         """The iterate to return, ``(N, ...)``."""
+
+    def run(self, net: Network, state: Any) -> Any:
+        """Take all steps of a batch whose rows are at their beginning."""
+        for _ in range(self.ticks):
+            state = self.step(net, state)
+        return state
+
+    def until_fooled(self) -> Self:
+        """The same attack for evaluation: a row is finished once it fools the model."""
+        return self
 
     def __call__(
         self,
@@ -90,7 +105,9 @@ def checked_batch(
     net.expect(labels, "labels (targets)" if targeted else "labels")
     if index is None:
         index = torch.arange(inputs.shape[0], device=inputs.device)
-    return Batch(net.prepare(inputs).clamp_(*bounds), labels.to(torch.int64), index)
+    # Copied, for labels made in inference mode could not enter a gradient.
+    labels = labels.to(torch.int64, copy=True)
+    return Batch(net.prepare(inputs).clamp_(*bounds), labels, index)
 
 
 def argmax_hits(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:

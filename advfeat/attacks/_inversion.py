@@ -55,11 +55,10 @@ class Inversion(Attack):
         current = threat.project(moved, moved, None, "l2", self.bounds)
         return state._replace(current=current, taken=state.taken + 1)
 
-    def run(self, net: Network, state: InversionState) -> InversionState:
-        """Take all steps."""
-        for _ in range(self.steps):
-            state = self.step(net, state)
-        return state
+    @property
+    def ticks(self) -> int:
+        """Gradients a row takes."""
+        return self.steps
 
     def finished(self, state: InversionState) -> Tensor:
         """Rows whose steps are spent."""

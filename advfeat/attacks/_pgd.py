@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks._attack import Attack, Batch, argmax_hits
@@ -110,13 +111,17 @@ class PGD(Attack):
 
     def run(self, net: Network, state: PGDState) -> PGDState:
         """Take all steps, and look at the last iterate too where the best one is returned."""
-        for _ in range(self._gradients):
+        for _ in range(self.ticks - 1):
             state = self.step(net, state)
         return self._settled(net, state) if self._keeps else state
 
+    def until_fooled(self) -> Self:
+        """The same attack, which returns the first success."""
+        return replace(self, returns="first")
+
     def finished(self, state: PGDState) -> Tensor:
         """Rows whose steps are spent, or that have the first success they were to return."""
-        spent = state.taken > self._gradients
+        spent = state.taken >= self.ticks
         return spent | state.success if self.returns == "first" else spent
 
     def result(self, state: PGDState) -> Tensor:
@@ -133,8 +138,9 @@ class PGD(Attack):
         return self.steps + 1
 
     @property
-    def _gradients(self) -> int:
-        return self.restarts * self._round - 1
+    def ticks(self) -> int:
+        """All steps of all restarts, each with the evaluation of its last iterate."""
+        return self.restarts * self._round
 
     def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
         return losses.climbed(self.loss, state.labels, self.targeted)
@@ -169,6 +175,8 @@ class PGD(Attack):
             length = threat.size(gradient, "l1").clamp_min(torch.finfo(gradient.dtype).tiny)
             velocity = self.momentum * velocity + gradient / threat.per_sample(length, gradient)
             gradient = velocity
+        if self.norm == "l1":
+            gradient = threat.unblocked(gradient, state.current, self.bounds)
         direction = threat.steepest(gradient, self.norm)
         size = state.eps * min(1.0, 2.5 / self.steps) if self.step_size is None else self.step_size
         moved = state.current + threat.per_sample(size, direction) * direction

@@ -1,0 +1,44 @@
+"""Time several ways of doing the same work, interleaved in one process, and print ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def side_by_side(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each case; the cases take turns, so a busy machine slows all alike."""
+    for run in cases.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, run in cases.items():
+            began = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def table(seconds: dict[str, float], reference: str, notes: dict[str, str] | None = None) -> str:
+    """Markdown: time as a multiple of the reference's, and what else is known of each case."""
+    notes = notes or {}
+    lines = [f"| | time / {reference} | |", "|---|---|---|"]
+    for name, value in seconds.items():
+        lines.append(f"| {name} | {value / seconds[reference]:.2f} | {notes.get(name, '')} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {capability}, "
+        f"bfloat16 in hardware: {torch.ops.mkldnn._is_mkldnn_bf16_supported()}"
+    )

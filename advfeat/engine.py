@@ -66,13 +66,18 @@ def survivors(
 
 
 def _confirmed(attack: Attack, net: Network, state: Any) -> Any:
-    """Take back successes of a low-precision pass that a float32 pass does not see."""
-    if not net.low_precision or not bool(state.success.any()):
+    """Decide in float32, after low-precision steps, about the rows that are about to leave.
+
+    A success that a float32 pass does not see is taken back, one that only it sees is added.
+    """
+    if not net.low_precision:
         return state
-    claimed = state.success.nonzero().squeeze(1)
-    logits = net.logits(attack.result(state)[claimed])
+    leaving = attack.finished(state).nonzero().squeeze(1)
+    if len(leaving) == 0:
+        return state
+    logits = net.logits(attack.result(state)[leaving])
     success = state.success.clone()
-    success[claimed] = argmax_hits(logits, state.labels[claimed], attack.targeted)
+    success[leaving] = argmax_hits(logits, state.labels[leaving], attack.targeted)
     return state._replace(success=success)
 
 

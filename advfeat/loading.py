@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -94,7 +95,10 @@ class Source:
     def batches(self, device: torch.device) -> Iterator[Rows]:
         """Give all rows, in order, on the device."""
         if self.is_stream:
-            yield from _numbered(self._batches, device)
+            # A loader's iterator takes a number from the global generator, which is put back.
+            with torch.random.fork_rng(devices=[]):
+                stream = iter(self._batches)
+            yield from _numbered(stream, device)
             return
         chunks = [
             self.indices[start : start + self._batch_size]
@@ -127,12 +131,9 @@ class Source:
 
     def _fetch(self, indices: list[int]) -> Any:
         dataset = self._dataset
-        if self._collate is default_collate:
-            # Whole-batch indexing where it is known to mean the same as row by row.
-            if type(dataset) is TensorDataset:
-                return dataset[torch.tensor(indices)]
-            if hasattr(dataset, "batch"):
-                return dataset.batch(indices)
+        if type(dataset) is TensorDataset and self._collate is default_collate:
+            # Whole-batch indexing is known to mean the same as row by row.
+            return dataset[torch.tensor(indices)]
         if hasattr(dataset, "__getitems__"):
             return self._collate(dataset.__getitems__(indices))
         return self._collate([dataset[i] for i in indices])
@@ -150,9 +151,10 @@ def training_batches(
         return
     source = Source(data, batch_size)
     order = torch.randperm(len(source), generator=seeding.generator(seed, epoch))
-    for chunk in torch.split(order, batch_size or 128):
-        # BatchNorm cannot train on a single sample.
-        if len(chunk) > 1 or len(order) == 1:
+    size = min(batch_size or 128, len(order))
+    for chunk in torch.split(order, size):
+        # BatchNorm cannot train on a single sample that is left over.
+        if len(chunk) > 1 or size == 1:
             yield source.rows(chunk.tolist(), device)
 
 
@@ -242,7 +244,7 @@ def _numbered(batches: Iterable[Any], device: torch.device) -> Iterator[Rows]:
 
 def _is_stream(data: object) -> bool:
     if isinstance(data, DataLoader):
-        return isinstance(data.dataset, IterableDataset) or data.batch_size is None
+        return isinstance(data.dataset, IterableDataset) or data.batch_sampler is None
     if isinstance(data, (list, tuple)):
         if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
             raise TypeError(
@@ -276,32 +278,32 @@ def _row_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
         count = len(dataset)
     except TypeError as error:
         raise TypeError(f"data: {type(dataset).__name__} has no length (__len__)") from error
-    sampler: Any = None if loader is None else loader.sampler
-    if loader is not None and type(loader.batch_sampler).__name__ not in ("BatchSampler",):
-        sampler = itertools.chain.from_iterable(loader.batch_sampler or [])
-        return _bounded(sampler, count)
-    if sampler is None or isinstance(sampler, SequentialSampler):
+    if loader is None:
+        return list(range(count))
+    batch_sampler: Any = loader.batch_sampler
+    if type(batch_sampler) is not BatchSampler:
+        rows = itertools.chain.from_iterable(batch_sampler)
+        return _bounded(rows, count, type(batch_sampler).__name__)
+    sampler: Any = batch_sampler.sampler
+    name = type(sampler).__name__
+    if isinstance(sampler, SequentialSampler):
         return list(range(count))
     if isinstance(sampler, RandomSampler):
         if sampler.replacement or len(sampler) != count:
-            checks.fail(
-                "data", "RandomSampler", "drawing with replacement repeats rows; pass the dataset"
-            )
+            checks.fail("data", name, "drawing other rows each time; pass the dataset itself")
         return list(range(count))
     if isinstance(sampler, SubsetRandomSampler):
-        return sorted(int(i) for i in sampler.indices)
+        return _bounded(sampler.indices, count, name)
     if isinstance(sampler, DistributedSampler):
         return list(range(sampler.rank, count, sampler.num_replicas))
-    return _bounded(sampler, count)
+    return _bounded(sampler, count, name)
 
 
-def _bounded(sampler: Iterable[int], count: int) -> list[int]:
-    """Row numbers of a user's own sampler, which must end and give each row once."""
-    numbers = [int(i) for i in itertools.islice(sampler, count + 1)]
+def _bounded(sampler: Iterable[int], count: int, name: str) -> list[int]:
+    """Sorted row numbers of a user's own sampler, which must end and give each row once."""
+    # It may draw from the global generator, which is put back.
+    with torch.random.fork_rng(devices=[]):
+        numbers = [int(i) for i in itertools.islice(sampler, count + 1)]
     if len(numbers) > count or len(set(numbers)) != len(numbers):
-        checks.fail(
-            "data",
-            type(sampler).__name__,
-            "this sampler repeats rows or never ends; pass the dataset itself",
-        )
-    return numbers
+        checks.fail("data", name, "this sampler repeats rows or never ends; pass the dataset")
+    return sorted(numbers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,7 @@ LossName: TypeAlias = Literal["cross_entropy", "margin", "dlr"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, in float32 at least.
+    """Cross-entropy in nats.
 
     Examples
     --------
@@ -68,9 +69,7 @@ def dlr_to_target(logits: Tensor, targets: Tensor) -> Tensor:
     """Margin to the target over z_(1) - (z_(3) + z_(4)) / 2; the plain margin below 4 classes."""
     if logits.shape[1] < 4:
         return margin_to_target(logits, targets)
-    top = logits.topk(4, dim=1).values
-    scale = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
-    return margin_to_target(logits, targets) / scale.clamp_min(1e-12)
+    return margin_to_target(logits, targets) / _targeted_scale(logits)
 
 
 def _likelihood_of_target(logits: Tensor, targets: Tensor) -> Tensor:
@@ -92,6 +91,26 @@ def climbed(
     """What an attack climbs, as a function of the logits alone; a callable is taken as it is."""
     objective = loss if callable(loss) else (_TARGETED if targeted else _UNTARGETED)[loss]
     return lambda logits: objective(logits, labels)
+
+
+def towards(loss: LossName, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """What an attack from a label towards one wrong class climbs.
+
+    For ``"dlr"`` and ``"margin"`` the difference of the two logits, for DLR over
+    z_(1) - (z_(3) + z_(4)) / 2 (Croce and Hein 2020); for cross-entropy the target's likelihood.
+    """
+    if loss == "cross_entropy":
+        return _likelihood_of_target(logits, targets)
+    pair = logits.gather(1, torch.stack([targets, labels], 1))
+    difference = pair[:, 0] - pair[:, 1]
+    if loss == "margin" or logits.shape[1] < 4:
+        return difference
+    return difference / _targeted_scale(logits)
+
+
+def _targeted_scale(logits: Tensor) -> Tensor:
+    top = logits.topk(4, dim=1).values
+    return (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-12)
 
 
 def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, engine, seeding
-from advfeat.attacks import PGD, Attack, Batch, checked_batch
+from advfeat.attacks import PGD, Batch, checked_batch
+from advfeat.attacks._attack import check_given
 from advfeat.loading import Data, Rows, Source, with_progress
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.threat import Bounds, Norm
@@ -190,6 +191,7 @@ def robust_accuracy(
     if attack is None:
         if eps is None or norm is None:
             checks.fail("eps, norm", (eps, norm), "both are needed where no attack is given")
+        checks.number("eps", eps, low=0.0)
         attack = PGD(
             eps=eps,
             norm=norm,
@@ -199,12 +201,12 @@ def robust_accuracy(
             bounds=bounds,
             seed=seed,
         )
-    elif not isinstance(attack, Attack):
-        raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...)")
-    elif eps is not None or norm is not None:
-        checks.fail("eps, norm", (eps, norm), "the attack has its own; pass one or the other")
-    # Law 3: one seed for the whole run; the rows' numbers make the noise differ.
-    attack = dataclasses.replace(attack.until_fooled(), seed=seeding.resolve(attack.seed))
+    else:
+        check_given(attack, eps, norm)
+    attack = attack.until_fooled()
+    if attack.is_random:
+        # Law 3: one seed for the whole run; the rows' numbers make the noise differ.
+        attack = dataclasses.replace(attack, seed=seeding.resolve(attack.seed))
     source = Source(data, batch_size)
     clean: list[tuple[Tensor, Tensor]] = []
     fooled: list[Tensor] = []

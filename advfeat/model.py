@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks
+from advfeat import checks, threat
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 Layer: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor] | None
@@ -21,8 +21,8 @@ Layer: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor] | None
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # Modules that failed on channels_last inputs (an x.view in them, say) get contiguous ones.
 _contiguous_only: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-# float16 input gradients underflow at the scale of one sample's loss (pitfall 12).
-_HALF_LOSS_SCALE = 1024.0
+# Size at which a row's gradient goes backward through a float16 model, which holds 6e-8 to 65504.
+_HALF_SCALE = 64.0
 
 
 class Evaluation(NamedTuple):
@@ -75,12 +75,12 @@ class Network:
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return logits ``(N, C)`` without a gradient, in float32 (or float64)."""
-        with self._without_gradient():
+        with torch.no_grad():
             return self._logits(inputs, low_precision=False)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Activations at the layer, ``(N, F)``, without a gradient, in float32 (or float64)."""
-        with self._without_gradient():
+        with torch.no_grad():
             return self._features(inputs, low_precision=False)
 
     def logits_gradient(self, inputs: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
@@ -99,18 +99,28 @@ class Network:
         forward: Callable[..., Tensor],
         objective: Callable[[Tensor], Tensor],
     ) -> Evaluation:
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             leaf = inputs.detach().requires_grad_()
             output = forward(leaf, low_precision=self.low_precision)
             value = objective(output)
-            if not value.requires_grad:
-                gradient = self._no_gradient(leaf)
-            else:
-                scale = _HALF_LOSS_SCALE if self._dtype == torch.float16 else 1.0
-                # A sum, never a mean: no sample's gradient depends on its batch.
-                (found,) = torch.autograd.grad(value.sum() * scale, leaf, allow_unused=True)
-                gradient = self._no_gradient(leaf) if found is None else found
+            found = None
+            if value.requires_grad and output.requires_grad:
+                found = self._by_inputs(leaf, output, value)
+            gradient = self._no_gradient(leaf) if found is None else found
         return Evaluation(gradient, value.detach(), output.detach())
+
+    def _by_inputs(self, leaf: Tensor, output: Tensor, value: Tensor) -> Tensor | None:
+        # A sum, never a mean: no sample's gradient depends on its batch.
+        total = value.sum()
+        if self._dtype != torch.float16:
+            return torch.autograd.grad(total, leaf, allow_unused=True)[0]
+        # float16 holds neither the tiny gradient of a sure answer nor a huge one (pitfall 12):
+        # every row enters the model at one size, and has its own back in float32.
+        (by_output,) = torch.autograd.grad(total, output)
+        peak = by_output.abs().amax(1)
+        unit = by_output / threat.per_sample(peak.clamp_min(torch.finfo(peak.dtype).tiny), output)
+        (found,) = torch.autograd.grad(output, leaf, unit * _HALF_SCALE, allow_unused=True)
+        return None if found is None else found * threat.per_sample(peak / _HALF_SCALE, leaf)
 
     @staticmethod
     def _no_gradient(leaf: Tensor) -> Tensor:
@@ -165,12 +175,6 @@ class Network:
         if fits and self._module not in _contiguous_only:
             return torch.channels_last
         return torch.contiguous_format
-
-    @contextmanager
-    def _without_gradient(self) -> Iterator[None]:
-        # Not inference_mode: its tensors could not enter a later gradient.
-        with torch.inference_mode(False), torch.no_grad():
-            yield
 
 
 @contextmanager
@@ -254,12 +258,9 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
     """Freeze flags and parameters; put back flags, ``requires_grad`` and every buffer's value."""
     flags = [(m, m.training) for m in module.modules()]
     wanted = [(p, p.requires_grad) for p in module.parameters()]
-    buffers = [
-        (owner, name, buffer, buffer._version, buffer.clone())
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    ]
+    owned = [(m, m._buffers.copy()) for m in module.modules()]
+    # An expanded buffer (stride 0) cannot be written to, by anyone.
+    values = [(b, b.clone()) for b in module.buffers() if 0 not in b.stride()]
     try:
         for m, _ in flags:
             m.training = m.training and train
@@ -271,12 +272,13 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
             m.training = flag
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
-        with torch.no_grad():
-            for owner, name, buffer, version, value in buffers:
-                # Untouched buffers are not written: a write would break a graph the user holds.
-                if buffer._version != version:
-                    buffer.copy_(value)
-                owner._buffers[name] = buffer
+        for owner, own in owned:
+            owner._buffers.clear()
+            owner._buffers.update(own)
+        for buffer, value in values:
+            # Through .data: a counted write would break a graph the user holds. Always, for
+            # BatchNorm does not count its own.
+            buffer.data.copy_(value)
 
 
 def _affordable(precision: Precision, module: nn.Module) -> Precision:

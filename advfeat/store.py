@@ -88,9 +88,10 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
             self.fields["labels"][row]
         )
 
-    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Images and labels of several rows at once."""
-        return tuple(torch.from_numpy(self.fields[name][list(rows)]) for name in _REQUIRED)  # type: ignore[return-value]
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Several rows at once, as a DataLoader asks for them."""
+        images, labels = (self.fields[name][list(rows)] for name in _REQUIRED)
+        return list(zip(torch.from_numpy(images), labels.tolist(), strict=True))
 
     def __repr__(self) -> str:
         """Method, size and fields."""

@@ -172,7 +172,9 @@ def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 40
             break
         threshold = following
     kept = torch.minimum((magnitude - threshold).clamp_min(0.0), room)
-    return kept * (radius / _nonzero(kept.sum(axes, keepdim=True))).clamp_max(1.0)
+    # The sum of many entries is itself rounded.
+    safe = radius * (1 - 2 * torch.finfo(radius.dtype).eps)
+    return kept * (safe / _nonzero(kept.sum(axes, keepdim=True))).clamp_max(1.0)
 
 
 def point_in_ball(uniform: Tensor, eps: float | Tensor, norm: Norm) -> Tensor:

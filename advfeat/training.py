@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, MultiStepLR, OneCycl
 
 from advfeat import checks, seeding
 from advfeat.attacks import PGD
+from advfeat.attacks._attack import check_given
 from advfeat.loading import Data, Rows, training_batches, with_progress
 from advfeat.metrics import accuracy, robust_accuracy
 from advfeat.model import Precision, device_of, logits_of
@@ -215,7 +217,12 @@ on_epoch, seed, progress
     checks.one_of("attack_mode", attack_mode, ("eval", "train"))
     checks.seed(seed)
     seed = seeding.resolve(seed)
-    attack = attack or _pgd(eps, norm, steps, step_size, random_start, bounds, seed)
+    if attack is None:
+        attack = _pgd(eps, norm, steps, step_size, random_start, bounds, seed)
+    else:
+        check_given(attack, eps, norm)
+        if attack.seed is None:
+            attack = dataclasses.replace(attack, seed=seed)
 
     def loss(rows: Rows, step: int) -> tuple[Tensor, Tensor]:
         clean = round(mix * len(rows.labels))
@@ -231,7 +238,7 @@ on_epoch, seed, progress
                 precision=precision,
                 train=attack_mode == "train",
             )
-            inputs = torch.cat([inputs[:clean], attacked])
+            inputs = torch.cat([inputs[:clean], attacked.to(inputs.dtype)])
         logits = _logits(model, inputs)
         return F.cross_entropy(logits, rows.labels), logits
 

@@ -108,7 +108,6 @@ def kinds_of_data():
         "mappings": Mapped(rows),
         "loader of mappings": DataLoader(Mapped(rows), batch_size=16),
         "list of mappings": [{"x": x[:40], "y": y[:40]}, {"x": x[40:], "y": y[40:]}],
-        "samples": Mapped(rows).rows,
     }
 
 
@@ -258,6 +257,13 @@ def test_without_a_seed_torch_manual_seed_governs():
     torch.manual_seed(0)
     assert torch.equal(found(), first)
     assert any(not torch.equal(first, other) for other in others)
+
+
+def test_the_random_state_is_untouched_where_nothing_is_random():
+    model, rows = linear(), data()
+    state = torch.get_rng_state()
+    af.robust_accuracy(model, rows, eps=0.1, norm="l2", steps=2)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_wrong_everywhere_has_accuracy_zero():

@@ -63,6 +63,11 @@ class Attack(ABC):
             state = self.step(net, state)
         return state
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on the seed."""
+        return True
+
     def until_fooled(self) -> Self:
         """The same attack for evaluation: a row is finished once it fools the model."""
         return self
@@ -108,6 +113,18 @@ def checked_batch(
     # Copied, for labels made in inference mode could not enter a gradient.
     labels = labels.to(torch.int64, copy=True)
     return Batch(net.prepare(inputs).clamp_(*bounds), labels, index)
+
+
+def check_given(attack: object, eps: object, norm: object) -> None:
+    """Refuse what cannot attack the labelled rows of a dataset, and a ball beside its own."""
+    if not isinstance(attack, Attack) or not hasattr(attack, "eps"):
+        raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...)")
+    if eps is not None or norm is not None:
+        checks.fail("eps, norm", (eps, norm), "the attack has its own; pass one or the other")
+    if attack.targeted:
+        checks.fail("attack", attack, "targeted, but the data give labels and no targets")
+    if isinstance(attack.eps, Tensor):
+        checks.fail("attack.eps", attack.eps, "one radius for each row of a batch; pass a float")
 
 
 def argmax_hits(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:

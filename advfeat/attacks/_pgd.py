@@ -85,7 +85,7 @@ class PGD(Attack):
         eps = torch.as_tensor(self.eps, dtype=inputs.dtype, device=inputs.device)
         if eps.ndim and eps.shape[0] != count:
             checks.fail("eps.shape", tuple(eps.shape), f"expected a float or ({count},)")
-        random = self.random_start or self.restarts > 1
+        random = self.is_random
         keys = seeding.keys(seeding.resolve(self.seed), batch.ids) if random else batch.ids
         state = PGDState(
             inputs=inputs,
@@ -114,6 +114,11 @@ class PGD(Attack):
         for _ in range(self.ticks - 1):
             state = self.step(net, state)
         return self._settled(net, state) if self._keeps else state
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a start is random."""
+        return self.random_start or self.restarts > 1
 
     def until_fooled(self) -> Self:
         """The same attack, which returns the first success."""
@@ -203,7 +208,13 @@ class PGD(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class FGSM(PGD):
-    """The fast gradient sign method (Goodfellow et al. 2015): one step of PGD; see `fgsm`."""
+    """The fast gradient sign method (Goodfellow et al. 2015): one step of PGD; see `fgsm`.
+
+    Examples
+    --------
+    >>> FGSM(eps=0.1, norm="linf").steps
+    1
+    """
 
     steps: int = field(default=1, init=False)
 

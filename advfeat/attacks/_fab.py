@@ -1,0 +1,269 @@
+"""FAB-T, the targeted fast adaptive boundary attack (Croce and Hein 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, threat
+from advfeat.attacks._attack import Batch, argmax_hits
+from advfeat.attacks._minimum_norm import MinimumNorm
+from advfeat.model import Evaluation, Network, Precision
+from advfeat.threat import Bounds, Norm
+
+# The paper's: the largest pull towards the clean input, the overshoot across the boundary, and
+# what is left of a perturbation after the step back from an input that fools the model.
+_ALPHA_MAX = 0.1
+_ETA = 1.05
+_BETA = 0.9
+
+
+class FABState(NamedTuple):
+    """Rows of a running FAB-T."""
+
+    inputs: Tensor  # (N, ...) clean
+    labels: Tensor  # (N,) int64
+    targets: Tensor  # (N, T) int64, other classes, the most likely first
+    taken: Tensor  # (N,) int64, steps taken, towards all targets
+    current: Tensor  # (N, ...)
+    kept: Tensor  # (N, ...), the closest that fools the model, else the last iterate
+    distance: Tensor  # (N,) of kept; infinite where nothing fools the model
+    value: Tensor  # (N,) its negative
+    success: Tensor  # (N,) bool, whether kept fools the model (within eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FAB(MinimumNorm):
+    """FAB-T as a value; see `fab` for the meaning of each setting.
+
+    With ``eps`` it serves `advfeat.robust_accuracy`: a row is finished once it is fooled within
+    ``eps``, and results lie within ``eps``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> attack = FAB(norm="l2", steps=10)
+    >>> attack(model, torch.rand(2, 4), torch.tensor([0, 2])).shape
+    torch.Size([2, 4])
+    """
+
+    targets: int = 9
+
+    targeted = False
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        super().__post_init__()
+        checks.count("targets", self.targets, low=1)
+
+    def init(self, net: Network, batch: Batch) -> FABState:
+        """Look up which classes to aim at; a row that is wrong already has its result."""
+        inputs, labels = batch.inputs, batch.labels
+        logits = net.logits(inputs)
+        others = logits.scatter(1, labels[:, None], -torch.inf)
+        likely = others.argsort(dim=1, descending=True, stable=True)
+        state = FABState(
+            inputs=inputs,
+            labels=labels,
+            targets=likely[:, : min(self.targets, logits.shape[1] - 1)],
+            taken=torch.zeros_like(labels),
+            current=inputs,
+            **self._nothing_kept(inputs),
+        )
+        kept: FABState = self._keep(state, inputs, argmax_hits(logits, labels, False))
+        return kept
+
+    def step(self, net: Network, state: FABState) -> FABState:
+        """Move every row to the linearised boundary; a row that is through aims at the next class.
+
+        One gradient, and one forward pass of the new iterate.
+        """
+        number = (state.taken // self.steps).clamp_max(state.targets.shape[1] - 1)
+        target = state.targets.gather(1, number[:, None])
+
+        def lead(logits: Tensor) -> Tensor:
+            own = logits.gather(1, state.labels[:, None])
+            return (logits.gather(1, target) - own).squeeze(1)
+
+        current = self._moved(state, net.logits_gradient(state.current, lead))
+        hits = argmax_hits(net.logits(current), state.labels, False)
+        state = self._keep(state, current, hits)
+        taken = state.taken + 1
+        share = torch.where(hits, _BETA, 1.0).masked_fill(taken % self.steps == 0, 0.0)
+        current = state.inputs + threat.per_sample(share, current) * (current - state.inputs)
+        return state._replace(current=current.clamp(*self.bounds), taken=taken)
+
+    def run(self, net: Network, state: FABState) -> FABState:
+        """Take the steps towards all targets that the model has."""
+        for _ in range(self._ticks_of(state)):
+            state = self.step(net, state)
+        return state
+
+    @property
+    def ticks(self) -> int:
+        """Steps towards all targets; fewer where the model has not so many classes."""
+        return self.steps * self.targets
+
+    def _ticks_of(self, state: FABState) -> int:
+        return self.steps * state.targets.shape[1]
+
+    def _moved(self, state: FABState, found: Evaluation) -> Tensor:
+        """The paper's step: between both points projected on the boundary, and a bit beyond it."""
+        current, inputs = state.current, state.inputs
+        delta = (current - inputs).flatten(1)
+        weight = found.gradient.flatten(1)
+        peak = weight.abs().amax(1, keepdim=True)
+        usable = torch.isfinite(peak) & (peak > 0)
+        weight = torch.where(usable, weight / torch.where(usable, peak, 1.0), 0.0)
+        missing = -found.value.to(weight.dtype)[:, None] / torch.where(usable, peak, 1.0)
+        gap = torch.cat([missing, missing + (weight * delta).sum(1, keepdim=True)], 1)
+        points = torch.stack([current.flatten(1), inputs.flatten(1)], 1)
+        moves = to_hyperplane(points, weight, gap, self.norm, self.bounds)
+        lengths = threat.size(moves.flatten(0, 1), self.norm).view(-1, 2).clamp_min(1e-8)
+        alpha = (lengths[:, 0] / lengths.sum(1)).clamp_max(_ALPHA_MAX)[:, None]
+        step = _ETA * moves[:, 0] * (1 - alpha) + alpha * (_ETA * moves[:, 1] - delta)
+        return (current + step.view(current.shape)).clamp(*self.bounds)
+
+
+def to_hyperplane(
+    points: Tensor, weight: Tensor, gap: Tensor, norm: Norm, bounds: Bounds = (0.0, 1.0)
+) -> Tensor:
+    """Smallest moves within the box that add ``gap`` to the product with ``weight``.
+
+    Parameters
+    ----------
+    points
+        Shape ``(N, K, d)``, K points to a sample, within the box.
+    weight
+        The hyperplanes' normals, ``(N, d)``, of size about 1; where they are zero nothing moves.
+    gap
+        Shape ``(N, K)``: what the product with ``weight`` has to grow by. Where the box leaves not
+        so much, the move goes as far as the box allows.
+    norm, bounds
+        In which norm the move is smallest, and the box ``(low, high)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(N, K, d)``.
+
+    Examples
+    --------
+    >>> points, weight = torch.tensor([[[0.5, 0.9]]]), torch.tensor([[0.5, 1.0]])
+    >>> to_hyperplane(points, weight, torch.tensor([[0.2]]), "l1")
+    tensor([[[0.2000, 0.1000]]])
+    """
+    low, high = bounds
+    gap = gap.nan_to_num()[..., None]
+    sense = weight.sign()[:, None] * gap.sign()
+    room = torch.where(sense > 0, high - points, points - low).clamp_min(0.0)
+    room = torch.where(sense == 0, 0.0, room)
+    pull = weight.abs()[:, None]
+    need = torch.minimum(gap.abs(), (pull * room).sum(-1, keepdim=True))
+    fill = _fill_by_pull if norm == "l1" else _fill_together
+    return sense * fill(pull, room, need, norm)
+
+
+def _fill_by_pull(pull: Tensor, room: Tensor, need: Tensor, _: Norm) -> Tensor:
+    """A fractional knapsack: entries of larger pull first, each up to its room."""
+    pull, order = pull.sort(dim=-1, descending=True, stable=True)
+    order = order.expand_as(room)
+    room = room.gather(-1, order)
+    gain = pull * room
+    left = need - (gain.cumsum(-1) - gain)
+    lengths = torch.where(left > 0, torch.minimum(left / pull, room), 0.0)
+    return torch.empty_like(room).scatter_(-1, order, lengths)
+
+
+def _fill_together(
+    pull: Tensor, room: Tensor, need: Tensor, norm: Norm, rounds: int = 16
+) -> Tensor:
+    """All entries at once, min(t, room) in linf and min(t |w|, room) in l2, for the right time t.
+
+    What they gain grows in t, concavely and piecewise linearly: Newton's steps from 0 do not
+    overshoot, and are exact once they stop the entries that the box stops.
+    """
+    speed = pull if norm == "l2" else pull.sign()
+    gain, rate = pull * room, pull * speed
+    largest = torch.finfo(need.dtype).max
+    time = torch.zeros_like(need)
+    for _ in range(rounds):
+        stopped = time * speed >= room
+        left = need - torch.where(stopped, gain, 0.0).sum(-1, keepdim=True)
+        slope = torch.where(stopped, 0.0, rate).sum(-1, keepdim=True)
+        later = torch.where(slope > 0, left / slope, time).clamp_max(largest)
+        later = torch.maximum(time, later)
+        # Reading the result back is free on the CPU; elsewhere it would wait for the device.
+        if later.device.type == "cpu" and torch.equal(later, time):
+            break
+        time = later
+    return torch.minimum(time * speed, room)
+
+
+def fab(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    norm: Norm,
+    steps: int = 100,
+    targets: int = 9,
+    bounds: Bounds = (0.0, 1.0),
+    precision: Precision = "float32",
+) -> Tensor:
+    """Find close inputs that fool the model, by the targeted FAB attack (Croce and Hein 2020).
+
+    Each step linearises the boundary between the label and one other class, and moves to it, with
+    a pull towards the clean input; from an input that fools the model it steps back. Nothing has
+    to be tuned, and it does not depend on the scale of the logits. No random numbers are used.
+
+    Parameters
+    ----------
+    model
+        Any module that returns class logits ``(N, C)``; see `advfeat.pgd`.
+    inputs
+        Floating point, ``(N, ...)`` of any rank from 2, within ``bounds``.
+    labels
+        True class indices ``(N,)``.
+    norm
+        What is minimised: ``"l1"``, ``"l2"`` or ``"linf"``.
+    steps
+        Steps towards each target; a step takes one gradient and one forward pass.
+    targets
+        How many other classes to aim at in turn, the most likely first; at most all of them.
+    bounds
+        The box ``(low, high)`` that every result lies in.
+    precision
+        ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
+        model is settled in float32.
+
+    Returns
+    -------
+    Tensor
+        The closest inputs found that the model gets wrong, as whichever class; the clean input
+        where that is wrong already. A row where nothing was found holds the last iterate. The
+        shape of ``inputs``, float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause, before any work is done.
+
+    Examples
+    --------
+    The distance from the boundary between two classes of a linear model is known:
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2, bias=False)
+    >>> model.weight.data = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> x = torch.tensor([[0.8, 0.3]])
+    >>> x_adv = fab(model, x, torch.tensor([0]), norm="l2")
+    >>> round(float((x_adv - x).norm()), 2)  # (3 * 0.8 - 4 * 0.3) / 5
+    0.24
+    """
+    attack = FAB(norm=norm, steps=steps, targets=targets, bounds=bounds)
+    return attack(model, inputs, labels, precision=precision)

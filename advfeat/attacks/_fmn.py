@@ -1,0 +1,186 @@
+"""FMN, the fast minimum-norm attack (Pintor et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, losses, threat
+from advfeat.attacks._attack import Batch, argmax_hits
+from advfeat.attacks._minimum_norm import MinimumNorm
+from advfeat.model import Evaluation, Network, Precision
+from advfeat.threat import Bounds, Norm
+
+# The paper's: by which share the radius grows or shrinks, at first and at last; and the last step's
+# size as a share of the first's.
+_GAMMA_FIRST, _GAMMA_LAST = 0.05, 0.001
+_STEP_LAST = 0.01
+_DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
+
+
+class FMNState(NamedTuple):
+    """Rows of a running FMN."""
+
+    inputs: Tensor  # (N, ...) clean
+    labels: Tensor  # (N,) int64, true labels or targets
+    taken: Tensor  # (N,) int64, steps taken
+    current: Tensor  # (N, ...)
+    radius: Tensor  # (N,) of the ball that the current iterate was projected on
+    kept: Tensor  # (N, ...), the closest that fools the model, else the last iterate
+    distance: Tensor  # (N,) of kept; infinite where nothing fools the model
+    value: Tensor  # (N,) its negative
+    success: Tensor  # (N,) bool, whether kept fools the model (within eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FMN(MinimumNorm):
+    """FMN as a value; see `fmn` for the meaning of each setting.
+
+    With ``eps`` it serves `advfeat.robust_accuracy`: a row is finished once it is fooled within
+    ``eps``, and results lie within ``eps``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Linear(4, 3)
+    >>> attack = FMN(norm="l2", steps=10)
+    >>> attack(model, torch.rand(2, 4), torch.tensor([0, 2])).shape
+    torch.Size([2, 4])
+    """
+
+    step_size: float | None = None
+    targeted: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        super().__post_init__()
+        if self.step_size is not None:
+            checks.number("step_size", self.step_size, low=0.0, strict=True)
+
+    def init(self, net: Network, batch: Batch) -> FMNState:
+        """Put every row at its clean input."""
+        inputs, labels = batch.inputs, batch.labels
+        return FMNState(
+            inputs=inputs,
+            labels=labels,
+            taken=torch.zeros_like(labels),
+            current=inputs,
+            radius=inputs.new_zeros(inputs.shape[0]),
+            **self._nothing_kept(inputs),
+        )
+
+    def step(self, net: Network, state: FMNState) -> FMNState:
+        """Look at the current iterate, adapt each row's radius, and take a gradient step in it."""
+        objective = losses.climbed("margin", state.labels, self.targeted)
+        found = net.logits_gradient(state.current, objective)
+        # A hit that float32 does not see would be kept in place of a real one.
+        logits = net.logits(state.current) if net.low_precision else found.output
+        hits = argmax_hits(logits, state.labels, self.targeted)
+        state = self._keep(state, state.current, hits)
+        return self._moved(state, found, hits)
+
+    def run(self, net: Network, state: FMNState) -> FMNState:
+        """Take all steps, and look at the last iterate too."""
+        for _ in range(self.steps):
+            state = self.step(net, state)
+        hits = argmax_hits(net.logits(state.current), state.labels, self.targeted)
+        settled: FMNState = self._keep(state, state.current, hits)
+        return settled
+
+    @property
+    def ticks(self) -> int:
+        """All steps, and the evaluation of the last iterate."""
+        return self.steps + 1
+
+    def _moved(self, state: FMNState, found: Evaluation, hits: Tensor) -> FMNState:
+        inputs, current, radius = state.inputs, state.current, state.radius
+        low, high = self.bounds
+        # From 1 to 0 along half a cosine, by each row's own count.
+        fresh = (1 + (state.taken.to(radius.dtype) * (math.pi / self.steps)).cos()) / 2
+        gamma = _GAMMA_LAST + (_GAMMA_FIRST - _GAMMA_LAST) * fresh
+        slope = threat.size(found.gradient, _DUAL[self.norm])
+        to_boundary = (found.value.to(radius.dtype).abs() / slope).nan_to_num(torch.inf)
+        reached = threat.size(current - inputs, self.norm) + to_boundary
+        wider = torch.where(state.distance.isinf(), reached, radius * (1 + gamma))
+        narrower = torch.minimum(radius * (1 - gamma), state.distance)
+        farthest = threat.size(torch.maximum(high - inputs, inputs - low), self.norm)
+        radius = torch.where(hits, narrower, wider).minimum(farthest)
+        first = high - low if self.step_size is None else self.step_size
+        size = first * (_STEP_LAST + (1 - _STEP_LAST) * fresh)
+        direction = threat.steepest(found.gradient, "l2")
+        moved = current + threat.per_sample(size, current) * direction
+        current = threat.project(moved, inputs, radius, self.norm, self.bounds)
+        return state._replace(current=current, radius=radius, taken=state.taken + 1)
+
+
+def fmn(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    norm: Norm,
+    steps: int = 100,
+    step_size: float | None = None,
+    targeted: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    precision: Precision = "float32",
+) -> Tensor:
+    """Find close inputs that fool the model, by adaptive norm constraints (Pintor et al. 2021).
+
+    Gradient steps on the margin within a ball whose radius shrinks while the iterate fools the
+    model and grows while it does not. One run of ``steps`` gradients gives every row's distance,
+    and with it the accuracy at every radius. No random numbers are used.
+
+    Parameters
+    ----------
+    model
+        Any module that returns class logits ``(N, C)``; see `advfeat.pgd`.
+    inputs
+        Floating point, ``(N, ...)`` of any rank from 2, within ``bounds``.
+    labels
+        Class indices ``(N,)``: true labels, or the targets when ``targeted``.
+    norm
+        What is minimised: ``"l1"``, ``"l2"`` or ``"linf"``.
+    steps
+        Gradients a row takes.
+    step_size
+        l2 length of the first step, whatever the norm; it falls along a cosine to a hundredth of
+        that. Default the width of ``bounds`` (the paper's 1 for images in [0, 1]).
+    targeted
+        Look for inputs that the model takes for ``labels``.
+    bounds
+        The box ``(low, high)`` that every result lies in.
+    precision
+        ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
+        model is settled in float32.
+
+    Returns
+    -------
+    Tensor
+        The closest inputs found that the model gets wrong (or takes for the targets); the clean
+        input where that is so already. A row where nothing was found holds the last iterate. The
+        shape of ``inputs``, float32 (float64 for float64 inputs).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause, before any work is done.
+
+    Examples
+    --------
+    The distance from the boundary between two classes of a linear model is known:
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2, bias=False)
+    >>> model.weight.data = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    >>> x = torch.tensor([[0.8, 0.3]])
+    >>> x_adv = fmn(model, x, torch.tensor([0]), norm="l2")
+    >>> round(float((x_adv - x).norm()), 2)  # (3 * 0.8 - 4 * 0.3) / 5
+    0.24
+    """
+    attack = FMN(norm=norm, steps=steps, step_size=step_size, targeted=targeted, bounds=bounds)
+    return attack(model, inputs, labels, precision=precision)

@@ -4,6 +4,7 @@ The names here are the ones used most; the rest is in `advfeat.attacks`, `advfea
 `advfeat.training`, `advfeat.robustify`, `advfeat.nonrobust` and `advfeat.store`.
 """
 
+from advfeat._version import __version__ as __version__
 from advfeat.attacks import FGSM, PGD, fgsm, pgd
 from advfeat.metrics import accuracy, robust_accuracy
 from advfeat.nonrobust import (
@@ -14,8 +15,6 @@ from advfeat.nonrobust import (
 from advfeat.robustify import construct_robust_dataset
 from advfeat.store import ConstructedDataset
 from advfeat.training import adversarial_fit, fit
-
-__version__ = "0.1.0"
 
 __all__ = [
     "FGSM",

@@ -48,6 +48,27 @@ def loss(value: object) -> None:
         one_of("loss", value, LOSS_NAMES)
 
 
+def function(argument: str, value: object) -> None:
+    """Refuse what is neither a callable nor None."""
+    if not (value is None or callable(value)):
+        raise TypeError(f"{argument}={value!r}: expected a callable, got {type(value).__name__}")
+
+
+def objective(value: object, logits: Tensor) -> Tensor:
+    """Refuse what a user's loss returned unless it is one value for each sample."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"loss: returned {type(value).__name__}; expected a tensor, one value for each sample"
+        )
+    if value.shape != logits.shape[:1]:
+        fail(
+            "loss",
+            tuple(value.shape),
+            f"expected one value for each sample, ({logits.shape[0]},); reduction='none'?",
+        )
+    return value
+
+
 def number(argument: str, value: object, *, low: float, strict: bool = False) -> None:
     """Refuse what is not a finite real number of at least (or above) ``low``."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -102,7 +123,8 @@ def eps(value: object) -> None:
 def linf_in_bounds(eps: object, norm: str, bounds: Bounds) -> None:
     """Refuse an l_inf radius wider than the box: 8 was meant to be 8/255."""
     width = bounds[1] - bounds[0]
-    if norm == "linf" and isinstance(eps, float | int) and eps > width:
+    largest = eps.amax() if isinstance(eps, Tensor) else eps
+    if norm == "linf" and largest > width:  # type: ignore[operator]
         fail("eps", eps, f"wider than bounds={bounds}; for pixels in [0, 1] write 8/255, not 8")
 
 
@@ -117,34 +139,45 @@ def seed(value: object) -> None:
         )
 
 
-def inputs(value: object, bounds: Bounds) -> None:
+def inputs(value: object, bounds: Bounds, name: str = "inputs") -> None:
     """Refuse inputs that are not a batch of finite floating-point numbers within the bounds."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"inputs: expected a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(
-            f"inputs: expected floating-point values, got {value.dtype}; "
+            f"{name}: expected floating-point values, got {value.dtype}; "
             "convert images with x.float() / 255"
         )
     if value.ndim < 2:
-        fail("inputs.shape", tuple(value.shape), "the first axis is the sample; add one: x[None]")
+        fail(f"{name}.shape", tuple(value.shape), "the first axis is the sample; add one: x[None]")
     if value.numel() == 0:
-        fail("inputs.shape", tuple(value.shape), "empty batch")
+        fail(f"{name}.shape", tuple(value.shape), "empty batch")
     if value.is_meta:
-        fail("inputs.device", str(value.device), "meta tensors hold no values")
+        fail(f"{name}.device", str(value.device), "meta tensors hold no values")
     smallest, largest = torch.stack(value.detach().aminmax()).tolist()
     if not (math.isfinite(smallest) and math.isfinite(largest)):
-        fail("inputs", "NaN or infinity", "every value must be finite; look at the loader")
+        fail(name, "NaN or infinity", "every value must be finite; look at the loader")
     low, high = bounds
     if smallest < low - CLIPPED or largest > high + CLIPPED:
         cause = "the normalisation is outside the model: move it inside, as its first layer"
         if smallest >= 0 and largest > 2 and high == 1:
             cause = "the images are in [0, 255]: divide by 255"
         fail(
-            "inputs",
+            name,
             f"[{smallest:.4g}, {largest:.4g}]",
             f"outside bounds={bounds}; usually {cause}. Otherwise pass bounds=(low, high)",
         )
+
+
+def index(value: object, inputs: Tensor) -> None:
+    """Refuse sample numbers that are not one integer for each input, on its device."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"index: expected a tensor of integers, got {kind}")
+    if value.shape != inputs.shape[:1]:
+        fail("index.shape", tuple(value.shape), f"expected ({inputs.shape[0]},)")
+    if value.device != inputs.device:
+        fail("index.device", str(value.device), f"the inputs are on {inputs.device}; move one")
 
 
 def labels(value: object, inputs: Tensor, name: str = "labels") -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, seeding, threat
+from advfeat._version import __version__
 from advfeat.attacks import Attack, Batch, Inversion, checked_batch
 from advfeat.loading import Data, Source, with_progress
 from advfeat.model import Layer, Network, Precision, attackable, device_of
@@ -105,7 +105,7 @@ def invert_all(
     attack = Inversion(steps=steps, step_size=step_size, bounds=bounds)
     checks.seed(seed)
     source = indexed(data, batch_size)
-    _check_start(start, len(source))
+    _check_start(start, len(source), bounds)
     seed = seeding.resolve(seed)
     places = {row: place for place, row in enumerate(source.indices)}
 
@@ -162,8 +162,9 @@ def invert_all(
     )
 
 
-def _check_start(start: Start, rows: int) -> None:
-    if isinstance(start, Tensor):
+def _check_start(start: Start, rows: int, bounds: Bounds) -> None:
+    if not isinstance(start, str):
+        checks.inputs(start, bounds, "start")
         if len(start) != rows:
             checks.fail("start.shape", tuple(start.shape), f"expected {rows} images, one a row")
         return
@@ -184,7 +185,7 @@ def _noise(batch: Batch, seed: int, bounds: Bounds) -> Tensor:
 def _layer_name(model: nn.Module, layer: Layer) -> str:
     if isinstance(layer, nn.Module):
         names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-        return names[layer]
+        return names.get(layer, "")  # a module of another model is refused by `attackable`
     return "input of the last Linear" if layer is None else str(layer)
 
 
@@ -192,19 +193,26 @@ def _manifest(
     method: str, model: nn.Module, attack: Attack, settings: dict[str, Any]
 ) -> dict[str, Any]:
     own = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}  # type: ignore[arg-type]
-    own = {k: v if _is_plain(v) else str(v) for k, v in own.items() if k != "seed"}
+    own = {k: v for k, v in own.items() if k != "seed"}
     return {
         "method": method,
         "attack": type(attack).__name__,
-        "settings": {**own, **settings},
+        "settings": _plain({**own, **settings}),
         "model": type(model).__name__,
         "versions": {
-            "advfeat": metadata.version("advfeat"),
+            "advfeat": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
     }
 
 
-def _is_plain(value: object) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, tuple, list))
+def _plain(value: Any) -> Any:
+    """What JSON can hold: NumPy's numbers become Python's, anything strange its description."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

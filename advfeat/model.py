@@ -51,7 +51,7 @@ class Network:
         self.low_precision = precision == "bfloat16"
         self._has_convolution = any(isinstance(m, _CONVOLUTIONS) for m in module.modules())
         self.classes: int | None = None
-        self._largest_label = -1
+        self._largest_label, self._label_name = -1, "labels"
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Copy the user's inputs: detached, float32 at least, in the fastest memory format."""
@@ -65,6 +65,7 @@ class Network:
         if self.classes is not None:
             checks.class_range(largest, self.classes, name)
         self._largest_label = max(self._largest_label, largest)
+        self._label_name = name
 
     def class_count(self, inputs: Tensor) -> int:
         """Number of logits; looked up on the first row if no forward pass has told it yet."""
@@ -99,7 +100,8 @@ class Network:
         forward: Callable[..., Tensor],
         objective: Callable[[Tensor], Tensor],
     ) -> Evaluation:
-        with torch.enable_grad():
+        # The user's own autocast would decide the precision of the backward pass too.
+        with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
             leaf = inputs.detach().requires_grad_()
             output = forward(leaf, low_precision=self.low_precision)
             value = objective(output)
@@ -135,7 +137,7 @@ class Network:
         output = checks.logits(logits_of(self._call(self._module, inputs, low_precision)), inputs)
         if self.classes is None:
             self.classes = output.shape[1]
-            checks.class_range(self._largest_label, self.classes)
+            checks.class_range(self._largest_label, self.classes, self._label_name)
         return _at_least_float32(output)
 
     def _features(self, inputs: Tensor, low_precision: bool) -> Tensor:
@@ -247,7 +249,8 @@ def find_layer(module: nn.Module, layer: Layer) -> Layer:
             checks.fail("layer", type(layer).__name__, "this module is not part of the model")
         return layer
     if layer not in named or layer == "":
-        close = difflib.get_close_matches(layer, list(named), n=3, cutoff=0.3) or list(named)[1:6]
+        names = [name for name in named if name]
+        close = difflib.get_close_matches(layer, names, n=3, cutoff=0.3) or names[:5]
         checks.fail("layer", layer, f"the model has no layer of this name; near: {close}")
     found: nn.Module = named[layer]
     return found

@@ -81,10 +81,14 @@ def integers(keys: Tensor, draw: int | Tensor, high: int) -> Tensor:
     return (top * high) >> 32
 
 
+def derive(seed: int, draw: int) -> int:
+    """Another seed, for a part of the work that is to have random numbers of its own."""
+    return int(bits(keys(seed, torch.zeros(1, dtype=torch.int64)), draw, 1))
+
+
 def generator(seed: int, draw: int = 0) -> torch.Generator:
     """Return a CPU generator for sequential work (shuffling an epoch), keyed by (seed, draw)."""
-    key = bits(keys(seed, torch.zeros(1, dtype=torch.int64)), draw, 1)
-    return torch.Generator().manual_seed(int(key))
+    return torch.Generator().manual_seed(derive(seed, draw))
 
 
 def _mix(value: Tensor) -> Tensor:

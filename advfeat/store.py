@@ -140,19 +140,26 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
         path = folder / _MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"folder={str(folder)!r}: no {_MANIFEST}; not a saved dataset")
-        manifest = json.loads(path.read_text())
+        try:
+            manifest = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"folder={str(folder)!r}: {_MANIFEST} is cut short or damaged: {error}"
+            ) from error
         if manifest.get("format") != FORMAT:
             checks.fail(
                 "folder",
                 str(folder),
                 f"format {manifest.get('format')}; this version reads {FORMAT}",
             )
-        return cls({name: _mapped(folder / f"{name}.npy") for name in manifest["fields"]}, manifest)
+        names = manifest.get("fields", ())
+        return cls({name: _mapped(folder / f"{name}.npy") for name in names}, manifest)
 
 
 def _mapped(path: Path) -> Array:
     try:
-        mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        # Unlike np.load, it reads nothing else than an array: no archive, no pickle.
+        mapped: Array = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"folder: {path.name} is missing, cut short or no array: {error}"

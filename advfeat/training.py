@@ -13,12 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.lr_scheduler import (
+    CyclicLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+)
 
 from advfeat import checks, seeding
 from advfeat.attacks import PGD
 from advfeat.attacks._attack import check_given
-from advfeat.loading import Data, Rows, training_batches, with_progress
+from advfeat.loading import Data, Rows, Source, training_batches, with_progress
 from advfeat.metrics import accuracy, robust_accuracy
 from advfeat.model import Precision, device_of, logits_of
 from advfeat.threat import Bounds, Norm
@@ -119,9 +125,10 @@ def fit(
     >>> [row["epoch"] for row in history.rows]
     [1, 2]
     """
+    checks.seed(seed)
 
     def loss(rows: Rows, step: int) -> tuple[Tensor, Tensor]:
-        logits = _logits(model, rows.inputs)
+        logits = _logits(model, rows.inputs, rows.labels)
         return F.cross_entropy(logits, rows.labels), logits
 
     def measure() -> dict[str, float]:
@@ -138,6 +145,7 @@ def fit(
         schedule=schedule,
         batch_size=batch_size,
         augment=augment,
+        validation=validation,
         on_epoch=on_epoch,
         seed=seeding.resolve(seed),
         progress=progress,
@@ -239,7 +247,7 @@ on_epoch, seed, progress
                 train=attack_mode == "train",
             )
             inputs = torch.cat([inputs[:clean], attacked.to(inputs.dtype)])
-        logits = _logits(model, inputs)
+        logits = _logits(model, inputs, rows.labels)
         return F.cross_entropy(logits, rows.labels), logits
 
     def measure() -> dict[str, float]:
@@ -258,6 +266,7 @@ on_epoch, seed, progress
         schedule=schedule,
         batch_size=batch_size,
         augment=augment,
+        validation=validation,
         on_epoch=on_epoch,
         seed=seed,
         progress=progress,
@@ -278,12 +287,16 @@ def _train(
     schedule: Schedule | None,
     batch_size: int | None,
     augment: Callable[[Tensor], Tensor] | None,
+    validation: Data | None,
     on_epoch: Callable[[dict[str, float]], object] | None,
     seed: int,
     progress: bool | None,
 ) -> History:
     """Epochs of any loss: what `fit` and `adversarial_fit` share."""
     checks.count("epochs", epochs, low=1)
+    checks.function("augment", augment)
+    checks.function("on_epoch", on_epoch)
+    _check_validation(validation)
     scheduler = _scheduler(optimizer, schedule, epochs)
     every_batch = isinstance(scheduler, (OneCycleLR, CyclicLR))
     device = device_of(model)
@@ -348,8 +361,20 @@ def _checked(rows: Rows, augment: Callable[[Tensor], Tensor] | None) -> Rows:
     return Rows(rows.ids, inputs, rows.labels.to(torch.int64))
 
 
-def _logits(model: nn.Module, inputs: Tensor) -> Tensor:
-    return checks.logits(logits_of(model(inputs)), inputs).float()
+def _check_validation(validation: Data | None) -> None:
+    """Refuse data that could not be measured after the first epoch, before it."""
+    try:
+        if validation is not None:
+            Source(validation)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"validation: {error}") from error
+
+
+def _logits(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    logits = checks.logits(logits_of(model(inputs)), inputs)
+    # On a GPU a label out of range would end the process.
+    checks.class_range(int(labels.max()), logits.shape[1])
+    return logits.float()
 
 
 def _pgd(
@@ -389,7 +414,11 @@ def _optimizer(
     if not parameters:
         checks.fail("model", type(model).__name__, "no parameter requires a gradient: all frozen?")
     if optimizer is not None:
-        return optimizer(parameters)
+        checks.function("optimizer", optimizer)
+        made: object = optimizer(parameters)
+        if not isinstance(made, Optimizer):
+            raise TypeError(f"optimizer: made {type(made).__name__}; expected an Optimizer")
+        return made
     checks.number("lr", lr, low=0.0, strict=True)
     checks.number("momentum", momentum, low=0.0)
     checks.number("weight_decay", weight_decay, low=0.0)
@@ -397,11 +426,15 @@ def _optimizer(
 
 
 def _scheduler(optimizer: Optimizer, schedule: Schedule | None, epochs: int) -> LRScheduler:
-    if isinstance(schedule, LRScheduler):
-        return schedule
-    if schedule is not None:
-        return schedule(optimizer)
-    return MultiStepLR(optimizer, sorted({max(1, epochs // 3), max(1, 2 * epochs // 3)}), 0.1)
+    if schedule is None:
+        third, two_thirds = max(1, epochs // 3), max(1, 2 * epochs // 3)
+        return MultiStepLR(optimizer, sorted({third, two_thirds}), 0.1)
+    if not isinstance(schedule, LRScheduler):
+        checks.function("schedule", schedule)
+        schedule = schedule(optimizer)
+    if isinstance(schedule, ReduceLROnPlateau):
+        checks.fail("schedule", "ReduceLROnPlateau", "it needs a metric; step it in on_epoch")
+    return schedule
 
 
 def _cell(value: float | None) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from advfeat import losses
 
-FAST = settings(max_examples=60, deadline=None, derandomize=True)
+FAST = settings(max_examples=40, deadline=None, derandomize=True)
 ALL = [
     losses.cross_entropy,
     losses.margin,
@@ -79,7 +79,9 @@ def test_gradients_are_those_of_finite_differences(loss):
 
 @pytest.mark.parametrize("loss", [losses.cross_entropy, losses.margin, losses.dlr])
 def test_untargeted_losses_grow_as_the_labels_logit_falls(loss):
-    logits, labels = some_logits()
+    # Where the model is right; DLR is flat once the label is third.
+    logits, _ = some_logits()
+    labels = logits.argmax(1)
     lower = logits.scatter_add(1, labels[:, None], torch.full((8, 1), -0.1))
     assert (loss(lower, labels) > loss(logits, labels)).all()
 

@@ -1,6 +1,8 @@
 """Accuracy clean and under attack: counts, intervals, closed forms, and what they depend on."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -49,6 +51,16 @@ def test_accuracy_is_a_float_with_its_counts():
     assert f"{found:.3f}" == "0.750"
     assert round(found, 1) == 0.8
     assert torch.tensor(found) == 0.75
+
+
+def test_accuracy_survives_pickling_and_copying():
+    rows = data()
+    found = af.robust_accuracy(linear(), rows, eps=0.05, norm="l2", steps=2)
+    for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
+        assert again == found
+        assert again.interval == found.interval
+        assert torch.equal(again.correct, found.correct)
+        assert again.standard == found.standard
 
 
 @pytest.mark.parametrize("right", [0, 7, 10])

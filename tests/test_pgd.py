@@ -293,15 +293,16 @@ def iterates(model, x, y, steps, **options):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_best_is_the_iterate_of_largest_objective(norm):
-    model, x = Wavy(), batch()
-    y = predicted(model, x)
+    model, x, y = Wavy(), batch(40), torch.arange(40) % 4
     options = {"eps": EPS[norm] / 2, "norm": norm, "step_size": EPS[norm] / 3}
     runs = iterates(model, x, y, 6, **options)
     values = torch.stack([objective(model, i, y) for i in runs])
     best = af.pgd(model, x, y, steps=6, returns="best", **options)
     torch.testing.assert_close(objective(model, best, y), values.max(0).values)
-    assert (values[-1] < values.max(0).values).any()  # else "last" would pass this test
     assert torch.equal(af.pgd(model, x, y, steps=6, returns="last", **options), runs[-1])
+    # Neither the last iterate nor the clean input would pass this test.
+    assert (values[-1] < values.max(0).values).any()
+    assert (objective(model, x, y) > values.max(0).values).any()
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -346,18 +347,25 @@ def test_more_restarts_are_never_worse(returns, norm):
     assert gain.max() > 0
 
 
+def random_start_by_hand(x, draw, seed, eps):
+    """Where linf restart number ``draw`` begins."""
+    keys = seeding.keys(seed, torch.arange(len(x)))
+    numbers = seeding.uniform(keys, draw, x[0].numel() + 1)
+    return (x + threat.point_in_ball(numbers, eps, "linf").double()).clamp(0, 1)
+
+
 def test_restarts_return_the_best_of_their_last_iterates():
-    # The first restart from a seed is the run with one random start; with two, the better one.
-    model, x = curved(), batch(20)
-    y = predicted(model, x)
-    options = {"eps": 0.3, "norm": "linf", "steps": 3, "step_size": 0.1}
-    both = af.pgd(model, x, y, restarts=2, seed=2, **options)
-    one = af.pgd(model, x, y, random_start=True, seed=2, **options)
-    same = (both == one).all(1)
-    assert same.any()
-    assert not same.all()
-    values = objective(model, both, y), objective(model, one, y)
-    assert (values[0] > values[1])[~same].all()
+    model, x, y = Wavy(), batch(40), torch.arange(40) % 4
+    runs = []
+    for draw in range(3):
+        start = random_start_by_hand(x, draw, 2, 0.2)
+        runs.append(by_hand(model, x, y, 0.2, 0.1, 4, 0.0, start))
+    values = torch.stack([objective(model, i, y) for i in runs])
+    expected = torch.stack(runs)[values.argmax(0), torch.arange(40)]
+    options = {"eps": 0.2, "norm": "linf", "steps": 4, "step_size": 0.1}
+    found = af.pgd(model, x, y, restarts=3, seed=2, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+    assert values.argmax(0).unique().tolist() == [0, 1, 2]
 
 
 def test_a_targeted_attack_climbs_towards_its_labels():
@@ -371,9 +379,9 @@ def test_a_targeted_attack_climbs_towards_its_labels():
 # --- The step ---
 
 
-def by_hand(model, x, y, eps, step, steps, decay):
+def by_hand(model, x, y, eps, step, steps, decay, start=None):
     """MI-FGSM (Dong et al. 2018, algorithm 1) with the sign step, written out."""
-    current, velocity = x.clone(), torch.zeros_like(x)
+    current, velocity = x if start is None else start, torch.zeros_like(x)
     for _ in range(steps):
         leaf = current.clone().requires_grad_()
         F.cross_entropy(model(leaf), y, reduction="sum").backward()
@@ -401,20 +409,13 @@ def test_momentum_changes_the_path():
 
 
 def test_each_restart_begins_without_the_momentum_of_the_last():
-    # A sign step by hand from the second random start, where that restart was the better one.
-    model, x = Wavy(), batch(40)
-    y = predicted(model, x)
+    model, x, y = Wavy(), batch(40), torch.arange(40) % 4
     options = {"eps": 0.2, "norm": "linf", "steps": 1, "step_size": 0.05, "momentum": 0.9}
     both = af.pgd(model, x, y, restarts=2, seed=4, **options)
     first = af.pgd(model, x, y, random_start=True, seed=4, **options)
     second = (both != first).any(1)
-    keys = seeding.keys(4, torch.arange(40))
-    delta = threat.point_in_ball(seeding.uniform(keys, 1, FEATURES + 1), 0.2, "linf").double()
-    start = (x + delta).clamp(0, 1)
-    leaf = start.clone().requires_grad_()
-    F.cross_entropy(model(leaf), y, reduction="sum").backward()
-    expected = start + 0.05 * leaf.grad.sign()
-    expected = torch.min(torch.max(expected, x - 0.2), x + 0.2).clamp(0, 1)
+    start = random_start_by_hand(x, 1, 4, 0.2)
+    expected = by_hand(model, x, y, 0.2, 0.05, 1, 0.0, start)
     assert second.sum() > 5
     torch.testing.assert_close(both[second], expected[second], rtol=0, atol=1e-7)
 
@@ -503,6 +504,25 @@ def test_a_zero_gradient_row_does_not_stop_its_neighbours():
     assert ((x_adv != x).any(1) == (x[:, 0] > 0.5)).all()
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_gradient_of_nan_stops_no_later_step(momentum):
+    class Hiccup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls = curved(), 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.net(x) * (torch.nan if self.calls == 2 else 1.0)
+
+    x, y = batch(), torch.arange(8) % 4
+    options = {"eps": 1.0, "norm": "l2", "step_size": 0.1, "momentum": momentum}
+    x_adv = af.pgd(Hiccup(), x, y, steps=6, **options)
+    before = af.pgd(curved(), x, y, steps=1, **options)
+    assert torch.isfinite(x_adv).all()
+    assert (sizes(x_adv, x, "l2") > 2 * sizes(before, x, "l2")).all()
+
+
 def test_a_model_without_gradient_warns():
     class Detached(nn.Module):
         def forward(self, x):
@@ -565,8 +585,8 @@ def test_attacks_work_inside_no_grad_and_inference_mode(mode):
     expected = af.pgd(model, x, y, eps=0.3, norm="l2")
     with mode():
         assert torch.equal(af.pgd(model, x, y, eps=0.3, norm="l2"), expected)
-        inside = batch()
-        assert torch.equal(af.pgd(model, inside, y, eps=0.3, norm="l2"), expected)
+        inside = batch(), torch.arange(8) % 4
+        assert torch.equal(af.pgd(model, *inside, eps=0.3, norm="l2"), expected)
 
 
 def test_strided_and_expanded_inputs_work():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from advfeat import seeding
 
-FAST = settings(max_examples=60, deadline=None, derandomize=True)
+FAST = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(-(2**70), 2**70)
 INDICES = st.lists(st.integers(0, 2**62), min_size=1, max_size=12, unique=True)
 DRAWS = st.integers(0, 2**40)
@@ -214,3 +214,9 @@ def test_a_sequential_generator_follows_from_seed_and_draw():
     distinct = {tuple(sample(seed, draw)) for seed in (0, 1, 2**65) for draw in range(4)}
     # 2**65 is 0 modulo 2**64.
     assert len(distinct) == 8
+
+
+def test_derived_seeds_follow_from_seed_and_draw_and_differ():
+    derived = [seeding.derive(seed, draw) for seed in range(20) for draw in range(20)]
+    assert derived == [seeding.derive(seed, draw) for seed in range(20) for draw in range(20)]
+    assert len(set(derived)) == 400

@@ -113,13 +113,12 @@ def test_adversarial_training_raises_robust_accuracy():
     af.fit(standard, rows, **settings)
     af.adversarial_fit(robust, rows, eps=0.1, norm="linf", **settings)
     measured = [af.robust_accuracy(m, rows, eps=0.1, norm="linf") for m in (standard, robust)]
-    assert measured[0].standard > 0.95
     assert measured[0] < 0.3
     assert measured[1] > 0.8
 
 
 @pytest.mark.parametrize("attack_mode", ["eval", "train"])
-@pytest.mark.parametrize("mix", [0.0, 0.3])
+@pytest.mark.parametrize("mix", [0.0, 0.35])  # 7 of 20: no multiple of the classes
 def test_adversarial_training_is_training_on_adversarial_examples(attack_mode, mix):
     # The attack runs on a copy, so nothing of it can reach the statistics of the twin.
     model, twin, rows = normed(), normed(), blobs()

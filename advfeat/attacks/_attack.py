@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +67,15 @@ class Attack(ABC):
     @property
     def is_random(self) -> bool:
         """Whether the result depends on the seed."""
-        return True
+        return "seed" in {field.name for field in fields(self)}  # type: ignore[arg-type]
 
     def until_fooled(self) -> Self:
         """The same attack for evaluation: a row is finished once it fools the model."""
         return self
+
+    def with_seed(self, seed: int) -> Self:
+        """The same attack with this seed, if it draws random numbers at all."""
+        return replace(self, seed=seed) if self.is_random else self  # type: ignore[type-var]
 
     def __call__(
         self,
@@ -110,6 +115,7 @@ def checked_batch(
     net.expect(labels, "labels (targets)" if targeted else "labels")
     if index is None:
         index = torch.arange(inputs.shape[0], device=inputs.device)
+    checks.index(index, inputs)
     # Copied, for labels made in inference mode could not enter a gradient.
     labels = labels.to(torch.int64, copy=True)
     return Batch(net.prepare(inputs).clamp_(*bounds), labels, index)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from advfeat import checks, threat
 from advfeat.attacks._attack import Batch, argmax_hits
-from advfeat.attacks._minimum_norm import MinimumNorm
+from advfeat.attacks._minimum_norm import MinimumNorm, lead_of, likely_others, to_hyperplane
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 
@@ -64,12 +64,10 @@ class FAB(MinimumNorm):
         """Look up which classes to aim at; a row that is wrong already has its result."""
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
-        others = logits.scatter(1, labels[:, None], -torch.inf)
-        likely = others.argsort(dim=1, descending=True, stable=True)
         state = FABState(
             inputs=inputs,
             labels=labels,
-            targets=likely[:, : min(self.targets, logits.shape[1] - 1)],
+            targets=likely_others(logits, labels, self.targets),
             taken=torch.zeros_like(labels),
             current=inputs,
             **self._nothing_kept(inputs),
@@ -85,12 +83,9 @@ class FAB(MinimumNorm):
         number = (state.taken // self.steps).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, number[:, None])
 
-        def lead(logits: Tensor) -> Tensor:
-            own = logits.gather(1, state.labels[:, None])
-            return (logits.gather(1, target) - own).squeeze(1)
-
-        current = self._moved(state, net.logits_gradient(state.current, lead))
-        hits = argmax_hits(net.logits(current), state.labels, False)
+        found = net.logits_gradient(state.current, lead_of(target.squeeze(1), state.labels))
+        current = self._moved(state, found)
+        hits = self._fools(net.logits(current), state.labels)
         state = self._keep(state, current, hits)
         taken = state.taken + 1
         share = torch.where(hits, _BETA, 1.0).masked_fill(taken % self.steps == 0, 0.0)
@@ -114,94 +109,15 @@ class FAB(MinimumNorm):
     def _moved(self, state: FABState, found: Evaluation) -> Tensor:
         """The paper's step: between both points projected on the boundary, and a bit beyond it."""
         current, inputs = state.current, state.inputs
-        delta = (current - inputs).flatten(1)
-        weight = found.gradient.flatten(1)
-        peak = weight.abs().amax(1, keepdim=True)
-        usable = torch.isfinite(peak) & (peak > 0)
-        weight = torch.where(usable, weight / torch.where(usable, peak, 1.0), 0.0)
-        missing = -found.value.to(weight.dtype)[:, None] / torch.where(usable, peak, 1.0)
-        gap = torch.cat([missing, missing + (weight * delta).sum(1, keepdim=True)], 1)
+        delta, weight = (current - inputs).flatten(1), found.gradient.flatten(1)
+        missing = -found.value.to(weight.dtype)
+        gap = torch.stack([missing, missing + (weight * delta).sum(1)], 1)
         points = torch.stack([current.flatten(1), inputs.flatten(1)], 1)
         moves = to_hyperplane(points, weight, gap, self.norm, self.bounds)
         lengths = threat.size(moves.flatten(0, 1), self.norm).view(-1, 2).clamp_min(1e-8)
         alpha = (lengths[:, 0] / lengths.sum(1)).clamp_max(_ALPHA_MAX)[:, None]
         step = _ETA * moves[:, 0] * (1 - alpha) + alpha * (_ETA * moves[:, 1] - delta)
         return (current + step.view(current.shape)).clamp(*self.bounds)
-
-
-def to_hyperplane(
-    points: Tensor, weight: Tensor, gap: Tensor, norm: Norm, bounds: Bounds = (0.0, 1.0)
-) -> Tensor:
-    """Smallest moves within the box that add ``gap`` to the product with ``weight``.
-
-    Parameters
-    ----------
-    points
-        Shape ``(N, K, d)``, K points to a sample, within the box.
-    weight
-        The hyperplanes' normals, ``(N, d)``, of size about 1; where they are zero nothing moves.
-    gap
-        Shape ``(N, K)``: what the product with ``weight`` has to grow by. Where the box leaves not
-        so much, the move goes as far as the box allows.
-    norm, bounds
-        In which norm the move is smallest, and the box ``(low, high)``.
-
-    Returns
-    -------
-    Tensor
-        Shape ``(N, K, d)``.
-
-    Examples
-    --------
-    >>> points, weight = torch.tensor([[[0.5, 0.9]]]), torch.tensor([[0.5, 1.0]])
-    >>> to_hyperplane(points, weight, torch.tensor([[0.2]]), "l1")
-    tensor([[[0.2000, 0.1000]]])
-    """
-    low, high = bounds
-    gap = gap.nan_to_num()[..., None]
-    sense = weight.sign()[:, None] * gap.sign()
-    room = torch.where(sense > 0, high - points, points - low).clamp_min(0.0)
-    room = torch.where(sense == 0, 0.0, room)
-    pull = weight.abs()[:, None]
-    need = torch.minimum(gap.abs(), (pull * room).sum(-1, keepdim=True))
-    fill = _fill_by_pull if norm == "l1" else _fill_together
-    return sense * fill(pull, room, need, norm)
-
-
-def _fill_by_pull(pull: Tensor, room: Tensor, need: Tensor, _: Norm) -> Tensor:
-    """A fractional knapsack: entries of larger pull first, each up to its room."""
-    pull, order = pull.sort(dim=-1, descending=True, stable=True)
-    order = order.expand_as(room)
-    room = room.gather(-1, order)
-    gain = pull * room
-    left = need - (gain.cumsum(-1) - gain)
-    lengths = torch.where(left > 0, torch.minimum(left / pull, room), 0.0)
-    return torch.empty_like(room).scatter_(-1, order, lengths)
-
-
-def _fill_together(
-    pull: Tensor, room: Tensor, need: Tensor, norm: Norm, rounds: int = 16
-) -> Tensor:
-    """All entries at once, min(t, room) in linf and min(t |w|, room) in l2, for the right time t.
-
-    What they gain grows in t, concavely and piecewise linearly: Newton's steps from 0 do not
-    overshoot, and are exact once they stop the entries that the box stops.
-    """
-    speed = pull if norm == "l2" else pull.sign()
-    gain, rate = pull * room, pull * speed
-    largest = torch.finfo(need.dtype).max
-    time = torch.zeros_like(need)
-    for _ in range(rounds):
-        stopped = time * speed >= room
-        left = need - torch.where(stopped, gain, 0.0).sum(-1, keepdim=True)
-        slope = torch.where(stopped, 0.0, rate).sum(-1, keepdim=True)
-        later = torch.where(slope > 0, left / slope, time).clamp_max(largest)
-        later = torch.maximum(time, later)
-        # Reading the result back is free on the CPU; elsewhere it would wait for the device.
-        if later.device.type == "cpu" and torch.equal(later, time):
-            break
-        time = later
-    return torch.minimum(time * speed, room)
 
 
 def fab(

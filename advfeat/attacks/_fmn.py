@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,13 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, threat
 from advfeat.attacks._attack import Batch, argmax_hits
-from advfeat.attacks._minimum_norm import MinimumNorm
+from advfeat.attacks._minimum_norm import (
+    MinimumNorm,
+    lead_of,
+    likely_others,
+    rounding,
+    to_hyperplane,
+)
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 
@@ -27,6 +34,7 @@ class FMNState(NamedTuple):
 
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64, true labels or targets
+    target: Tensor  # (N,) int64, the class to aim at
     taken: Tensor  # (N,) int64, steps taken
     current: Tensor  # (N, ...)
     radius: Tensor  # (N,) of the ball that the current iterate was projected on
@@ -53,6 +61,7 @@ class FMN(MinimumNorm):
     """
 
     step_size: float | None = None
+    targets: int = 9
     targeted: bool = False
 
     def __post_init__(self) -> None:
@@ -60,26 +69,30 @@ class FMN(MinimumNorm):
         super().__post_init__()
         if self.step_size is not None:
             checks.number("step_size", self.step_size, low=0.0, strict=True)
+        checks.count("targets", self.targets, low=1)
 
     def init(self, net: Network, batch: Batch) -> FMNState:
-        """Put every row at its clean input."""
+        """Put every row at its clean input; a row that is wrong already has its result."""
         inputs, labels = batch.inputs, batch.labels
-        return FMNState(
+        logits = net.logits(inputs)
+        state = FMNState(
             inputs=inputs,
             labels=labels,
+            target=labels if self.targeted else self._nearest(net, batch, logits),
             taken=torch.zeros_like(labels),
             current=inputs,
             radius=inputs.new_zeros(inputs.shape[0]),
             **self._nothing_kept(inputs),
         )
+        kept: FMNState = self._keep(state, inputs, argmax_hits(logits, labels, self.targeted))
+        return kept
 
     def step(self, net: Network, state: FMNState) -> FMNState:
         """Look at the current iterate, adapt each row's radius, and take a gradient step in it."""
-        objective = losses.climbed("margin", state.labels, self.targeted)
-        found = net.logits_gradient(state.current, objective)
+        found = net.logits_gradient(state.current, self._objective(state))
         # A hit that float32 does not see would be kept in place of a real one.
         logits = net.logits(state.current) if net.low_precision else found.output
-        hits = argmax_hits(logits, state.labels, self.targeted)
+        hits = self._fools(logits, state.labels)
         state = self._keep(state, state.current, hits)
         return self._moved(state, found, hits)
 
@@ -87,7 +100,7 @@ class FMN(MinimumNorm):
         """Take all steps, and look at the last iterate too."""
         for _ in range(self.steps):
             state = self.step(net, state)
-        hits = argmax_hits(net.logits(state.current), state.labels, self.targeted)
+        hits = self._fools(net.logits(state.current), state.labels)
         settled: FMNState = self._keep(state, state.current, hits)
         return settled
 
@@ -95,6 +108,27 @@ class FMN(MinimumNorm):
     def ticks(self) -> int:
         """All steps, and the evaluation of the last iterate."""
         return self.steps + 1
+
+    def _nearest(self, net: Network, batch: Batch, logits: Tensor) -> Tensor:
+        """Of the likely classes, the one whose linearised boundary is nearest within the box."""
+        inputs, labels = batch.inputs, batch.labels
+        likely = likely_others(logits, labels, self.targets)
+        if likely.shape[1] == 1:
+            return likely.squeeze(1)
+        points, distances = inputs.flatten(1)[:, None], []
+        for target in likely.unbind(1):
+            found = net.logits_gradient(inputs, lead_of(target, labels))
+            weight, gap = found.gradient.flatten(1), -found.value.to(inputs.dtype)
+            moves = to_hyperplane(points, weight, gap[:, None], self.norm, self.bounds)[:, 0]
+            unreached = (weight * moves).sum(1) < (1 - 1e-4) * gap
+            distances.append(threat.size(moves, self.norm).masked_fill(unreached, torch.inf))
+        nearest = torch.stack(distances, 1).argmin(1, keepdim=True)
+        return likely.gather(1, nearest).squeeze(1)
+
+    def _objective(self, state: FMNState) -> Callable[[Tensor], Tensor]:
+        if not self.targeted:
+            return lead_of(state.target, state.labels)
+        return lambda z: losses.margin_to_target(z, state.labels) - 2 * rounding(z)
 
     def _moved(self, state: FMNState, found: Evaluation, hits: Tensor) -> FMNState:
         inputs, current, radius = state.inputs, state.current, state.radius
@@ -125,6 +159,7 @@ def fmn(
     norm: Norm,
     steps: int = 100,
     step_size: float | None = None,
+    targets: int = 9,
     targeted: bool = False,
     bounds: Bounds = (0.0, 1.0),
     precision: Precision = "float32",
@@ -182,5 +217,12 @@ def fmn(
     >>> round(float((x_adv - x).norm()), 2)  # (3 * 0.8 - 4 * 0.3) / 5
     0.24
     """
-    attack = FMN(norm=norm, steps=steps, step_size=step_size, targeted=targeted, bounds=bounds)
+    attack = FMN(
+        norm=norm,
+        steps=steps,
+        step_size=step_size,
+        targets=targets,
+        targeted=targeted,
+        bounds=bounds,
+    )
     return attack(model, inputs, labels, precision=precision)

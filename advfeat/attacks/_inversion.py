@@ -118,7 +118,8 @@ def invert(
     torch.Size([4, 6])
     """
     attack = Inversion(steps=steps, step_size=step_size, bounds=bounds)
-    checks.inputs(start, bounds)
+    checks.inputs(inputs, bounds)
+    checks.inputs(start, bounds, "start")
     if start.shape != inputs.shape:
         checks.fail("start.shape", tuple(start.shape), f"expected that of {tuple(inputs.shape)}")
     with attackable(model, precision=precision, layer=layer) as net:

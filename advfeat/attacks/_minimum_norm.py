@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from advfeat import checks, threat
+from advfeat import checks, losses, threat
 from advfeat.attacks._attack import Attack
 from advfeat.threat import Bounds, Norm
+
+# Another batch shape, memory format or device moves logits by some units of rounding, and these
+# attacks end on the boundary, where that decides.
+_ROUNDINGS = 64
+_SAME = 1e-6
+
+
+def rounding(logits: Tensor) -> Tensor:
+    """By how much one logit has to lead another for the lead to be sure, ``(N,)``."""
+    return _ROUNDINGS * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(1)
+
+
+def lead_of(targets: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Objective: the targets' logits less the labels', positive where that is sure."""
+
+    def lead(logits: Tensor) -> Tensor:
+        own = logits.gather(1, labels[:, None])
+        return (logits.gather(1, targets[:, None]) - own).squeeze(1) - 2 * rounding(logits)
+
+    return lead
+
+
+def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The classes of largest logit but the label, at most all of them, ``(N, count)``."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    order = others.argsort(dim=1, descending=True, stable=True)
+    return order[:, : min(count, logits.shape[1] - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +57,6 @@ class MinimumNorm(Attack):
     norm: Norm
     steps: int = 100
     bounds: Bounds = (0.0, 1.0)
-    seed: int | torch.Generator | None = None  # for `advfeat.robust_accuracy`; nothing is random
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""
@@ -39,7 +66,6 @@ class MinimumNorm(Attack):
             checks.number("eps", self.eps, low=0.0)
             checks.linf_in_bounds(self.eps, self.norm, self.bounds)
         checks.count("steps", self.steps, low=1)
-        checks.seed(self.seed)
 
     def finished(self, state: Any) -> Tensor:
         """Rows whose steps are spent, that were wrong at once, or fooled within ``eps``."""
@@ -52,7 +78,9 @@ class MinimumNorm(Attack):
         if self.eps is None:
             return kept
         inside = threat.project(kept, state.inputs, self.eps, self.norm, self.bounds)
-        return torch.where(threat.per_sample(state.success, kept), kept, inside)
+        return torch.where(
+            threat.per_sample(self._close_enough(state.distance), kept), kept, inside
+        )
 
     def _ticks_of(self, state: Any) -> int:
         return self.ticks
@@ -68,10 +96,15 @@ class MinimumNorm(Attack):
             "success": torch.zeros_like(distance, dtype=torch.bool),
         }
 
+    def _fools(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Whether the attack surely has what it wants, bool ``(N,)``."""
+        return losses.climbed("margin", labels, self.targeted)(logits) > rounding(logits)
+
     def _keep(self, state: Any, points: Tensor, hits: Tensor) -> Any:
         """Keep the points that fool the model and are closer than what was kept before."""
         distance = threat.size(points - state.inputs, self.norm)
-        closer = hits & (distance < state.distance)
+        # Not by rounding alone, where two different points lie on one sphere.
+        closer = hits & (distance < (1 - _SAME) * state.distance)
         # Until then the latest point: a failed attack returns a perturbed input.
         kept = threat.per_sample(closer | state.distance.isinf(), points)
         distance = torch.where(closer, distance, state.distance)
@@ -79,5 +112,89 @@ class MinimumNorm(Attack):
             kept=torch.where(kept, points, state.kept),
             distance=distance,
             value=-distance,
-            success=distance.isfinite() if self.eps is None else distance <= self.eps,
+            success=self._close_enough(distance),
         )
+
+    def _close_enough(self, distance: Tensor) -> Tensor:
+        return distance.isfinite() if self.eps is None else distance <= self.eps
+
+
+def to_hyperplane(
+    points: Tensor, weight: Tensor, gap: Tensor, norm: Norm, bounds: Bounds = (0.0, 1.0)
+) -> Tensor:
+    """Smallest moves within the box that add ``gap`` to the product with ``weight``.
+
+    Parameters
+    ----------
+    points
+        Shape ``(N, K, d)``, K points to a sample, within the box.
+    weight
+        The hyperplanes' normals, ``(N, d)``, of any size; where they are zero, or not finite,
+        nothing moves.
+    gap
+        Shape ``(N, K)``: what the product with ``weight`` has to grow by. Where the box leaves not
+        so much, the move goes as far as the box allows.
+    norm, bounds
+        In which norm the move is smallest, and the box ``(low, high)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(N, K, d)``.
+
+    Examples
+    --------
+    >>> points, weight = torch.tensor([[[0.5, 0.9]]]), torch.tensor([[0.5, 1.0]])
+    >>> to_hyperplane(points, weight, torch.tensor([[0.2]]), "l1")
+    tensor([[[0.2000, 0.1000]]])
+    """
+    low, high = bounds
+    peak = weight.abs().amax(1, keepdim=True)
+    usable = torch.isfinite(peak) & (peak > 0)
+    peak = torch.where(usable, peak, 1.0)
+    weight = torch.where(usable, weight / peak, 0.0)
+    gap = (gap / peak).nan_to_num()[..., None]
+    sense = weight.sign()[:, None] * gap.sign()
+    room = torch.where(sense > 0, high - points, points - low).clamp_min(0.0)
+    room = torch.where(sense == 0, 0.0, room)
+    pull = weight.abs()[:, None]
+    need, most = gap.abs(), (pull * room).sum(-1, keepdim=True)
+    fill = _fill_by_pull if norm == "l1" else _fill_together
+    lengths = fill(pull, room, torch.minimum(need, most), norm)
+    return sense * torch.where(need < most, lengths, room)
+
+
+def _fill_by_pull(pull: Tensor, room: Tensor, need: Tensor, _: Norm) -> Tensor:
+    """A fractional knapsack: entries of larger pull first, each up to its room."""
+    pull, order = pull.sort(dim=-1, descending=True, stable=True)
+    order = order.expand_as(room)
+    room = room.gather(-1, order)
+    gain = pull * room
+    left = need - (gain.cumsum(-1) - gain)
+    lengths = torch.where(left > 0, torch.minimum(left / pull, room), 0.0)
+    return torch.empty_like(room).scatter_(-1, order, lengths)
+
+
+def _fill_together(
+    pull: Tensor, room: Tensor, need: Tensor, norm: Norm, rounds: int = 16
+) -> Tensor:
+    """All entries at once, min(t, room) in linf and min(t |w|, room) in l2, for the right time t.
+
+    What they gain grows in t, concavely and piecewise linearly: Newton's steps from 0 do not
+    overshoot, and are exact once they stop the entries that the box stops.
+    """
+    speed = pull if norm == "l2" else pull.sign()
+    gain, rate = pull * room, pull * speed
+    largest = torch.finfo(need.dtype).max
+    time = torch.zeros_like(need)
+    for _ in range(rounds):
+        stopped = time * speed >= room
+        left = need - torch.where(stopped, gain, 0.0).sum(-1, keepdim=True)
+        slope = torch.where(stopped, 0.0, rate).sum(-1, keepdim=True)
+        later = torch.where(slope > 0, left / slope, time).clamp_max(largest)
+        later = torch.maximum(time, later)
+        # Reading the result back is free on the CPU; elsewhere it would wait for the device.
+        if later.device.type == "cpu" and torch.equal(later, time):
+            break
+        time = later
+    return torch.minimum(time * speed, room)

@@ -148,7 +148,8 @@ class PGD(Attack):
         return self.restarts * self._round
 
     def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
-        return losses.climbed(self.loss, state.labels, self.targeted)
+        climbed = losses.climbed(self.loss, state.labels, self.targeted)
+        return lambda logits: checks.objective(climbed(logits), logits)
 
     def _settled(self, net: Network, state: PGDState) -> PGDState:
         logits = net.logits(state.current)
@@ -178,8 +179,10 @@ class PGD(Attack):
         if self.momentum:
             # Accumulated at unit l1 size, as in MI-FGSM (Dong et al. 2018).
             length = threat.size(gradient, "l1").clamp_min(torch.finfo(gradient.dtype).tiny)
-            velocity = self.momentum * velocity + gradient / threat.per_sample(length, gradient)
-            gradient = velocity
+            unit = gradient / threat.per_sample(length, gradient)
+            # A gradient that is not finite counts for nothing, and is not remembered.
+            unit = torch.where(threat.per_sample(torch.isfinite(length), unit), unit, 0.0)
+            velocity = gradient = self.momentum * velocity + unit
         if self.norm == "l1":
             gradient = threat.unblocked(gradient, state.current, self.bounds)
         direction = threat.steepest(gradient, self.norm)

@@ -1,0 +1,117 @@
+"""Ensembles of attacks: a sample is robust if it resists each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, seeding
+from advfeat.attacks._apgd import APGD
+from advfeat.attacks._attack import Attack, argmax_hits, checked_batch
+from advfeat.attacks._fab import FAB
+from advfeat.attacks._square import Square
+from advfeat.model import Precision, attackable
+from advfeat.threat import Bounds, Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack:
+    """The parameter-free ensemble of Croce and Hein (2020), as a value.
+
+    Parameters
+    ----------
+    eps, norm
+        The ball, in the units of the inputs.
+    version
+        ``"standard"``: APGD on the cross-entropy, APGD towards each of 9 classes on the DLR loss,
+        FAB towards each of 9 classes, Square with 5000 queries; in l1 5 targets and 5 restarts of
+        APGD, as published. ``"fast"``: shorter, see `docs/benchmarks.md` for how its verdicts
+        compare.
+    bounds
+        The box ``(low, high)``.
+    seed
+        Of all random numbers; None draws one number from torch's default generator at each call.
+
+    Examples
+    --------
+    >>> [type(attack).__name__ for attack in AutoAttack(eps=8 / 255, norm="linf").attacks]
+    ['APGD', 'APGD', 'FAB', 'Square']
+    """
+
+    eps: float
+    norm: Norm
+    version: Literal["standard", "fast"] = "standard"
+    bounds: Bounds = (0.0, 1.0)
+    seed: int | torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.number("eps", self.eps, low=0.0)
+        checks.one_of("version", self.version, ("standard", "fast"))
+        checks.seed(self.seed)
+        _ = self.attacks
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """The attacks in their order, each until a sample is fooled."""
+        ball: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "bounds": self.bounds}
+        sparse = self.norm == "l1"
+        if self.version == "fast":
+            return (
+                APGD(**ball, steps=30, loss="cross_entropy", returns="first"),
+                APGD(**ball, steps=50, loss="dlr", targets=4, returns="first"),
+            )
+        targets, restarts = (5, 5) if sparse else (9, 1)
+        return (
+            APGD(**ball, loss="cross_entropy", restarts=restarts, returns="first"),
+            APGD(**ball, loss="dlr", targets=targets, returns="first"),
+            FAB(**ball, targets=targets).until_fooled(),
+            Square(**ball, queries=5000),
+        )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        precision: Precision = "float32",
+    ) -> Tensor:
+        """Attack one batch; the result of the last attack where none succeeds.
+
+        Returns
+        -------
+        Tensor
+            Shape of ``inputs``, float32 (float64 for float64 inputs), detached.
+        """
+        attacks = seeded(self.attacks, self.seed)
+        with attackable(model, precision=precision) as net:
+            batch = checked_batch(net, inputs, labels, None, self.bounds)
+            found = batch.inputs.clone()
+            standing = (~argmax_hits(net.logits(found), batch.labels, False)).nonzero().squeeze(1)
+            for attack in attacks:
+                if len(standing) == 0:
+                    break
+                rows = type(batch)(*(field[standing] for field in batch[:3]))
+                found[standing] = attack.result(attack.run(net, attack.init(net, rows)))
+                fooled = argmax_hits(net.logits(found[standing]), rows.labels, False)
+                standing = standing[~fooled]
+        return found.contiguous()
+
+
+def seeded(
+    attacks: Sequence[Attack], seed: int | torch.Generator | None
+) -> tuple[Attack, ...]:
+    """Fix the seed of every attack: its own if it has one, else a number drawn from ``seed``."""
+    open_ = [attack.is_random and getattr(attack, "seed", None) is None for attack in attacks]
+    root = seeding.resolve(seed) if any(open_) else 0
+    return tuple(
+        attack.with_seed(seeding.derive(root, place) if free else seeding.resolve(own))
+        for place, (attack, free, own) in enumerate(
+            zip(attacks, open_, (getattr(a, "seed", 0) for a in attacks), strict=True)
+        )
+    )

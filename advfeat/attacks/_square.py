@@ -1,0 +1,393 @@
+"""Square Attack (Andriushchenko et al. 2020): random search that needs no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from advfeat import checks, losses, seeding, threat
+from advfeat.attacks._attack import Attack, Batch, argmax_hits
+from advfeat.model import Network
+from advfeat.threat import Bounds, Norm
+
+# Of 10,000 proposals, those after which the area of the window is halved.
+_HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+# What a bump of l1 weighs before the projection, which prunes it to its peaks: a share of eps.
+_L1_BUMP = 1 / 12
+
+
+class SquareState(NamedTuple):
+    """Rows of a running Square Attack."""
+
+    inputs: Tensor  # (N, ...) clean
+    labels: Tensor  # (N,) int64
+    eps: Tensor  # (N,)
+    keys: Tensor  # (N,) int64, random keys
+    taken: Tensor  # (N,) int64, queries spent
+    current: Tensor  # (N, ...), the best iterate so far
+    value: Tensor  # (N,) margin there
+    success: Tensor  # (N,) bool, whether it fools the model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Square(Attack):
+    """Square Attack as a value; see `square` for the meaning of each setting.
+
+    Call it on a batch, or give it to `advfeat.robust_accuracy`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    >>> attack = Square(eps=8 / 255, norm="linf", queries=20)
+    >>> attack(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 2])).shape
+    torch.Size([2, 3, 8, 8])
+    """
+
+    eps: float | Tensor
+    norm: Norm
+    queries: int = 5000
+    p_init: float = 0.8
+    targeted: bool = False
+    bounds: Bounds = (0.0, 1.0)
+    seed: int | torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.norm(self.norm)
+        checks.bounds(self.bounds)
+        checks.eps(self.eps)
+        checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        checks.count("queries", self.queries, low=1)
+        checks.number("p_init", self.p_init, low=0.0, strict=True)
+        checks.fraction("p_init", self.p_init)
+        checks.seed(self.seed)
+
+    def init(self, net: Network, batch: Batch) -> SquareState:
+        """Put every row at its start: stripes (linf) or a grid of bumps (l1, l2) of its own."""
+        inputs, labels = batch.inputs, batch.labels
+        count = inputs.shape[0]
+        eps = torch.as_tensor(self.eps, dtype=inputs.dtype, device=inputs.device)
+        if eps.ndim and eps.shape[0] != count:
+            checks.fail("eps.shape", tuple(eps.shape), f"expected a float or ({count},)")
+        state = SquareState(
+            inputs=inputs,
+            labels=labels,
+            eps=eps.expand(count),
+            keys=seeding.keys(seeding.resolve(self.seed), batch.ids),
+            taken=torch.zeros_like(labels),
+            current=inputs,
+            value=inputs.new_full((count,), -torch.inf),
+            success=torch.zeros_like(labels, dtype=torch.bool),
+        )
+        if batch.start is not None:
+            start = threat.project(batch.start, inputs, state.eps, self.norm, self.bounds)
+        else:
+            start = (self._stripes(state) if self.norm == "linf" else self._grid(state)).view(
+                inputs.shape
+            )
+        return state._replace(current=start)
+
+    def step(self, net: Network, state: SquareState) -> SquareState:
+        """Spend one query of every row that is not finished; the first looks at the start."""
+        proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
+        fresh = threat.per_sample(state.taken == 0, state.current)
+        candidate = torch.where(fresh, state.current, proposal.view(state.current.shape))
+        logits = net.logits(candidate)
+        value = losses.climbed("margin", state.labels, self.targeted)(logits)
+        hits = argmax_hits(logits, state.labels, self.targeted)
+        active = ~self.finished(state)
+        better = active & (hits | (value > state.value))
+        return state._replace(
+            taken=state.taken + active,
+            current=torch.where(threat.per_sample(better, candidate), candidate, state.current),
+            value=torch.where(better, value.to(state.value.dtype), state.value),
+            success=state.success | (hits & active),
+        )
+
+    def run(self, net: Network, state: SquareState) -> SquareState:
+        """Take all steps; finished rows are set aside, an eighth of the batch at a time."""
+        rows = torch.arange(state.labels.shape[0], device=state.labels.device)
+        active = state
+        for _ in range(self.ticks):
+            active = self.step(net, active)
+            done = self.finished(active)
+            if 8 * int(done.sum()) >= len(rows):
+                pairs = zip(state, active, strict=True)
+                state = SquareState(*(whole.index_copy(0, rows, part) for whole, part in pairs))
+                rows, active = rows[~done], SquareState(*(field[~done] for field in active))
+                if len(rows) == 0:
+                    break
+        return state
+
+    @property
+    def ticks(self) -> int:
+        """Queries of a row, its start included."""
+        return self.queries
+
+    def finished(self, state: SquareState) -> Tensor:
+        """Rows that fool the model, or whose queries are spent."""
+        return state.success | (state.taken >= self.queries)
+
+    def result(self, state: SquareState) -> Tensor:
+        """The first success, else the iterate of the largest margin."""
+        return state.current
+
+    def _stripes(self, state: SquareState) -> Tensor:
+        """Start of linf: each column of each channel at one of the ball's two faces."""
+        inputs = _image(state.inputs)
+        count, channels, _, width = inputs.shape
+        numbers = seeding.uniform(state.keys, 0, channels * width)
+        return self._face(inputs, state.eps, _signs(numbers.view(count, channels, 1, width)))
+
+    def _squares(self, state: SquareState) -> Tensor:
+        """Proposal of linf: a window in which each channel is moved to one of the two faces."""
+        inputs, current = _image(state.inputs), _image(state.current)
+        count, channels, height, width = inputs.shape
+        numbers = seeding.uniform(state.keys, state.taken, 2 + channels)
+        sides = self._sides(state.taken, height, width)
+        inside = _window(numbers[:, :2], sides, height, width).mask
+        signs = _signs(numbers[:, 2:]).view(count, channels, 1, 1)
+        face = self._face(inputs, state.eps, signs)
+        # A window that is at these faces already goes to the opposite ones: no query is spent on
+        # the current iterate, as half of them would be in small windows of one channel.
+        known = ~((face != current) & inside).any(dim=(1, 2, 3), keepdim=True)
+        face = self._face(inputs, state.eps, torch.where(known, -signs, signs))
+        return torch.where(inside, face, current)
+
+    def _face(self, inputs: Tensor, eps: Tensor, signs: Tensor) -> Tensor:
+        return (inputs + threat.per_sample(eps, inputs) * signs).clamp_(*self.bounds)
+
+    def _grid(self, state: SquareState) -> Tensor:
+        """Start of l1 and l2: bumps of random signs and directions side by side, 5 x 5 or so."""
+        inputs = _image(state.inputs)
+        count, channels, height, width = inputs.shape
+        tall, wide = max(height // 5, 1), max(width // 5, 1)
+        down, across = height // tall, width // wide
+        numbers = seeding.uniform(state.keys, 0, (1 + channels) * down * across)
+        numbers = numbers.view(count, 1 + channels, down, across)
+        numbers = numbers.repeat_interleave(tall, 2).repeat_interleave(wide, 3)
+        sides = torch.tensor([[tall] * 2, [wide] * 2], device=inputs.device)
+        block = _window(inputs.new_zeros(2, 2), sides, tall, wide)
+        sideways = torch.tensor([False, True], device=inputs.device)
+        tiles = _bump(block, sideways, self._order).repeat(1, 1, down, across)
+        delta = torch.where(numbers[:, :1] < 0.5, tiles[0], tiles[1]) * _signs(numbers[:, 1:])
+        top, left = (height - down * tall) // 2, (width - across * wide) // 2
+        bottom, right = height - down * tall - top, width - across * wide - left
+        delta = F.pad(delta, (left, right, top, bottom)).to(inputs.dtype)
+        return self._within(inputs, _L1_BUMP * threat.per_sample(state.eps, delta) * delta, state)
+
+    def _bumps(self, state: SquareState) -> Tensor:
+        """Proposal of l1 and l2: a window takes a bump, and the norm that another gives up."""
+        inputs = _image(state.inputs)
+        delta = _image(state.current) - inputs
+        count, channels, height, width = inputs.shape
+        numbers = seeding.uniform(state.keys, state.taken, 5 + channels)
+        sides = self._sides(state.taken, height, width)
+        window = _window(numbers[:, :2], sides, height, width)
+        inside = window.mask
+        touched = inside | _window(numbers[:, 2:4], sides, height, width).mask
+        order = self._order
+        eps = threat.per_sample(state.eps, inputs)
+        spare = eps**order - _sizes(delta, order).pow(order).sum(1, keepdim=True)
+        freed = _sizes(torch.where(touched, delta, 0.0), order)
+        # Each channel spends what it frees in both windows, and its share of what was left over.
+        budget = (freed**order + spare.clamp_min(0.0) / channels) ** (1 / order)
+        if self.norm == "l1":
+            budget *= channels
+        bump = _bump(window, numbers[:, 4] < 0.5, order).to(inputs.dtype)
+        fresh = torch.where(inside, delta, 0.0)
+        fresh /= _sizes(fresh, order)
+        fresh += bump * _signs(numbers[:, 5:]).view(count, channels, 1, 1)
+        fresh *= budget / _sizes(fresh, order)
+        return self._within(
+            inputs, torch.where(inside, fresh, torch.where(touched, 0.0, delta)), state
+        )
+
+    def _within(self, inputs: Tensor, delta: Tensor, state: SquareState) -> Tensor:
+        """Into ball and box: pruned to the largest entries in l1, scaled to the sphere in l2."""
+        if self.norm == "l1":
+            return threat.project(inputs + delta, inputs, state.eps, "l1", self.bounds)
+        scale = threat.per_sample(state.eps, delta) / _sizes(delta, 2.0, axes=(1, 2, 3))
+        # What the box cuts off here is left over for the next window.
+        return (inputs + delta * scale).clamp_(*self.bounds)
+
+    @property
+    def _order(self) -> float:
+        return 1.0 if self.norm == "l1" else 2.0
+
+    def _sides(self, taken: Tensor, height: int, width: int) -> Tensor:
+        """Height and width of each row's window, ``(2, N)``: its area shrinks as queries go by."""
+        stages = torch.tensor(_HALVED_AFTER, device=taken.device)
+        stage = torch.bucketize((taken - 1) * 10_000 // self.queries, stages)
+        area = self.p_init * height * width * 0.5**stage
+        side = area.sqrt().round()
+        # A square that is too large for one axis is longer along the other.
+        tall = torch.where(side > width, (area / width).round(), side)
+        wide = torch.where(side > height, (area / height).round(), side)
+        sides = torch.stack([tall, wide]).to(torch.int64)
+        sides = sides.clamp_min(1) if self.norm == "linf" else sides.clamp_min(3) | 1
+        return torch.minimum(sides, torch.tensor([[height], [width]], device=taken.device))
+
+
+class _Window(NamedTuple):
+    """A window of each row's image; broadcast against ``(N, C, H, W)``."""
+
+    down: Tensor  # (N, 1, H, 1), each pixel's distance below the window's upper edge
+    across: Tensor  # (N, 1, 1, W), and right of its left edge
+    tall: Tensor  # (N, 1, 1, 1)
+    wide: Tensor  # (N, 1, 1, 1)
+
+    @property
+    def mask(self) -> Tensor:
+        """Pixels inside, bool ``(N, 1, H, W)``."""
+        rows = (self.down >= 0) & (self.down < self.tall)
+        columns = (self.across >= 0) & (self.across < self.wide)
+        return rows & columns
+
+
+def _window(numbers: Tensor, sides: Tensor, height: int, width: int) -> _Window:
+    """Place windows of the given heights and widths ``(2, N)`` by uniform numbers ``(N, 2)``."""
+    tall, wide = sides.view(2, -1, 1, 1, 1)
+    upper, left = numbers.t().reshape(2, -1, 1, 1, 1)
+    # Below 1 by more than float32 rounds away, so the floor is at most the last place.
+    upper, left = (upper * (height - tall + 1)).long(), (left * (width - wide + 1)).long()
+    down = torch.arange(height, device=sides.device).view(1, 1, -1, 1) - upper
+    across = torch.arange(width, device=sides.device).view(1, 1, 1, -1) - left
+    return _Window(down, across, tall, wide)
+
+
+def _bump(window: _Window, sideways: Tensor, order: float) -> Tensor:
+    """Two pyramids of opposite signs that fill the window, ``(N, 1, H, W)`` of unit size.
+
+    They lie side by side where ``sideways``, else one above the other; each falls from its middle
+    ring by ring (the eta of the paper, algorithm 4), steeper in l1.
+    """
+    sideways = sideways.view(-1, 1, 1, 1)
+    # A side of one pixel cannot be cut.
+    sideways = (sideways | (window.tall == 1)) & (window.wide > 1)
+    lower, tall, down = _half(window.down, window.tall, ~sideways)
+    right, wide, across = _half(window.across, window.wide, sideways)
+    second = lower & right
+    rings = torch.maximum(tall, wide) // 2 + 1
+    ring = torch.where(window.mask, torch.maximum(down, across), rings)
+    longest = max(window.down.shape[2], window.across.shape[3])
+    falls = torch.arange(1, longest // 2 + 2, device=ring.device).double() ** (-4.0 / order)
+    levels = F.pad(falls.cumsum(0), (1, 0))
+    heights = (levels[rings] - levels[ring]).float()
+    firsts, seconds = torch.where(second, 0.0, heights), torch.where(second, -heights, 0.0)
+    bump = firsts / _sizes(firsts, order) + seconds / _sizes(seconds, order)
+    return bump / _sizes(bump, order)
+
+
+def _half(distance: Tensor, side: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis: is a pixel past the cut, its half's length, its distance to that middle."""
+    first = torch.where(cut, side // 2, 0)
+    past = distance >= first
+    length = torch.where(past, side - first, first)
+    middle = torch.where(past, first, 0) + length // 2
+    return past, length, (distance - middle).abs()
+
+
+def _image(tensor: Tensor) -> Tensor:
+    """View as ``(N, C, H, W)``: what is no image is one row of pixels."""
+    if tensor.ndim == 4 and tensor.shape[2:].numel() > 1:
+        return tensor
+    return tensor.flatten(1)[:, None, None]
+
+
+def _signs(numbers: Tensor) -> Tensor:
+    return torch.where(numbers < 0.5, -1.0, 1.0)
+
+
+def _sizes(delta: Tensor, order: float, axes: tuple[int, ...] = (2, 3)) -> Tensor:
+    """Norm of each channel (or over other axes), kept broadcastable, never exactly zero."""
+    found: Tensor = torch.linalg.vector_norm(delta, order, dim=axes, keepdim=True)
+    return found.clamp_min(1e-12)
+
+
+def square(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    eps: float | Tensor,
+    norm: Norm,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    targeted: bool = False,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+) -> Tensor:
+    """Attack one batch by Square Attack, a random search (Andriushchenko et al. 2020).
+
+    Only the model's outputs are looked at, never a gradient: what it finds where gradient attacks
+    find nothing shows that the gradients were masked. Each query moves a random window of the
+    image, which shrinks as queries are spent, and is kept where the margin grew. The l1 form is
+    that of Croce and Hein (2021).
+
+    Parameters
+    ----------
+    model
+        Any module that returns class logits ``(N, C)``; see `advfeat.attacks.pgd`.
+    inputs
+        Floating point, ``(N, ...)`` within ``bounds``. Images ``(N, C, H, W)`` have windows that
+        are squares, in all channels; inputs of any other rank have segments of the flattened
+        features.
+    labels
+        Class indices ``(N,)``: true labels, or the targets when ``targeted``.
+    eps
+        Radius of the ball in the units of ``inputs`` (so 8/255, not 8), a float or one for
+        each sample, ``(N,)``.
+    norm
+        ``"l1"``, ``"l2"`` or ``"linf"``.
+    queries
+        Evaluations of the model that each sample may take, the one of its start included. A
+        sample that is fooled takes no more.
+    p_init
+        Share of the image that the first window covers. It is halved after 0.1, 0.5, 2, 5, 10,
+        20, 40, 60 and 80 percent of the queries, as in the paper.
+    targeted
+        Search for inputs classified as ``labels`` instead of away from them.
+    bounds
+        The box ``(low, high)`` that every result lies in.
+    seed
+        An integer, a generator, or None for one draw from torch's default generator.
+
+    Returns
+    -------
+    Tensor
+        The first input found that fools the model, else the one of the largest margin, which is
+        a perturbed one; the shape of ``inputs``, float32 (float64 for float64 inputs), within
+        ball and box to 1e-6.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause, before any work is done.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat.attacks import square
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+    >>> x, y = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    >>> x_adv = square(model, x, y, eps=8 / 255, norm="linf", queries=100)
+    >>> bool(((x_adv - x).abs() <= 8 / 255 + 1e-6).all())
+    True
+    """
+    attack = Square(
+        eps=eps,
+        norm=norm,
+        queries=queries,
+        p_init=p_init,
+        targeted=targeted,
+        bounds=bounds,
+        seed=seed,
+    )
+    return attack(model, inputs, labels)

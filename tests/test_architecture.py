@@ -1,0 +1,157 @@
+"""The plan of the house: who may know whom, what is public, what must be installed."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import advfeat
+
+ROOT = Path(advfeat.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
+
+# Ground floor first; a room imports only from rooms on floors below it.
+FLOORS = [
+    {"_version"},
+    {"threat"},
+    {"losses"},
+    {"checks"},
+    {"seeding"},
+    {"model"},
+    {"loading"},
+    {"attacks"},
+    {"engine"},
+    {"store"},
+    {"construct"},
+    {"robustify", "nonrobust"},
+    {"metrics"},
+    {"training"},
+    {"__init__"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+PUBLIC = [
+    "FGSM",
+    "PGD",
+    "ConstructedDataset",
+    "accuracy",
+    "adversarial_fit",
+    "construct_det_dataset",
+    "construct_nonrobust_dataset",
+    "construct_rand_dataset",
+    "construct_robust_dataset",
+    "fgsm",
+    "fit",
+    "pgd",
+    "robust_accuracy",
+]
+
+REQUIRED = {"torch", "numpy", "typing_extensions"}
+EXTRAS = {"tqdm", "matplotlib", "sklearn"}
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Every module that a file imports, dotted, and whether the import is inside a function."""
+
+    def visit(node, inside):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, inside
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", inside
+        inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    return list(visit(ast.parse(path.read_text()), False))
+
+
+def rooms_known_to(path):
+    """The other rooms that a file imports from."""
+    own = [name.split(".") for name, _ in imports(path) if name.split(".")[0] == "advfeat"]
+    # `from advfeat import pgd` and `import advfeat` know the top floor.
+    rooms = {parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__" for parts in own}
+    return rooms - {room_of(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_room_imports_only_from_floors_below(path):
+    room = room_of(path)
+    assert room in FLOOR, "a new room needs its place in FLOORS and in docs/architecture.md"
+    too_high = {other for other in rooms_known_to(path) if FLOOR[other] >= FLOOR[room]}
+    assert not too_high
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"),
+    [
+        ("threat", set()),
+        ("losses", set()),
+        ("seeding", set()),
+        # A loop over data never sees a model.
+        ("loading", {"checks", "seeding"}),
+        # An attack never sees a loader, a file or a progress bar.
+        ("attacks", {"threat", "losses", "checks", "seeding", "model"}),
+        # Nor does what drives it.
+        ("engine", {"threat", "losses", "checks", "seeding", "model", "attacks"}),
+        # A constructed dataset knows no model.
+        ("store", {"checks"}),
+    ],
+)
+def test_what_a_room_may_know(room, allowed):
+    known = {other for path in FILES if room_of(path) == room for other in rooms_known_to(path)}
+    assert known <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_only_what_must_be_installed_is_imported_at_run_time(path):
+    for name, inside in imports(path):
+        package = name.split(".")[0]
+        allowed = REQUIRED | {"advfeat"} | set(sys.stdlib_module_names)
+        assert package in (allowed | EXTRAS if inside else allowed), name
+
+
+def test_the_package_imports_where_no_extra_is_installed():
+    # None in sys.modules is how Python writes down that a module cannot be imported.
+    code = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); import advfeat"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize(
+    "name", ["requires_grad_", "autocast", "channels_last", "register_forward_hook", "eval"]
+)
+def test_only_one_room_touches_the_users_module(name):
+    touching = set()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr == name:
+                touching.add(room_of(path))
+    assert touching <= {"model"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_nothing_seeds_the_global_random_state(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in {"manual_seed", "manual_seed_all"}:
+            # A generator's own method is another thing: torch.Generator().manual_seed(...).
+            assert isinstance(node.value, ast.Call)
+
+
+def test_the_public_names_are_these():
+    assert sorted(advfeat.__all__) == sorted(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_has_a_docstring_with_examples(name):
+    text = inspect.getdoc(getattr(advfeat, name))
+    assert "\nExamples\n--------\n>>> " in text

@@ -291,14 +291,14 @@ def test_the_targets_are_the_most_likely_other_classes():
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_row_does_not_depend_on_its_batch(norm):
     model, x, y = curved(), batch(), torch.arange(8) % 4
-    whole = fab(model, x, y, norm=norm, steps=10)
-    assert torch.equal(fab(model, x, y, norm=norm, steps=10), whole)
+    whole = fab(model, x, y, norm=norm, steps=6)
+    assert torch.equal(fab(model, x, y, norm=norm, steps=6), whole)
     for size in (1, 3):
         rows = zip(x.split(size), y.split(size), strict=True)
-        parts = torch.cat([fab(model, a, b, norm=norm, steps=10) for a, b in rows])
+        parts = torch.cat([fab(model, a, b, norm=norm, steps=6) for a, b in rows])
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-9)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    shuffled = fab(model, x[order], y[order], norm=norm, steps=10)
+    shuffled = fab(model, x[order], y[order], norm=norm, steps=6)
     torch.testing.assert_close(shuffled, whole[order], rtol=0, atol=1e-9)
 
 
@@ -331,8 +331,8 @@ def test_rows_at_different_stages_go_on_as_if_alone(norm):
 def test_the_pool_does_not_matter(norm, limited):
     model, x = curved(), batch(20)
     y = predicted(model, x)
-    eps = float(np.median(sizes(fab(model, x, y, norm=norm, steps=10), x, norm)))
-    attack = FAB(norm=norm, steps=10, eps=eps if limited else None).until_fooled()
+    eps = float(np.median(sizes(fab(model, x, y, norm=norm, steps=6), x, norm)))
+    attack = FAB(norm=norm, steps=6, eps=eps if limited else None).until_fooled()
     outcomes = []
     with attackable(model) as net:
         for pool in (3, 50):
@@ -353,9 +353,9 @@ def test_the_pool_does_not_matter(norm, limited):
 def test_robust_accuracy_counts_the_rows_further_than_eps(norm):
     model, x = curved(), batch(20)
     y = predicted(model, x)
-    distance = np.sort(sizes(fab(model, x, y, norm=norm, steps=10), x, norm))
+    distance = np.sort(sizes(fab(model, x, y, norm=norm, steps=6), x, norm))
     rows = torch.utils.data.TensorDataset(x, y)
-    attack = FAB(eps=float(distance[6:8].mean()), norm=norm, steps=10)
+    attack = FAB(eps=float(distance[6:8].mean()), norm=norm, steps=6)
     assert af.robust_accuracy(model, rows, attack=attack, batch_size=6).count == 13
 
 
@@ -401,6 +401,18 @@ def test_the_dtype_is_that_of_the_inputs():
         assert x_adv.dtype == dtype
 
 
+def test_in_bfloat16_what_is_kept_fools_the_model_in_float32(monkeypatch):
+    monkeypatch.setattr("advfeat.model._computes_bfloat16", lambda device: True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    x = torch.rand(20, 3, 8, 8)
+    y = predicted(model, x)
+    x_adv = fab(model, x, y, norm="l2", steps=20, precision="bfloat16")
+    assert (predicted(model, x_adv) != y).all()
+    plain = fab(model, x, y, norm="l2", steps=20)
+    assert sizes(x_adv, x, "l2").mean() < 1.05 * sizes(plain, x, "l2").mean()
+
+
 def test_images_in_channels_last_too():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
@@ -432,7 +444,7 @@ def test_bad_settings_are_refused(options, argument):
 def test_each_norms_attack_is_the_best_in_its_own_norm():
     model, x = curved(), batch(20)
     y = predicted(model, x)
-    found = {norm: fab(model, x, y, norm=norm) for norm in NORMS}
+    found = {norm: fab(model, x, y, norm=norm, steps=30) for norm in NORMS}
     for norm in NORMS:
         own = sizes(found[norm], x, norm).mean()
         assert all(own <= sizes(other, x, norm).mean() + 1e-9 for other in found.values())

@@ -81,14 +81,14 @@ class FAB(MinimumNorm):
         One gradient, and one forward pass of the new iterate.
         """
         number = (state.taken // self.steps).clamp_max(state.targets.shape[1] - 1)
-        target = state.targets.gather(1, number[:, None])
-
-        found = net.logits_gradient(state.current, lead_of(target.squeeze(1), state.labels))
+        target = state.targets.gather(1, number[:, None]).squeeze(1)
+        found = net.logits_gradient(state.current, lead_of(target, state.labels))
         current = self._moved(state, found)
         hits = self._fools(net.logits(current), state.labels)
         state = self._keep(state, current, hits)
         taken = state.taken + 1
-        share = torch.where(hits, _BETA, 1.0).masked_fill(taken % self.steps == 0, 0.0)
+        share = torch.where(hits, _BETA, torch.ones_like(state.distance))
+        share = share.masked_fill(taken % self.steps == 0, 0.0)
         current = state.inputs + threat.per_sample(share, current) * (current - state.inputs)
         return state._replace(current=current.clamp(*self.bounds), taken=taken)
 

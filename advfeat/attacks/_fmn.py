@@ -166,9 +166,12 @@ def fmn(
 ) -> Tensor:
     """Find close inputs that fool the model, by adaptive norm constraints (Pintor et al. 2021).
 
-    Gradient steps on the margin within a ball whose radius shrinks while the iterate fools the
-    model and grows while it does not. One run of ``steps`` gradients gives every row's distance,
-    and with it the accuracy at every radius. No random numbers are used.
+    Gradient steps on a difference of logits within a ball whose radius shrinks while the iterate
+    fools the model and grows while it does not. One run gives every row's distance, and with it
+    the accuracy at every radius. No random numbers are used.
+
+    Where the paper climbs towards whichever other class leads, which is the farther one for some
+    rows, this aims at the class whose linearised boundary is nearest to the clean input.
 
     Parameters
     ----------
@@ -185,6 +188,9 @@ def fmn(
     step_size
         l2 length of the first step, whatever the norm; it falls along a cosine to a hundredth of
         that. Default the width of ``bounds`` (the paper's 1 for images in [0, 1]).
+    targets
+        Among how many other classes to find the nearest, the most likely first: a gradient each,
+        before the first step.
     targeted
         Look for inputs that the model takes for ``labels``.
     bounds

@@ -16,7 +16,8 @@ from advfeat.threat import Bounds, Norm
 # Another batch shape, memory format or device moves logits by some units of rounding, and these
 # attacks end on the boundary, where that decides.
 _ROUNDINGS = 64
-_SAME = 1e-6
+# Two points on one sphere differ in distance by rounding alone: the later is not closer for that.
+_CLOSER = 1 - 1e-6
 
 
 def rounding(logits: Tensor) -> Tensor:
@@ -78,9 +79,8 @@ class MinimumNorm(Attack):
         if self.eps is None:
             return kept
         inside = threat.project(kept, state.inputs, self.eps, self.norm, self.bounds)
-        return torch.where(
-            threat.per_sample(self._close_enough(state.distance), kept), kept, inside
-        )
+        close = threat.per_sample(self._close_enough(state.distance), kept)
+        return torch.where(close, kept, inside)
 
     def _ticks_of(self, state: Any) -> int:
         return self.ticks
@@ -101,10 +101,9 @@ class MinimumNorm(Attack):
         return losses.climbed("margin", labels, self.targeted)(logits) > rounding(logits)
 
     def _keep(self, state: Any, points: Tensor, hits: Tensor) -> Any:
-        """Keep the points that fool the model and are closer than what was kept before."""
+        """Keep the points of rows that they fool, where nothing closer was kept before."""
         distance = threat.size(points - state.inputs, self.norm)
-        # Not by rounding alone, where two different points lie on one sphere.
-        closer = hits & (distance < (1 - _SAME) * state.distance)
+        closer = hits & (distance < _CLOSER * state.distance)
         # Until then the latest point: a failed attack returns a perturbed input.
         kept = threat.per_sample(closer | state.distance.isinf(), points)
         distance = torch.where(closer, distance, state.distance)
@@ -159,13 +158,16 @@ def to_hyperplane(
     room = torch.where(sense == 0, 0.0, room)
     pull = weight.abs()[:, None]
     need, most = gap.abs(), (pull * room).sum(-1, keepdim=True)
-    fill = _fill_by_pull if norm == "l1" else _fill_together
-    lengths = fill(pull, room, torch.minimum(need, most), norm)
+    feasible = torch.minimum(need, most)
+    if norm == "l1":
+        lengths = _fill_in_turn(pull, room, feasible)
+    else:
+        lengths = _fill_together(pull, pull if norm == "l2" else pull.sign(), room, feasible)
     return sense * torch.where(need < most, lengths, room)
 
 
-def _fill_by_pull(pull: Tensor, room: Tensor, need: Tensor, _: Norm) -> Tensor:
-    """A fractional knapsack: entries of larger pull first, each up to its room."""
+def _fill_in_turn(pull: Tensor, room: Tensor, need: Tensor) -> Tensor:
+    """The lengths of a fractional knapsack: entries of larger pull first, each up to its room."""
     pull, order = pull.sort(dim=-1, descending=True, stable=True)
     order = order.expand_as(room)
     room = room.gather(-1, order)
@@ -176,14 +178,13 @@ def _fill_by_pull(pull: Tensor, room: Tensor, need: Tensor, _: Norm) -> Tensor:
 
 
 def _fill_together(
-    pull: Tensor, room: Tensor, need: Tensor, norm: Norm, rounds: int = 16
+    pull: Tensor, speed: Tensor, room: Tensor, need: Tensor, rounds: int = 16
 ) -> Tensor:
-    """All entries at once, min(t, room) in linf and min(t |w|, room) in l2, for the right time t.
+    """The lengths min(t speed, room) at the time t when they gain what is needed.
 
     What they gain grows in t, concavely and piecewise linearly: Newton's steps from 0 do not
     overshoot, and are exact once they stop the entries that the box stops.
     """
-    speed = pull if norm == "l2" else pull.sign()
     gain, rate = pull * room, pull * speed
     largest = torch.finfo(need.dtype).max
     time = torch.zeros_like(need)

@@ -16,8 +16,9 @@ from advfeat.threat import Bounds, Norm
 
 # Of 10,000 proposals, those after which the area of the window is halved.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-# What a bump of l1 weighs before the projection, which prunes it to its peaks: a share of eps.
-_L1_BUMP = 1 / 12
+# In l1 a proposal weighs more than the radius, and the projection prunes it to its peaks. By the
+# reference's factor, the number of channels, gray images and vectors would never be pruned.
+_L1_SURPLUS = 3.0
 
 
 class SquareState(NamedTuple):
@@ -179,7 +180,8 @@ class Square(Attack):
         top, left = (height - down * tall) // 2, (width - across * wide) // 2
         bottom, right = height - down * tall - top, width - across * wide - left
         delta = F.pad(delta, (left, right, top, bottom)).to(inputs.dtype)
-        return self._within(inputs, _L1_BUMP * threat.per_sample(state.eps, delta) * delta, state)
+        scale = threat.per_sample(state.eps, delta) / _sizes(delta, self._order, (1, 2, 3))
+        return self._within(inputs, delta * scale * self._surplus, state)
 
     def _bumps(self, state: SquareState) -> Tensor:
         """Proposal of l1 and l2: a window takes a bump, and the norm that another gives up."""
@@ -197,13 +199,11 @@ class Square(Attack):
         freed = _sizes(torch.where(touched, delta, 0.0), order)
         # Each channel spends what it frees in both windows, and its share of what was left over.
         budget = (freed**order + spare.clamp_min(0.0) / channels) ** (1 / order)
-        if self.norm == "l1":
-            budget *= channels
         bump = _bump(window, numbers[:, 4] < 0.5, order).to(inputs.dtype)
         fresh = torch.where(inside, delta, 0.0)
         fresh /= _sizes(fresh, order)
         fresh += bump * _signs(numbers[:, 5:]).view(count, channels, 1, 1)
-        fresh *= budget / _sizes(fresh, order)
+        fresh *= budget * self._surplus / _sizes(fresh, order)
         return self._within(
             inputs, torch.where(inside, fresh, torch.where(touched, 0.0, delta)), state
         )
@@ -212,13 +212,17 @@ class Square(Attack):
         """Into ball and box: pruned to the largest entries in l1, scaled to the sphere in l2."""
         if self.norm == "l1":
             return threat.project(inputs + delta, inputs, state.eps, "l1", self.bounds)
-        scale = threat.per_sample(state.eps, delta) / _sizes(delta, 2.0, axes=(1, 2, 3))
+        scale = threat.per_sample(state.eps, delta) / _sizes(delta, 2.0, (1, 2, 3))
         # What the box cuts off here is left over for the next window.
         return (inputs + delta * scale).clamp_(*self.bounds)
 
     @property
     def _order(self) -> float:
         return 1.0 if self.norm == "l1" else 2.0
+
+    @property
+    def _surplus(self) -> float:
+        return _L1_SURPLUS if self.norm == "l1" else 1.0
 
     def _sides(self, taken: Tensor, height: int, width: int) -> Tensor:
         """Height and width of each row's window, ``(2, N)``: its area shrinks as queries go by."""
@@ -254,7 +258,7 @@ def _window(numbers: Tensor, sides: Tensor, height: int, width: int) -> _Window:
     """Place windows of the given heights and widths ``(2, N)`` by uniform numbers ``(N, 2)``."""
     tall, wide = sides.view(2, -1, 1, 1, 1)
     upper, left = numbers.t().reshape(2, -1, 1, 1, 1)
-    # Below 1 by more than float32 rounds away, so the floor is at most the last place.
+    # The numbers are below 1 by more than the product rounds away: the last place is the highest.
     upper, left = (upper * (height - tall + 1)).long(), (left * (width - wide + 1)).long()
     down = torch.arange(height, device=sides.device).view(1, 1, -1, 1) - upper
     across = torch.arange(width, device=sides.device).view(1, 1, 1, -1) - left

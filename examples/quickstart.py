@@ -29,7 +29,7 @@ import advfeat as af
 parser = argparse.ArgumentParser(description="The paper in miniature, on digits")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", default="quickstart.png", help="where the figure goes")
-parser.add_argument("--validate", action="store_true", help="hold 240 of 1437 images out, test there")
+parser.add_argument("--validate", action="store_true", help="test on 240 held out of 1437")
 options = parser.parse_args()
 seed, began = options.seed, time.perf_counter()
 
@@ -40,7 +40,9 @@ images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(digits.target)
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 images, labels = images[order], labels[order]
-learn, judge = (slice(1197), slice(1197, 1437)) if options.validate else (slice(1437), slice(1437, None))
+learn, judge = (
+    (slice(1197), slice(1197, 1437)) if options.validate else (slice(1437), slice(1437, None))
+)
 train = TensorDataset(images[learn], labels[learn])
 test = TensorDataset(images[judge], labels[judge])
 
@@ -135,8 +137,8 @@ for name, result in measured.items():
 print(f"\nseed {seed}, {len(test)} test images, {time.perf_counter() - began:.0f} s")
 
 # 4. The figure: what was measured, and what the sets look like.
-figure = plt.figure(figsize=(9.5, 7.2), layout="constrained")
-bars, samples = figure.subfigures(2, 1, height_ratios=[1, 1.25])
+figure = plt.figure(figsize=(9.5, 7), layout="constrained")
+bars, samples = figure.subfigures(2, 1, height_ratios=[1.1, 1])
 axes = bars.subplots()
 places = torch.arange(len(measured)).numpy()
 heights = [[100 * r.standard for r in measured.values()], [100 * r for r in measured.values()]]
@@ -153,16 +155,13 @@ axes.set_xticks(places, list(measured))
 axes.set(ylim=(0, 118), ylabel="% of test images", xlabel="trained on")
 axes.legend(ncols=3, loc="upper center", frameon=False)
 
-grid = samples.subplots(3, 14, gridspec_kw={"wspace": 0.05})
-rows = [3, 4]  # two training images, in every set
-for axis in grid.flat:
-    axis.axis("off")
-for column, (name, dataset) in enumerate({"original": train, **{n: s[0] for n, s in sets.items()}}.items()):
-    grid[0, 2 * column].set_title(name, fontsize=10, loc="left")
-    for offset, row in enumerate(rows):
+columns = {"original": train, **{name: entry[0] for name, entry in sets.items()}}
+grid = samples.subplots(2, len(columns))
+for column, (name, dataset) in enumerate(columns.items()):
+    for axis, row in zip(grid[:, column], (3, 4), strict=True):  # two training images
         picture, label = dataset[row]
-        axis = grid[0, 2 * column + offset]
         axis.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
-        axis.text(0.5, -0.05, f"{int(label)}", transform=axis.transAxes, ha="center", va="top", fontsize=9)
+        axis.set(xticks=[], yticks=[], xlabel=f"label {int(label)}")
+    grid[0, column].set_title(name, fontsize=10)
 figure.savefig(options.out, dpi=110)
 print(f"figure: {options.out}")

@@ -197,6 +197,41 @@ def test_it_finds_the_closest_where_the_box_is_in_the_way(norm, classes):
     assert ((x_adv >= 0) & (x_adv <= 1)).all()
 
 
+def by_hand(model, x, y, targets, steps):
+    """Algorithm 1 of Croce and Hein (2020) for l2 towards one class, without a box, written out."""
+    current, best = x.clone(), x.clone()
+    closest = torch.full((len(x),), torch.inf, dtype=x.dtype)
+    for _ in range(steps):
+        leaf = current.clone().requires_grad_()
+        logits = model(leaf)
+        lead = (logits.gather(1, targets[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        (normal,) = torch.autograd.grad(lead.sum(), leaf)
+        squared = normal.square().sum(1)
+        lead = lead.detach()
+        ahead = lead + (normal * (x - current)).sum(1)
+        at_current = -(lead / squared)[:, None] * normal
+        at_clean = -(ahead / squared)[:, None] * normal
+        one, two = at_current.norm(dim=1), at_clean.norm(dim=1)
+        alpha = (one / (one + two)).clamp_max(0.1)[:, None]
+        current = (1 - alpha) * (current + 1.05 * at_current) + alpha * (x + 1.05 * at_clean)
+        hit = predicted(model, current) != y
+        better = hit & ((current - x).norm(dim=1) < closest)
+        best[better], closest[better] = current[better], (current - x).norm(dim=1)[better]
+        current[hit] = 0.1 * x[hit] + 0.9 * current[hit]
+    return best
+
+
+def test_l2_steps_equal_those_by_hand():
+    model, x = curved(), batch()
+    y = predicted(model, x)
+    with torch.no_grad():
+        targets = model(x).scatter(1, y[:, None], -torch.inf).argmax(1)
+    expected = by_hand(model, x, y, targets, 15)
+    assert (predicted(model, expected) != y).all()
+    found = fab(model, x, y, norm="l2", steps=15, targets=1, bounds=WIDE)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 # --- What is kept ---
 
 

@@ -2,19 +2,32 @@
 
 from advfeat.attacks._apgd import APGD, apgd
 from advfeat.attacks._attack import Attack, Batch, checked_batch
+from advfeat.attacks._fab import FAB, fab
+from advfeat.attacks._fmn import FMN, fmn
 from advfeat.attacks._inversion import Inversion, invert
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
+from advfeat.attacks._square import Square, square
+
+# Above the single attacks, which it is made of.
+from advfeat.attacks._ensemble import AutoAttack  # isort: skip
 
 __all__ = [
     "APGD",
+    "FAB",
     "FGSM",
+    "FMN",
     "PGD",
     "Attack",
+    "AutoAttack",
     "Batch",
     "Inversion",
+    "Square",
     "apgd",
     "checked_batch",
+    "fab",
     "fgsm",
+    "fmn",
     "invert",
     "pgd",
+    "square",
 ]

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from advfeat import checks, threat
 from advfeat.attacks._attack import Batch, argmax_hits
-from advfeat.attacks._minimum_norm import MinimumNorm, lead_of, likely_others, to_hyperplane
+from advfeat.attacks._minimum_norm import (
+    MinimumNorm,
+    evaluated,
+    lead_of,
+    likely_others,
+    to_hyperplane,
+)
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 
@@ -82,7 +88,7 @@ class FAB(MinimumNorm):
         """
         number = (state.taken // self.steps).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, number[:, None]).squeeze(1)
-        found = net.logits_gradient(state.current, lead_of(target, state.labels))
+        found = evaluated(net, state.current, lead_of(target, state.labels))
         current = self._moved(state, found)
         hits = self._fools(net.logits(current), state.labels)
         state = self._keep(state, current, hits)

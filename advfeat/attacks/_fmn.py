@@ -14,6 +14,7 @@ from advfeat import checks, losses, threat
 from advfeat.attacks._attack import Batch, argmax_hits
 from advfeat.attacks._minimum_norm import (
     MinimumNorm,
+    evaluated,
     lead_of,
     likely_others,
     rounding,
@@ -89,10 +90,8 @@ class FMN(MinimumNorm):
 
     def step(self, net: Network, state: FMNState) -> FMNState:
         """Look at the current iterate, adapt each row's radius, and take a gradient step in it."""
-        found = net.logits_gradient(state.current, self._objective(state))
-        # A hit that float32 does not see would be kept in place of a real one.
-        logits = net.logits(state.current) if net.low_precision else found.output
-        hits = self._fools(logits, state.labels)
+        found = evaluated(net, state.current, self._objective(state))
+        hits = self._fools(found.output, state.labels)
         state = self._keep(state, state.current, hits)
         return self._moved(state, found, hits)
 
@@ -117,7 +116,7 @@ class FMN(MinimumNorm):
             return likely.squeeze(1)
         points, distances = inputs.flatten(1)[:, None], []
         for target in likely.unbind(1):
-            found = net.logits_gradient(inputs, lead_of(target, labels))
+            found = evaluated(net, inputs, lead_of(target, labels))
             weight, gap = found.gradient.flatten(1), -found.value.to(inputs.dtype)
             moves = to_hyperplane(points, weight, gap[:, None], self.norm, self.bounds)[:, 0]
             unreached = (weight * moves).sum(1) < (1 - 1e-4) * gap

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from advfeat import checks, losses, threat
 from advfeat.attacks._attack import Attack
+from advfeat.model import Evaluation, Network
 from advfeat.threat import Bounds, Norm
 
 # Another batch shape, memory format or device moves logits by some units of rounding, and these
@@ -33,6 +34,18 @@ def lead_of(targets: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
         return (logits.gather(1, targets[:, None]) - own).squeeze(1) - 2 * rounding(logits)
 
     return lead
+
+
+def evaluated(net: Network, points: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
+    """Gradient of an objective of the logits; in low precision it alone is of low precision.
+
+    Where the boundary is, and what is beyond it, takes float32 logits to say.
+    """
+    found = net.logits_gradient(points, objective)
+    if not net.low_precision:
+        return found
+    logits = net.logits(points)
+    return Evaluation(found.gradient, objective(logits), logits)
 
 
 def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:

@@ -88,16 +88,14 @@ class Square(Attack):
         if batch.start is not None:
             start = threat.project(batch.start, inputs, state.eps, self.norm, self.bounds)
         else:
-            start = (self._stripes(state) if self.norm == "linf" else self._grid(state)).view(
-                inputs.shape
-            )
-        return state._replace(current=start)
+            start = self._stripes(state) if self.norm == "linf" else self._grid(state)
+        return state._replace(current=start.view(inputs.shape))
 
     def step(self, net: Network, state: SquareState) -> SquareState:
         """Spend one query of every row that is not finished; the first looks at the start."""
         proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
-        fresh = threat.per_sample(state.taken == 0, state.current)
-        candidate = torch.where(fresh, state.current, proposal.view(state.current.shape))
+        first = threat.per_sample(state.taken == 0, state.current)
+        candidate = torch.where(first, state.current, proposal.view(state.current.shape))
         logits = net.logits(candidate)
         value = losses.climbed("margin", state.labels, self.targeted)(logits)
         hits = argmax_hits(logits, state.labels, self.targeted)
@@ -151,7 +149,7 @@ class Square(Attack):
         count, channels, height, width = inputs.shape
         numbers = seeding.uniform(state.keys, state.taken, 2 + channels)
         sides = self._sides(state.taken, height, width)
-        inside = _window(numbers[:, :2], sides, height, width).mask
+        inside = _anywhere(numbers[:, :2], sides, height, width).mask
         signs = _signs(numbers[:, 2:]).view(count, channels, 1, 1)
         face = self._face(inputs, state.eps, signs)
         # A window that is at these faces already goes to the opposite ones: no query is spent on
@@ -173,7 +171,7 @@ class Square(Attack):
         numbers = numbers.view(count, 1 + channels, down, across)
         numbers = numbers.repeat_interleave(tall, 2).repeat_interleave(wide, 3)
         sides = torch.tensor([[tall] * 2, [wide] * 2], device=inputs.device)
-        block = _window(inputs.new_zeros(2, 2), sides, tall, wide)
+        block = _window(torch.zeros_like(sides), sides, tall, wide)
         sideways = torch.tensor([False, True], device=inputs.device)
         tiles = _bump(block, sideways, self._order).repeat(1, 1, down, across)
         delta = torch.where(numbers[:, :1] < 0.5, tiles[0], tiles[1]) * _signs(numbers[:, 1:])
@@ -190,9 +188,15 @@ class Square(Attack):
         count, channels, height, width = inputs.shape
         numbers = seeding.uniform(state.keys, state.taken, 5 + channels)
         sides = self._sides(state.taken, height, width)
-        window = _window(numbers[:, :2], sides, height, width)
+        window = _anywhere(numbers[:, :2], sides, height, width)
+        if self.norm == "l1":
+            # The published one is anywhere: on a perturbation as sparse as those of l1 it would
+            # hold nothing, and the query be wasted, three times of four.
+            giver = _around(_drawn(numbers[:, 2:3], delta), sides, height, width)
+        else:
+            giver = _anywhere(numbers[:, 2:4], sides, height, width)
         inside = window.mask
-        touched = inside | _window(numbers[:, 2:4], sides, height, width).mask
+        touched = inside | giver.mask
         order = self._order
         eps = threat.per_sample(state.eps, inputs)
         spare = eps**order - _sizes(delta, order).pow(order).sum(1, keepdim=True)
@@ -235,7 +239,7 @@ class Square(Attack):
         wide = torch.where(side > height, (area / height).round(), side)
         sides = torch.stack([tall, wide]).to(torch.int64)
         sides = sides.clamp_min(1) if self.norm == "linf" else sides.clamp_min(3) | 1
-        return torch.minimum(sides, torch.tensor([[height], [width]], device=taken.device))
+        return torch.minimum(sides, _limits(sides, height, width))
 
 
 class _Window(NamedTuple):
@@ -254,15 +258,41 @@ class _Window(NamedTuple):
         return rows & columns
 
 
-def _window(numbers: Tensor, sides: Tensor, height: int, width: int) -> _Window:
-    """Place windows of the given heights and widths ``(2, N)`` by uniform numbers ``(N, 2)``."""
+def _window(corners: Tensor, sides: Tensor, height: int, width: int) -> _Window:
+    """Windows with these upper left corners, heights and widths, int64 ``(2, N)``."""
+    upper, left = corners.view(2, -1, 1, 1, 1)
     tall, wide = sides.view(2, -1, 1, 1, 1)
-    upper, left = numbers.t().reshape(2, -1, 1, 1, 1)
-    # The numbers are below 1 by more than the product rounds away: the last place is the highest.
-    upper, left = (upper * (height - tall + 1)).long(), (left * (width - wide + 1)).long()
     down = torch.arange(height, device=sides.device).view(1, 1, -1, 1) - upper
-    across = torch.arange(width, device=sides.device).view(1, 1, 1, -1) - left
+    across = torch.arange(width, device=sides.device) - left
     return _Window(down, across, tall, wide)
+
+
+def _anywhere(numbers: Tensor, sides: Tensor, height: int, width: int) -> _Window:
+    """Windows at places drawn by uniform numbers ``(N, 2)``."""
+    places = _limits(sides, height, width) - sides + 1
+    # The numbers are below 1 by more than the product rounds away.
+    return _window((numbers.t() * places).long(), sides, height, width)
+
+
+def _around(pixels: Tensor, sides: Tensor, height: int, width: int) -> _Window:
+    """Windows around pixels ``(N,)``, moved into the image."""
+    corners = torch.stack([pixels // width, pixels % width]) - sides // 2
+    last = _limits(sides, height, width) - sides
+    return _window(torch.minimum(corners.clamp_min(0), last), sides, height, width)
+
+
+def _drawn(numbers: Tensor, delta: Tensor) -> Tensor:
+    """Pixels ``(N,)`` drawn by uniform numbers ``(N, 1)``, each as likely as it is perturbed."""
+    weights = delta.abs().sum(1).flatten(1)
+    # Added up as integers: exact, and so the same on every device.
+    shares = weights / weights.amax(1, keepdim=True).clamp_min(1e-12)
+    below = (shares * 2**30).long().cumsum(1)
+    chosen = (numbers.double() * below[:, -1:]).long()
+    return (below <= chosen).sum(1).clamp_max(weights.shape[1] - 1)
+
+
+def _limits(sides: Tensor, height: int, width: int) -> Tensor:
+    return torch.tensor([[height], [width]], device=sides.device)
 
 
 def _bump(window: _Window, sideways: Tensor, order: float) -> Tensor:
@@ -279,10 +309,11 @@ def _bump(window: _Window, sideways: Tensor, order: float) -> Tensor:
     second = lower & right
     rings = torch.maximum(tall, wide) // 2 + 1
     ring = torch.where(window.mask, torch.maximum(down, across), rings)
+    # Ring k rises above ring k + 1 by 1 / (k + 1)**2, in l1 by 1 / (k + 1)**4.
     longest = max(window.down.shape[2], window.across.shape[3])
-    falls = torch.arange(1, longest // 2 + 2, device=ring.device).double() ** (-4.0 / order)
-    levels = F.pad(falls.cumsum(0), (1, 0))
-    heights = (levels[rings] - levels[ring]).float()
+    places = torch.arange(1, longest // 2 + 3, dtype=torch.float64)
+    levels = torch.special.zeta(torch.tensor(4.0 / order), places).to(ring.device)
+    heights = (levels[ring] - levels[rings]).float()
     firsts, seconds = torch.where(second, 0.0, heights), torch.where(second, -heights, 0.0)
     bump = firsts / _sizes(firsts, order) + seconds / _sizes(seconds, order)
     return bump / _sizes(bump, order)
@@ -332,7 +363,8 @@ def square(
     Only the model's outputs are looked at, never a gradient: what it finds where gradient attacks
     find nothing shows that the gradients were masked. Each query moves a random window of the
     image, which shrinks as queries are spent, and is kept where the margin grew. The l1 form is
-    that of Croce and Hein (2021).
+    that of Croce and Hein (2021). Fewer queries are wasted than in the published code: in linf a
+    window never repeats what is there, and in l1 the window that gives up its norm holds some.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Cost of a PGD step against a bare forward pass plus input gradient of the same model.
 
-    python tests/benchmarks/bench_step.py
+python tests/benchmarks/bench_step.py
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 
@@ -22,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 import advfeat as af
 
@@ -138,8 +139,8 @@ print(f"\nseed {seed}, {len(test)} test images, {time.perf_counter() - began:.0f
 
 # 4. The figure: what was measured, and what the sets look like.
 figure = plt.figure(figsize=(9.5, 7), layout="constrained")
-bars, samples = figure.subfigures(2, 1, height_ratios=[1.1, 1])
-axes = bars.subplots()
+panels = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.1, 1])
+axes = panels[0, 0].subplots()
 places = torch.arange(len(measured)).numpy()
 heights = [[100 * r.standard for r in measured.values()], [100 * r for r in measured.values()]]
 axes.bar(places - 0.2, heights[0], 0.38, label="accuracy", color="#56B4E9", edgecolor="black")
@@ -155,11 +156,12 @@ axes.set_xticks(places, list(measured))
 axes.set(ylim=(0, 118), ylabel="% of test images", xlabel="trained on")
 axes.legend(ncols=3, loc="upper center", frameon=False)
 
-columns = {"original": train, **{name: entry[0] for name, entry in sets.items()}}
-grid = samples.subplots(2, len(columns))
-for column, (name, dataset) in enumerate(columns.items()):
+columns: dict[str, Dataset[Any]] = {"original": train}
+columns |= {name: entry[0] for name, entry in sets.items()}
+grid = panels[1, 0].subplots(2, len(columns))
+for column, (name, shown) in enumerate(columns.items()):
     for axis, row in zip(grid[:, column], (3, 4), strict=True):  # two training images
-        picture, label = dataset[row]
+        picture, label = shown[row]
         axis.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[], xlabel=f"label {int(label)}")
     grid[0, column].set_title(name, fontsize=10)

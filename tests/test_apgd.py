@@ -62,7 +62,8 @@ def test_models_of_few_classes_work(norm, classes):
 def test_the_pool_and_the_order_do_not_change_a_verdict(norm):
     model, x = cnn().double(), torch.rand(23, 3, 6, 6, dtype=torch.float64)
     y = model(x).argmax(1)
-    attack = APGD(eps=EPS[norm], norm=norm, steps=12, loss="dlr", targets=2, seed=3).until_fooled()
+    eps = EPS[norm] / 8  # small enough that some rows resist
+    attack = APGD(eps=eps, norm=norm, steps=12, loss="dlr", targets=2, seed=3).until_fooled()
 
     def verdicts(order: torch.Tensor, pool: int) -> list[bool]:
         with attackable(model) as net:
@@ -74,7 +75,7 @@ def test_the_pool_and_the_order_do_not_change_a_verdict(norm):
 
     expected = verdicts(torch.arange(23), 23)
     assert verdicts(torch.randperm(23), 4) == expected
-    assert 0 < sum(expected) < 23 or norm != "linf"
+    assert 0 < sum(expected) < 23
 
 
 def test_worst_case_is_a_success_of_any_attack():

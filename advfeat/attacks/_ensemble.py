@@ -30,8 +30,7 @@ class AutoAttack:
         ``"standard"``: APGD on the cross-entropy, APGD towards each of 9 classes on the DLR loss,
         FAB towards each of 9 classes, Square with 5000 queries; in l1 5 targets and 5 restarts
         of APGD, as published. ``"fast"``: APGD on the cross-entropy and towards 4 classes; its
-        verdicts
-        have not been compared with the standard ones yet.
+        verdicts have not been compared with the standard ones yet.
     bounds
         The box ``(low, high)``.
     seed

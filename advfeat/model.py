@@ -40,9 +40,14 @@ class Network:
     """
 
     def __init__(
-        self, module: nn.Module, precision: Precision = "float32", layer: Layer = None
+        self,
+        module: nn.Module,
+        precision: Precision = "float32",
+        layer: Layer = None,
+        compile: bool = False,
     ) -> None:
         self._module = module
+        self._logits_call = _Compiled(module) if compile else module
         self._layer = layer
         tensors = itertools.chain(module.parameters(), module.buffers())
         example = next((t for t in tensors if t.is_floating_point()), None)
@@ -74,10 +79,13 @@ class Network:
         assert self.classes is not None
         return self.classes
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """Return logits ``(N, C)`` without a gradient, in float32 (or float64)."""
+    def logits(self, inputs: Tensor, low_precision: bool = False) -> Tensor:
+        """Return logits ``(N, C)`` without a gradient, computed in float32 (or float64).
+
+        ``low_precision`` computes them as gradients are, for what is settled in float32 later.
+        """
         with torch.no_grad():
-            return self._logits(inputs, low_precision=False)
+            return self._logits(inputs, low_precision and self.low_precision)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Activations at the layer, ``(N, F)``, without a gradient, in float32 (or float64)."""
@@ -134,7 +142,8 @@ class Network:
         return torch.zeros_like(leaf)
 
     def _logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
-        output = checks.logits(logits_of(self._call(self._module, inputs, low_precision)), inputs)
+        output = self._call(self._logits_call, inputs, low_precision)
+        output = checks.logits(logits_of(output), inputs)
         if self.classes is None:
             self.classes = output.shape[1]
             checks.class_range(self._largest_label, self.classes, self._label_name)
@@ -186,6 +195,7 @@ def attackable(
     precision: Precision = "float32",
     layer: Layer = None,
     train: bool = False,
+    compile: bool = False,
 ) -> Iterator[Network]:
     """Freeze a module, yield its `Network`, and leave the module as it was found.
 
@@ -202,6 +212,8 @@ def attackable(
     train
         Keep the training flags (BatchNorm uses batch statistics, dropout is on) instead of
         evaluation mode. Buffers are restored all the same.
+    compile
+        Compute logits by ``torch.compile``; warns and goes on without it where it fails.
     """
     checks.model(module)
     checks.one_of("precision", precision, checks.PRECISIONS)
@@ -209,7 +221,7 @@ def attackable(
     layer = find_layer(module, layer)
     # Not in the user's inference mode: its tensors could not enter a gradient.
     with torch.inference_mode(False), torch.no_grad(), _frozen(module, train=train):
-        yield Network(module, _affordable(precision, module), layer)
+        yield Network(module, _affordable(precision, module), layer, compile)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -305,6 +317,33 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+class _Compiled:
+    """A compiled module that meets few batch sizes: rows are padded to a power of two.
+
+    Without a compiler, or with a module that it cannot do, the module itself is called.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._compiled: Callable[[Tensor], object] | None = torch.compile(module, dynamic=False)
+
+    def __call__(self, inputs: Tensor) -> object:
+        if self._compiled is None:
+            return self._module(inputs)
+        count = len(inputs)
+        missing = (1 << (count - 1).bit_length()) - count
+        padded = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])])
+        try:
+            output = logits_of(self._compiled(padded))
+        except Exception as error:
+            if not type(error).__module__.startswith("torch._"):
+                raise
+            warnings.warn(f"compile=True: goes on without, for {error}", stacklevel=2)
+            self._compiled = None
+            return self._module(inputs)
+        return output[:count] if isinstance(output, Tensor) else output
 
 
 class _Reached(Exception):  # noqa: N818 - not an error

@@ -150,7 +150,7 @@ def test_the_gpus_random_state_is_untouched():
     _, model = both(network())
     state = torch.cuda.get_rng_state()
     rows = TensorDataset(*images())
-    af.robust_accuracy(model, rows, eps=0.1, norm="l2", steps=2, restarts=2, seed=0)
+    af.robust_accuracy(model, rows, eps=0.1, norm="l2", seed=0)
     af.construct_rand_dataset(model, rows, steps=2, seed=0)
     assert torch.equal(torch.cuda.get_rng_state(), state)
 

@@ -278,7 +278,7 @@ OPERATIONS = {
     "invert": lambda m: invert(m, pictures()[0], pictures()[0].flip(0), steps=3),
     "accuracy": lambda m: af.accuracy(m, dataset(), batch_size=2),
     "robust_accuracy": lambda m: af.robust_accuracy(
-        m, dataset(), eps=0.1, norm="l2", restarts=2, seed=0, steps=2, batch_size=2
+        m, dataset(), eps=0.1, norm="l2", seed=0, batch_size=2
     ),
     "D_R": lambda m: af.construct_robust_dataset(m, dataset(), steps=2, seed=0, batch_size=2),
     "D_NR": lambda m: af.construct_nonrobust_dataset(

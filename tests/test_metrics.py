@@ -131,7 +131,8 @@ def test_every_kind_of_data_gives_the_same_outcomes(kind, measure):
     def found(rows):
         if measure == "clean":
             return af.accuracy(model, rows)
-        return af.robust_accuracy(model, rows, eps=0.05, norm="l2", restarts=2, seed=0, steps=4)
+        attack = af.PGD(eps=0.05, norm="l2", restarts=2, seed=0, steps=4)
+        return af.robust_accuracy(model, rows, attack=attack)
 
     expected, result = found(data()), found(kinds_of_data()[kind])
     assert torch.equal(result.correct, expected.correct)
@@ -179,7 +180,8 @@ def test_a_linear_models_robust_accuracy_is_the_closed_form(norm):
 @pytest.mark.parametrize("restarts", [1, 3])
 def test_with_eps_zero_it_is_standard_accuracy(norm, restarts):
     model, rows = curved(), data(classes=3, dtype=torch.float64)
-    found = af.robust_accuracy(model, rows, eps=0.0, norm=norm, restarts=restarts, steps=3)
+    attack = af.PGD(eps=0.0, norm=norm, restarts=restarts, steps=3)
+    found = af.robust_accuracy(model, rows, attack=attack)
     clean = af.accuracy(model, rows)
     assert torch.equal(found.correct, clean.correct)
     assert 0 < clean < 1
@@ -204,12 +206,8 @@ def test_robust_samples_are_right_on_clean_data(eps):
 
 def test_it_does_not_depend_on_the_batch_size():
     model, rows = curved(), data(classes=3, dtype=torch.float64)
-    found = [
-        af.robust_accuracy(
-            model, rows, eps=0.1, norm="l2", steps=3, restarts=3, seed=5, batch_size=size
-        )
-        for size in (1, 7, 64)
-    ]
+    attack = af.PGD(eps=0.1, norm="l2", steps=3, restarts=3, seed=5)
+    found = [af.robust_accuracy(model, rows, attack=attack, batch_size=size) for size in (1, 7, 64)]
     assert torch.equal(found[0].correct, found[1].correct)
     assert torch.equal(found[0].correct, found[2].correct)
     assert 0 < found[0] < found[0].standard
@@ -227,9 +225,9 @@ def test_a_sample_is_fooled_as_by_pgd_on_it_alone():
     assert 0 < found < found.standard
 
 
-def test_an_attack_object_equals_the_same_settings():
+def test_steps_are_those_of_pgd():
     model, rows = curved(), data(classes=3, dtype=torch.float64)
-    settings = {"eps": 0.2, "norm": "l2", "steps": 4, "step_size": 0.05, "restarts": 2, "seed": 1}
+    settings = {"eps": 0.2, "norm": "l2", "steps": 4}
     expected = af.robust_accuracy(model, rows, **settings)
     found = af.robust_accuracy(model, rows, attack=af.PGD(**settings))
     assert torch.equal(found.correct, expected.correct)
@@ -262,7 +260,8 @@ def test_without_a_seed_torch_manual_seed_governs():
     model, rows = curved(), data(classes=3, dtype=torch.float64)
 
     def found():
-        return af.robust_accuracy(model, rows, eps=0.15, norm="linf", steps=1, restarts=2).correct
+        attack = af.PGD(eps=0.15, norm="linf", steps=1, restarts=2)
+        return af.robust_accuracy(model, rows, attack=attack).correct
 
     torch.manual_seed(0)
     first, others = found(), [found() for _ in range(5)]

@@ -102,7 +102,8 @@ def test_robust_accuracy_is_no_higher_than_the_peers(model, digits, norm, peer):
     # It judges a sample by any iterate, the peers by the last.
     x, y = digits[1].tensors
     eps, step, _ = BALLS[norm]
-    found = af.robust_accuracy(model, digits[1], eps=eps, norm=norm, step_size=step, steps=STEPS)
+    attack = af.PGD(eps=eps, norm=norm, step_size=step, steps=STEPS)
+    found = af.robust_accuracy(model, digits[1], attack=attack)
     assert found <= accuracy(model, PEERS[peer](model, x, y, norm), y) + 0.01
     assert found <= accuracy(model, ours(model, x, y, norm), y)
 

@@ -131,6 +131,8 @@ def check_given(attack: object, eps: object, norm: object) -> None:
         checks.fail("attack", attack, "targeted, but the data give labels and no targets")
     if isinstance(attack.eps, Tensor):
         checks.fail("attack.eps", attack.eps, "one radius for each row of a batch; pass a float")
+    if attack.eps is None:
+        checks.fail("attack.eps", None, "it looks for the smallest perturbation; give it an eps")
 
 
 def argmax_hits(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:

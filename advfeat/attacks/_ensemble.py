@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from advfeat import checks, seeding
 from advfeat.attacks._apgd import APGD
@@ -73,12 +74,22 @@ class AutoAttack:
             Square(**ball, queries=5000),
         )
 
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on the seed: it does."""
+        return True
+
+    def with_seed(self, seed: int) -> Self:
+        """The same ensemble with this seed."""
+        return replace(self, seed=seed)
+
     def __call__(
         self,
         model: nn.Module,
         inputs: Tensor,
         labels: Tensor,
         *,
+        index: Tensor | None = None,
         precision: Precision = "float32",
     ) -> Tensor:
         """Attack one batch; the result of the last attack where none succeeds.
@@ -90,7 +101,7 @@ class AutoAttack:
         """
         attacks = seeded(self.attacks, self.seed)
         with attackable(model, precision=precision) as net:
-            batch = checked_batch(net, inputs, labels, None, self.bounds)
+            batch = checked_batch(net, inputs, labels, index, self.bounds)
             found = batch.inputs.clone()
             standing = (~argmax_hits(net.logits(found), batch.labels, False)).nonzero().squeeze(1)
             for attack in attacks:
@@ -108,8 +119,13 @@ def seeded(attacks: Sequence[Attack], seed: int | torch.Generator | None) -> tup
     open_ = [attack.is_random and getattr(attack, "seed", None) is None for attack in attacks]
     root = seeding.resolve(seed) if any(open_) else 0
     return tuple(
-        attack.with_seed(seeding.derive(root, place) if free else seeding.resolve(own))
-        for place, (attack, free, own) in enumerate(
-            zip(attacks, open_, (getattr(a, "seed", 0) for a in attacks), strict=True)
-        )
+        attack.with_seed(seeding.derive(root, place)) if free else _fixed(attack)
+        for place, (attack, free) in enumerate(zip(attacks, open_, strict=True))
     )
+
+
+def _fixed(attack: Attack) -> Attack:
+    """The same attack, its generator exchanged for a number drawn from it."""
+    if not attack.is_random:
+        return attack
+    return attack.with_seed(seeding.resolve(getattr(attack, "seed")))  # noqa: B009

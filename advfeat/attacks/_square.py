@@ -96,7 +96,7 @@ class Square(Attack):
         proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
         first = threat.per_sample(state.taken == 0, state.current)
         candidate = torch.where(first, state.current, proposal.view(state.current.shape))
-        logits = net.logits(candidate)
+        logits = _settled(net, candidate, state.labels, self.targeted)
         value = losses.climbed("margin", state.labels, self.targeted)(logits)
         hits = argmax_hits(logits, state.labels, self.targeted)
         active = ~self.finished(state)
@@ -240,6 +240,16 @@ class Square(Attack):
         sides = torch.stack([tall, wide]).to(torch.int64)
         sides = sides.clamp_min(1) if self.norm == "linf" else sides.clamp_min(3) | 1
         return torch.minimum(sides, _limits(sides, height, width))
+
+
+def _settled(net: Network, candidate: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Logits, computed in low precision where that was asked for and nothing is claimed."""
+    logits = net.logits(candidate, low_precision=True)
+    if net.low_precision:
+        rows = argmax_hits(logits, labels, targeted).nonzero().squeeze(1)
+        if len(rows):
+            logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
+    return logits
 
 
 class _Window(NamedTuple):

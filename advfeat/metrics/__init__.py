@@ -1,0 +1,20 @@
+"""What is measured: accuracy, clean and under attack, its curve, transfer, and signs of masking."""
+
+from advfeat.metrics._accuracy import Accuracy, RobustAccuracy, accuracy, robust_accuracy
+from advfeat.metrics._curve import RobustnessCurve, robustness_curve
+from advfeat.metrics._diagnose import Diagnosis, Finding, diagnose
+from advfeat.metrics._transfer import TransferMatrix, transfer_matrix
+
+__all__ = [
+    "Accuracy",
+    "Diagnosis",
+    "Finding",
+    "RobustAccuracy",
+    "RobustnessCurve",
+    "TransferMatrix",
+    "accuracy",
+    "diagnose",
+    "robust_accuracy",
+    "robustness_curve",
+    "transfer_matrix",
+]

@@ -1,0 +1,349 @@
+"""Accuracy on clean and on attacked inputs, with counts, outcomes and intervals."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from advfeat import checks, engine
+from advfeat.attacks import PGD, Attack, AutoAttack, Batch, checked_batch
+from advfeat.attacks._attack import check_given
+from advfeat.attacks._ensemble import seeded
+from advfeat.loading import Data, Source, with_progress
+from advfeat.model import Network, Precision, attackable, device_of
+from advfeat.threat import Bounds, Norm
+
+_EVERYWHERE = (-math.inf, math.inf)
+WRONG = -2  # in `RobustAccuracy.broken_by`: wrong on the clean input
+
+
+class Accuracy(float):
+    """A share of right answers that works wherever a float does.
+
+    Attributes
+    ----------
+    count, total
+        Right answers and samples.
+    correct
+        Outcome of each sample, bool ``(total,)``, in the order of the rows.
+    index
+        Row number of each sample, int64 ``(total,)``.
+    interval
+        95% Wilson score interval of the share.
+
+    Examples
+    --------
+    >>> accuracy = Accuracy.of(torch.tensor([True, True, True, False]))
+    >>> accuracy > 0.7
+    True
+    >>> accuracy
+    0.7500 (3/4, 95% interval 0.3006 to 0.9544)
+    """
+
+    count: int
+    total: int
+    correct: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, correct: Tensor, index: Tensor | None = None) -> Self:
+        """Count outcomes, bool ``(N,)``."""
+        count, total = int(correct.sum()), len(correct)
+        value = cls(count / total)
+        value.count, value.total, value.correct = count, total, correct
+        value.index = torch.arange(total) if index is None else index
+        return value
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson score interval."""
+        z = 1.959963984540054
+        spread = z * math.sqrt(
+            float(self) * (1 - float(self)) / self.total + z * z / (4 * self.total**2)
+        )
+        middle = float(self) + z * z / (2 * self.total)
+        scale = 1 + z * z / self.total
+        return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+    def __repr__(self) -> str:
+        """Share, count and interval."""
+        low, high = self.interval
+        return (
+            f"{float(self):.4f} ({self.count}/{self.total}, 95% interval {low:.4f} to {high:.4f})"
+        )
+
+    __str__ = __repr__
+
+
+class RobustAccuracy(Accuracy):
+    """Accuracy under attack: a sample counts if it is right on its clean and its attacked input.
+
+    Attributes
+    ----------
+    standard
+        Accuracy on the clean inputs, from the same pass.
+    attacks
+        The attacks in their order with their seeds: what to run to get this number again.
+    broken_by
+        Place in ``attacks`` of the one that fooled the model, int64 ``(total,)``: -1 where none
+        did, -2 where the model was wrong on the clean input.
+    value
+        That attack's objective on its result (the last attack's where none succeeded), float32
+        ``(total,)``; NaN where the model was wrong on the clean input.
+    adversarial
+        With ``keep_inputs``, the attacked inputs ``(total, ...)`` on the CPU, the clean ones where
+        the model was wrong on them; else None.
+    """
+
+    standard: Accuracy
+    attacks: tuple[Attack, ...]
+    broken_by: Tensor
+    value: Tensor
+    adversarial: Tensor | None
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module,
+    data: Data,
+    *,
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> Accuracy:
+    """Standard accuracy, in evaluation mode.
+
+    Parameters
+    ----------
+    model
+        Any module that returns class logits.
+    data
+        A dataset, a loader or a list of batches ``(inputs, labels, ...)``; moved to the model's
+        device.
+    batch_size
+        Rows to a forward pass; by default the loader's own, 128 for a dataset.
+    progress
+        Draw a bar; by default where stderr is a terminal and tqdm is installed.
+
+    Returns
+    -------
+    Accuracy
+        A float with ``count``, ``total``, ``correct``, ``index`` and ``interval``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.tensor([0, 1, 0]))
+    >>> af.accuracy(torch.nn.Identity(), data)
+    0.6667 (2/3, 95% interval 0.2077 to 0.9385)
+    """
+    source = Source(data, batch_size)
+    clean = CleanPass(source, model, _EVERYWHERE, "accuracy", progress)
+    with attackable(model) as net:
+        for _ in clean.read(net):
+            pass
+    return clean.accuracy
+
+
+def robust_accuracy(
+    model: nn.Module,
+    data: Data,
+    *,
+    eps: float | None = None,
+    norm: Norm | None = None,
+    attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | None = None,
+    steps: int | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+    compile: bool = False,
+    keep_inputs: bool = False,
+    progress: bool | None = None,
+) -> RobustAccuracy:
+    """Accuracy under attack, and on clean inputs in the same pass.
+
+    A sample is robust if no attack fools the model. Only samples that are right on clean data are
+    attacked, and a fooled one is finished: its place goes to the next sample. Every success is a
+    float32 forward pass on the input that is returned.
+
+    Parameters
+    ----------
+    model, data, batch_size, progress
+        As in `accuracy`. The batch size does not change the result.
+    eps, norm
+        The ball, in the units of the inputs; required unless ``attack`` is given.
+    attack
+        An attack, or a list of them: a sample is robust if it resists each. By default
+        ``advfeat.attacks.AutoAttack(version="fast")``; for a number to publish, one with
+        ``version="standard"``.
+    steps
+        Measure by PGD with this many steps, from the clean input on the cross-entropy, in place
+        of the default: quicker, and no more than an upper bound.
+    bounds
+        The box ``(low, high)`` of valid inputs.
+    seed
+        Of attacks that have none of their own; None draws one number from torch's default
+        generator where needed.
+    precision
+        ``"bfloat16"`` takes gradients in bfloat16; every success is settled in float32.
+    compile
+        Attack through ``torch.compile``; warns and goes on without where it fails.
+    keep_inputs
+        Keep the attacked inputs in ``adversarial``.
+
+    Returns
+    -------
+    RobustAccuracy
+        A float, as in `Accuracy`, with ``standard`` beside it, and for each sample which attack
+        broke it and at what objective.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause, before any work is done.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.tensor([0, 1, 0]))
+    >>> robust = af.robust_accuracy(torch.nn.Identity(), data, eps=0.8, norm="linf", seed=0)
+    >>> float(robust), robust.standard.count, robust.broken_by
+    (0.0, 2, tensor([ 0,  0, -2]))
+    """
+    attacks = _attacks(attack, eps, norm, steps, bounds, seed)
+    source = Source(data, batch_size)
+    clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
+    verdicts: list[tuple[Tensor, ...]] = []
+    with attackable(model, precision=precision, compile=compile) as net:
+        for verdict in engine.worst_case(attacks, net, clean.resisting(net), source.pool_size):
+            kept = [verdict.ids, verdict.attack, verdict.value]
+            kept += [verdict.adversarial] if keep_inputs else []
+            verdicts.append(tuple(field.cpu() for field in kept))
+    broken_by = torch.full_like(clean.index, WRONG)
+    value = torch.full(broken_by.shape, torch.nan)
+    if verdicts:
+        ids, attack_of, values, *inputs = (
+            torch.cat(parts) for parts in zip(*verdicts, strict=True)
+        )
+        rows = places(clean.index, ids)
+        broken_by[rows], value[rows] = attack_of, values.to(torch.float32)
+        if keep_inputs:
+            clean.inputs[rows] = inputs[0]
+    robust = RobustAccuracy.of(broken_by == engine.RESISTED, clean.index)
+    robust.standard, robust.attacks = clean.accuracy, attacks
+    robust.broken_by, robust.value = broken_by, value
+    robust.adversarial = clean.inputs if keep_inputs else None
+    return robust
+
+
+def _attacks(
+    attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | None,
+    eps: float | None,
+    norm: Norm | None,
+    steps: int | None,
+    bounds: Bounds,
+    seed: int | torch.Generator | None,
+) -> tuple[Attack, ...]:
+    """Single attacks, each until a row is fooled, and with a seed if it is random."""
+    checks.seed(seed)
+    if attack is None:
+        listed: Sequence[Attack | AutoAttack] = [_default(eps, norm, steps, bounds)]
+    else:
+        if not (eps is None and norm is None and steps is None):
+            cause = "the attack has its own; pass one or the other"
+            checks.fail("eps, norm, steps", (eps, norm, steps), cause)
+        listed = attack if isinstance(attack, Sequence) else [attack]
+    flat: list[Attack] = []
+    for one in listed:
+        if isinstance(one, AutoAttack):
+            # Its own seed is for all its attacks.
+            flat += one.attacks if one.seed is None else seeded(one.attacks, one.seed)
+        else:
+            check_given(one, None, None)
+            flat.append(one)
+    if not flat:
+        checks.fail("attack", attack, "no attack at all; for clean inputs use advfeat.accuracy")
+    if any(one.bounds != flat[0].bounds for one in flat):
+        checks.fail("attack", attack, "the attacks have different bounds")
+    return seeded([one.until_fooled() for one in flat], seed)
+
+
+def _default(
+    eps: float | None, norm: Norm | None, steps: int | None, bounds: Bounds
+) -> Attack | AutoAttack:
+    if eps is None or norm is None:
+        checks.fail("eps, norm", (eps, norm), "both are needed where no attack is given")
+    checks.number("eps", eps, low=0.0)
+    if steps is None:
+        return AutoAttack(eps=eps, norm=norm, version="fast", bounds=bounds)
+    return PGD(eps=eps, norm=norm, steps=steps, bounds=bounds)
+
+
+class CleanPass:
+    """One reading of the data, which looks at the clean rows on their way to an attack."""
+
+    def __init__(
+        self,
+        source: Source,
+        model: nn.Module,
+        bounds: Bounds,
+        label: str,
+        progress: bool | None,
+        keep_inputs: bool = False,
+    ) -> None:
+        checks.model(model)
+        self._batches = with_progress(
+            source.batches(device_of(model)),
+            total=source.batch_count,
+            label=label,
+            progress=progress,
+        )
+        self._bounds, self._keep_inputs = bounds, keep_inputs
+        self._seen: list[tuple[Tensor, ...]] = []
+
+    def read(self, net: Network) -> Iterator[tuple[Batch, Tensor]]:
+        """Every batch, checked and prepared, with whether the model is right on each row."""
+        for rows in self._batches:
+            batch = checked_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
+            right = net.logits(batch.inputs).argmax(1) == batch.labels
+            kept = (rows.ids, right, batch.inputs) if self._keep_inputs else (rows.ids, right)
+            self._seen.append(tuple(field.cpu() for field in kept))
+            yield batch, right
+
+    def resisting(self, net: Network) -> Iterator[Batch]:
+        """The rows on which the model is right."""
+        for batch, right in self.read(net):
+            if bool(right.any()):
+                yield Batch(*(field[right] for field in batch[:3]))
+
+    @functools.cached_property
+    def _columns(self) -> list[Tensor]:
+        return [torch.cat(parts) for parts in zip(*self._seen, strict=True)]
+
+    @property
+    def index(self) -> Tensor:
+        """Row numbers in the order they were read, once all were."""
+        return self._columns[0]
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """On the clean rows."""
+        return Accuracy.of(self._columns[1], self.index)
+
+    @property
+    def inputs(self) -> Tensor:
+        """The clean inputs, prepared; they can be written to."""
+        return self._columns[2]
+
+
+def places(index: Tensor, ids: Tensor) -> Tensor:
+    """Where each of ``ids`` stands in ``index``."""
+    order = index.argsort()
+    return order[torch.searchsorted(index[order], ids)]

@@ -1,0 +1,104 @@
+"""Accuracy against eps, whole, from one run of a minimum-norm attack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, engine, threat
+from advfeat.attacks import FAB, FMN
+from advfeat.attacks._minimum_norm import MinimumNorm
+from advfeat.loading import Data, Source
+from advfeat.metrics._accuracy import Accuracy, CleanPass, places
+from advfeat.model import Precision, attackable
+from advfeat.threat import Bounds, Norm
+
+
+@dataclass(frozen=True)
+class RobustnessCurve:
+    """Distance of each sample to the nearest adversarial example that was found.
+
+    Attributes
+    ----------
+    distance
+        ``(total,)`` in ``norm``: 0 where the model is wrong on the clean input, infinite where
+        nothing was found.
+    index
+        Row number of each sample, int64 ``(total,)``.
+    norm
+        The norm it is measured in.
+    """
+
+    distance: Tensor
+    index: Tensor
+    norm: Norm
+
+    def at(self, eps: float) -> Accuracy:
+        """Robust accuracy at one radius: the share of samples farther than ``eps``."""
+        checks.number("eps", eps, low=0.0)
+        return Accuracy.of(self.distance > eps, self.index)
+
+    def table(self, eps: Sequence[float]) -> list[dict[str, float]]:
+        """Rows of eps and robust accuracy."""
+        return [{"eps": radius, "robust_accuracy": float(self.at(radius))} for radius in eps]
+
+    @property
+    def median(self) -> float:
+        """Median distance: where robust accuracy crosses one half."""
+        return float(self.distance.median())
+
+
+def robustness_curve(
+    model: nn.Module,
+    data: Data,
+    *,
+    norm: Norm,
+    attack: FMN | FAB | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    batch_size: int | None = None,
+    precision: Precision = "float32",
+    progress: bool | None = None,
+) -> RobustnessCurve:
+    """Measure robust accuracy at every eps in one run of a minimum-norm attack.
+
+    Parameters
+    ----------
+    model, data, bounds, batch_size, precision, progress
+        As in `robust_accuracy`.
+    norm
+        In which distances are measured.
+    attack
+        Default `advfeat.attacks.FMN` with its own defaults (Pintor et al. 2021).
+
+    Returns
+    -------
+    RobustnessCurve
+        ``curve.at(eps)`` is an `Accuracy`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat.metrics import robustness_curve
+    >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3))
+    >>> curve = robustness_curve(torch.nn.Identity(), data, norm="linf")
+    >>> float(curve.at(0.4)), float(curve.at(0.6))
+    (1.0, 0.0)
+    """
+    attack = FMN(norm=norm, bounds=bounds) if attack is None else attack
+    if not isinstance(attack, MinimumNorm) or attack.norm != norm or attack.eps is not None:
+        checks.fail("attack", attack, f"expected FMN or FAB in norm={norm!r}, without eps")
+    source = Source(data, batch_size)
+    clean = CleanPass(source, model, attack.bounds, "robustness curve", progress)
+    found: list[tuple[Tensor, Tensor]] = []
+    with attackable(model, precision=precision) as net:
+        for verdict in engine.survivors(attack, net, clean.resisting(net), source.pool_size):
+            distance = threat.size(verdict.adversarial - verdict.inputs, norm)
+            distance = torch.where(verdict.success, distance, torch.inf)
+            found.append((verdict.ids.cpu(), distance.cpu()))
+    distances = torch.zeros(clean.index.shape)
+    for ids, distance in found:
+        distances[places(clean.index, ids)] = distance.to(torch.float32)
+    return RobustnessCurve(distances, clean.index, norm)

@@ -1,0 +1,238 @@
+"""Signs that a robust accuracy is not what it looks like."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, losses, seeding
+from advfeat.attacks import PGD, Attack, Batch, Square
+from advfeat.attacks._attack import checked_batch
+from advfeat.loading import Data, Source
+from advfeat.model import Network, attackable, device_of
+from advfeat.threat import Bounds, Norm
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was measured, and what it means."""
+
+    name: str
+    value: float  # what was measured
+    limit: float  # above this it is suspicious
+    meaning: str
+    advice: str
+
+    @property
+    def suspicious(self) -> bool:
+        """Whether the value is above the limit."""
+        return self.value > self.limit
+
+    def __str__(self) -> str:
+        """One line, with the advice where something is wrong."""
+        mark = "WARNING" if self.suspicious else "ok"
+        line = f"{mark:8}{self.name}: {self.value:.4g} (limit {self.limit:g}), {self.meaning}"
+        return f"{line}\n        -> {self.advice}" if self.suspicious else line
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks of `diagnose`, by name."""
+
+    findings: dict[str, Finding]
+
+    @property
+    def suspicious(self) -> tuple[str, ...]:
+        """Names of the checks that found something."""
+        return tuple(name for name, finding in self.findings.items() if finding.suspicious)
+
+    def __getitem__(self, name: str) -> Finding:
+        """The check of this name."""
+        return self.findings[name]
+
+    def __str__(self) -> str:
+        """A line for each check."""
+        return "\n".join(map(str, self.findings.values()))
+
+
+def diagnose(
+    model: nn.Module,
+    data: Data,
+    *,
+    eps: float,
+    norm: Norm,
+    samples: int = 128,
+    queries: int = 500,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+) -> Diagnosis:
+    """Look for signs of gradient masking, or of a random or non-differentiable defence.
+
+    Such models stop gradient attacks without being robust (Athalye et al. 2018; Carlini et al.
+    2019), and a robust accuracy measured on them is too high. Each check is a number with a limit.
+
+    Parameters
+    ----------
+    model, data, bounds
+        As in `robust_accuracy`.
+    eps, norm
+        The ball of the result in question.
+    samples
+        Rows looked at, from the beginning of ``data``, those that are right.
+    queries
+        Forward passes of the black-box attack.
+    seed
+        Of random numbers; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    Diagnosis
+        ``print`` it; ``diagnosis.suspicious`` are the names of checks that found something, which
+        a warning gives too, with what to do.
+
+        ``random_predictions``: share of samples whose logits differ between two equal calls.
+        ``zero_gradients``: share whose loss has no gradient by the input.
+        ``black_box_wins``: share that Square fools and PGD does not.
+        ``more_steps_help``: share that 100 steps from 2 random starts fool and 10 steps do not.
+        ``large_eps_resists``: accuracy under PGD in a ball that covers the whole box.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat.metrics import diagnose
+    >>> class Quantised(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return torch.round(8 * x) / 8
+    >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3))
+    >>> import warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     diagnosis = diagnose(Quantised(), data, eps=0.6, norm="linf", seed=0)
+    >>> "zero_gradients" in diagnosis.suspicious
+    True
+    """
+    checks.number("eps", eps, low=0.0, strict=True)
+    checks.norm(norm)
+    checks.bounds(bounds)
+    checks.linf_in_bounds(eps, norm, bounds)
+    checks.count("samples", samples, low=1)
+    checks.count("queries", queries, low=1)
+    checks.seed(seed)
+    findings = _findings(model, data, eps, norm, samples, queries, bounds, seeding.resolve(seed))
+    diagnosis = Diagnosis({finding.name: finding for finding in findings})
+    if diagnosis.suspicious:
+        signs = "\n".join(str(diagnosis[name]) for name in diagnosis.suspicious)
+        warnings.warn(f"the model may be less robust than it looks\n{signs}", stacklevel=2)
+    return diagnosis
+
+
+def _findings(
+    model: nn.Module,
+    data: Data,
+    eps: float,
+    norm: Norm,
+    samples: int,
+    queries: int,
+    bounds: Bounds,
+    seed: int,
+) -> list[Finding]:
+    def pgd(eps: float, norm: Norm, steps: int, restarts: int = 1) -> PGD:
+        derived = seeding.derive(seed, 0)
+        return PGD(eps=eps, norm=norm, steps=steps, restarts=restarts, bounds=bounds, seed=derived)
+
+    with attackable(model) as net, warnings.catch_warnings():
+        # A detached input is what one of the checks is for.
+        warnings.filterwarnings("ignore", "the model's output has no gradient")
+        batch = _right_rows(net, model, data, samples, bounds)
+        short = _fooled(net, batch, pgd(eps, norm, 10))
+        hard = _fooled(net, batch, pgd(eps, norm, 100, restarts=2))
+        search = Square(
+            eps=eps, norm=norm, queries=queries, bounds=bounds, seed=seeding.derive(seed, 1)
+        )
+        black_box = _fooled(net, batch, search)
+        # The whole box, whatever the norm: a step of l1 would move one entry at a time.
+        anywhere = _fooled(net, batch, pgd(bounds[1] - bounds[0], "linf", 50))
+        return [
+            Finding(
+                "random_predictions",
+                _share(_changing(net, batch.inputs)),
+                0.0,
+                "samples whose logits change between two equal calls",
+                "the model is random: attack its average over many calls (an expectation over "
+                "transformations), and report the accuracy of the average",
+            ),
+            Finding(
+                "zero_gradients",
+                _share(_without_gradient(net, batch)),
+                0.01,
+                "samples whose cross-entropy has no gradient by the input",
+                "gradient attacks cannot move there: replace layers that are not differentiable "
+                "by a differentiable stand-in (BPDA); where the logits are huge, attack with "
+                "loss='dlr' or 'margin'; in any case with Square",
+            ),
+            Finding(
+                "black_box_wins",
+                _share(black_box & ~short & ~hard),
+                0.02,
+                "samples that random search fools and PGD does not",
+                "gradients are masked: trust the black-box number, or attack the model without "
+                "the part that masks them",
+            ),
+            Finding(
+                "more_steps_help",
+                _share(hard & ~short),
+                0.10,
+                "samples that 100 steps from 2 starts fool and 10 steps do not",
+                "short attacks have not converged: use AutoAttack, or more steps and restarts",
+            ),
+            Finding(
+                "large_eps_resists",
+                1 - _share(anywhere),
+                0.05,
+                "samples that PGD cannot fool though every input of the box is allowed",
+                "no model can be right there: the attack fails, so it fails at smaller eps too",
+            ),
+        ]
+
+
+def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds: Bounds) -> Batch:
+    """The first rows of the data, those of them that the model gets right."""
+    source, found, seen = Source(data), [], 0
+    for rows in source.batches(device_of(model)):
+        kept = slice(None, samples - seen)
+        fields = (rows.inputs[kept], rows.labels[kept], rows.ids[kept])
+        batch = checked_batch(net, *fields, bounds)
+        right = (net.logits(batch.inputs).argmax(1) == batch.labels).nonzero().squeeze(1)
+        found.append([field[right] for field in batch[:3]])
+        seen += len(batch.ids)
+        if seen >= samples:
+            break
+    batch = Batch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    if not len(batch.ids):
+        checks.fail("data", f"{seen} samples", "the model is right on none of them")
+    return batch
+
+
+def _fooled(net: Network, batch: Batch, attack: Attack) -> Tensor:
+    attack = attack.until_fooled()
+    fooled: Tensor = attack.run(net, attack.init(net, batch)).success
+    return fooled
+
+
+def _without_gradient(net: Network, batch: Batch) -> Tensor:
+    objective = losses.climbed("cross_entropy", batch.labels, targeted=False)
+    gradient = net.logits_gradient(batch.inputs, objective).gradient
+    return gradient.flatten(1).abs().amax(1) == 0
+
+
+def _changing(net: Network, inputs: Tensor) -> Tensor:
+    first, second = net.logits(inputs), net.logits(inputs)
+    # Parallel sums differ by rounding; a random model differs by far more.
+    return ((first - second).abs() > 1e-4 * (1 + first.abs())).any(1)
+
+
+def _share(rows: Tensor) -> float:
+    return rows.float().mean().item()

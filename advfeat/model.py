@@ -336,7 +336,10 @@ class _Compiled:
         missing = (1 << (count - 1).bit_length()) - count
         padded = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])])
         try:
-            output = logits_of(self._compiled(padded))
+            with warnings.catch_warnings():
+                # The compiler looks at every input's gradient, and torch warns of that.
+                warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor")
+                output = logits_of(self._compiled(padded))
         except Exception as error:
             if not type(error).__module__.startswith("torch._"):
                 raise

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import advfeat as af
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -11,3 +15,46 @@ def ground_one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """1300 real images of digits to learn from, and 497 to measure on, 1x8x8 in [0, 1]."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels)
+    return TensorDataset(x[:1300], y[:1300]), TensorDataset(x[1300:], y[1300:])
+
+
+def digit_network():
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
+@pytest.fixture(scope="session")
+def standard(digits, ground_one_thread):
+    """A model trained on digits in the standard way. Not to be changed."""
+    torch.manual_seed(0)
+    net = digit_network()
+    af.fit(net, digits[0], epochs=6, lr=0.05, seed=0)
+    return net.eval()
+
+
+@pytest.fixture(scope="session")
+def robust(digits, ground_one_thread):
+    """A model trained on digits against linf 0.1. Not to be changed."""
+    torch.manual_seed(0)
+    net = digit_network()
+    af.adversarial_fit(
+        net, digits[0], eps=0.1, norm="linf", steps=3, step_size=0.05, epochs=10, lr=0.05, seed=0
+    )
+    return net.eval()

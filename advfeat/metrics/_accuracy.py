@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -220,26 +221,24 @@ def robust_accuracy(
     attacks = _attacks(attack, eps, norm, steps, bounds, seed)
     source = Source(data, batch_size)
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
-    verdicts: list[tuple[Tensor, ...]] = []
+    ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
     with attackable(model, precision=precision, compile=compile) as net:
         for verdict in engine.worst_case(attacks, net, clean.resisting(net), source.pool_size):
-            kept = [verdict.ids, verdict.attack, verdict.value]
-            kept += [verdict.adversarial] if keep_inputs else []
-            verdicts.append(tuple(field.cpu() for field in kept))
+            ids.extend(verdict.ids.tolist())
+            broken.extend(verdict.attack.tolist())
+            values.extend(verdict.value.tolist())
+            adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
     broken_by = torch.full_like(clean.index, WRONG)
     value = torch.full(broken_by.shape, torch.nan)
-    if verdicts:
-        ids, attack_of, values, *inputs = (
-            torch.cat(parts) for parts in zip(*verdicts, strict=True)
-        )
-        rows = places(clean.index, ids)
-        broken_by[rows], value[rows] = attack_of, values.to(torch.float32)
-        if keep_inputs:
-            clean.inputs[rows] = inputs[0]
+    rows = places(clean.index, tensor(ids))
+    broken_by[rows], value[rows] = tensor(broken), tensor(values)
+    inputs = clean.inputs
+    if inputs is not None and adversarial:
+        inputs[rows] = torch.cat(adversarial)
     robust = RobustAccuracy.of(broken_by == engine.RESISTED, clean.index)
     robust.standard, robust.attacks = clean.accuracy, attacks
     robust.broken_by, robust.value = broken_by, value
-    robust.adversarial = clean.inputs if keep_inputs else None
+    robust.adversarial = inputs
     return robust
 
 
@@ -305,16 +304,19 @@ class CleanPass:
             label=label,
             progress=progress,
         )
-        self._bounds, self._keep_inputs = bounds, keep_inputs
-        self._seen: list[tuple[Tensor, ...]] = []
+        self._bounds = bounds
+        self._index, self._right = array("q"), array("b")
+        self._inputs: list[Tensor] | None = [] if keep_inputs else None
 
     def read(self, net: Network) -> Iterator[tuple[Batch, Tensor]]:
         """Every batch, checked and prepared, with whether the model is right on each row."""
         for rows in self._batches:
             batch = checked_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
             right = net.logits(batch.inputs).argmax(1) == batch.labels
-            kept = (rows.ids, right, batch.inputs) if self._keep_inputs else (rows.ids, right)
-            self._seen.append(tuple(field.cpu() for field in kept))
+            self._index.extend(rows.ids.tolist())
+            self._right.extend(right.tolist())
+            if self._inputs is not None:
+                self._inputs.append(batch.inputs.cpu())
             yield batch, right
 
     def resisting(self, net: Network) -> Iterator[Batch]:
@@ -323,24 +325,29 @@ class CleanPass:
             if bool(right.any()):
                 yield Batch(*(field[right] for field in batch[:3]))
 
-    @functools.cached_property
-    def _columns(self) -> list[Tensor]:
-        return [torch.cat(parts) for parts in zip(*self._seen, strict=True)]
-
     @property
     def index(self) -> Tensor:
         """Row numbers in the order they were read, once all were."""
-        return self._columns[0]
+        return tensor(self._index)
 
     @property
     def accuracy(self) -> Accuracy:
         """On the clean rows."""
-        return Accuracy.of(self._columns[1], self.index)
+        return Accuracy.of(tensor(self._right).bool(), self.index)
 
     @property
-    def inputs(self) -> Tensor:
-        """The clean inputs, prepared; they can be written to."""
-        return self._columns[2]
+    def inputs(self) -> Tensor | None:
+        """A copy of the clean inputs, if they were to be kept."""
+        return None if self._inputs is None else torch.cat(self._inputs)
+
+
+def tensor(values: array[int] | array[float]) -> Tensor:
+    """What was gathered row by row.
+
+    In an array, for small tensors that outlive the large ones around them break up the heap, and
+    memory would grow with the number of rows.
+    """
+    return torch.from_numpy(np.array(values))
 
 
 def places(index: Tensor, ids: Tensor) -> Tensor:

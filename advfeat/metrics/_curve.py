@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from advfeat import checks, engine, threat
 from advfeat.attacks import FAB, FMN
 from advfeat.attacks._minimum_norm import MinimumNorm
 from advfeat.loading import Data, Source
-from advfeat.metrics._accuracy import Accuracy, CleanPass, places
+from advfeat.metrics._accuracy import Accuracy, CleanPass, places, tensor
 from advfeat.model import Precision, attackable
 from advfeat.threat import Bounds, Norm
 
@@ -92,13 +93,13 @@ def robustness_curve(
         checks.fail("attack", attack, f"expected FMN or FAB in norm={norm!r}, without eps")
     source = Source(data, batch_size)
     clean = CleanPass(source, model, attack.bounds, "robustness curve", progress)
-    found: list[tuple[Tensor, Tensor]] = []
+    ids, found = array("q"), array("f")
     with attackable(model, precision=precision) as net:
         for verdict in engine.survivors(attack, net, clean.resisting(net), source.pool_size):
             distance = threat.size(verdict.adversarial - verdict.inputs, norm)
             distance = torch.where(verdict.success, distance, torch.inf)
-            found.append((verdict.ids.cpu(), distance.cpu()))
+            ids.extend(verdict.ids.tolist())
+            found.extend(distance.tolist())
     distances = torch.zeros(clean.index.shape)
-    for ids, distance in found:
-        distances[places(clean.index, ids)] = distance.to(torch.float32)
+    distances[places(clean.index, tensor(ids))] = tensor(found)
     return RobustnessCurve(distances, clean.index, norm)

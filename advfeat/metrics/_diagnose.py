@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding
-from advfeat.attacks import PGD, Attack, Batch, Square
-from advfeat.attacks._attack import checked_batch
+from advfeat.attacks import APGD, PGD, Attack, Batch, Square, checked_batch
+from advfeat.attacks._ensemble import seeded
 from advfeat.loading import Data, Source
 from advfeat.model import Network, attackable, device_of
 from advfeat.threat import Bounds, Norm
@@ -95,8 +96,8 @@ def diagnose(
 
         ``random_predictions``: share of samples whose logits differ between two equal calls.
         ``zero_gradients``: share whose loss has no gradient by the input.
-        ``black_box_wins``: share that Square fools and PGD does not.
-        ``more_steps_help``: share that 100 steps from 2 random starts fool and 10 steps do not.
+        ``black_box_wins``: share that Square fools and APGD, on either loss, does not.
+        ``more_steps_help``: share that APGD fools by 100 steps from 2 starts and not by 25.
         ``large_eps_resists``: accuracy under PGD in a ball that covers the whole box.
 
     Examples
@@ -139,22 +140,22 @@ def _findings(
     bounds: Bounds,
     seed: int,
 ) -> list[Finding]:
-    def pgd(eps: float, norm: Norm, steps: int, restarts: int = 1) -> PGD:
-        derived = seeding.derive(seed, 0)
-        return PGD(eps=eps, norm=norm, steps=steps, restarts=restarts, bounds=bounds, seed=derived)
-
+    ball: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds}
     with attackable(model) as net, warnings.catch_warnings():
         # A detached input is what one of the checks is for.
         warnings.filterwarnings("ignore", "the model's output has no gradient")
         batch = _right_rows(net, model, data, samples, bounds)
-        short = _fooled(net, batch, pgd(eps, norm, 10))
-        hard = _fooled(net, batch, pgd(eps, norm, 100, restarts=2))
-        search = Square(
-            eps=eps, norm=norm, queries=queries, bounds=bounds, seed=seeding.derive(seed, 1)
-        )
-        black_box = _fooled(net, batch, search)
+
+        def fooled(*attacks: Attack) -> Tensor:
+            runs = (a.until_fooled() for a in seeded(attacks, seed))
+            return torch.stack([a.run(net, a.init(net, batch)).success for a in runs]).any(0)
+
+        short = fooled(APGD(**ball, steps=25))
+        long = fooled(APGD(**ball, steps=100, restarts=2))
+        gradient = short | long | fooled(APGD(**ball, steps=50, loss="dlr", targets=4))
+        black_box = fooled(Square(**ball, queries=queries))
         # The whole box, whatever the norm: a step of l1 would move one entry at a time.
-        anywhere = _fooled(net, batch, pgd(bounds[1] - bounds[0], "linf", 50))
+        anywhere = fooled(PGD(eps=bounds[1] - bounds[0], norm="linf", steps=50, bounds=bounds))
         return [
             Finding(
                 "random_predictions",
@@ -175,17 +176,17 @@ def _findings(
             ),
             Finding(
                 "black_box_wins",
-                _share(black_box & ~short & ~hard),
+                _share(black_box & ~gradient),
                 0.02,
-                "samples that random search fools and PGD does not",
+                "samples that random search fools and gradient attacks do not",
                 "gradients are masked: trust the black-box number, or attack the model without "
                 "the part that masks them",
             ),
             Finding(
                 "more_steps_help",
-                _share(hard & ~short),
+                _share(long & ~short),
                 0.10,
-                "samples that 100 steps from 2 starts fool and 10 steps do not",
+                "samples that 100 steps from 2 starts fool and 25 steps do not",
                 "short attacks have not converged: use AutoAttack, or more steps and restarts",
             ),
             Finding(
@@ -214,12 +215,6 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
     if not len(batch.ids):
         checks.fail("data", f"{seen} samples", "the model is right on none of them")
     return batch
-
-
-def _fooled(net: Network, batch: Batch, attack: Attack) -> Tensor:
-    attack = attack.until_fooled()
-    fooled: Tensor = attack.run(net, attack.init(net, batch)).success
-    return fooled
 
 
 def _without_gradient(net: Network, batch: Batch) -> Tensor:

@@ -11,11 +11,14 @@ import torch
 
 
 def side_by_side(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each case; the cases take turns, so a busy machine slows all alike."""
-    for run in cases.values():
-        run()
+    """Median seconds of each case; the cases take turns, so a busy machine slows all alike.
+
+    Before the rounds every case runs once to warm up; with ``rounds=0`` that run is timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds):
+    for turn in range(rounds + 1):
+        if turn == 1:
+            seconds = {name: [] for name in cases}
         for name, run in cases.items():
             began = time.perf_counter()
             run()

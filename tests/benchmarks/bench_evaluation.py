@@ -1,0 +1,177 @@
+"""Robust accuracy beside foolbox, torchattacks and ART: time and verdict on the same work.
+
+python tests/benchmarks/bench_evaluation.py CIFAR.npz --cache DIR [--art DIR] [--autoattack]
+
+CIFAR.npz holds x_train, y_train, x_test, y_test (uint8, N x 32 x 32 x 3). Two small ResNets, a
+standard and an linf-robust one, are trained once and kept in DIR. ART pins old packages: install
+it elsewhere with `pip install --no-deps --target DIR` and name that folder. Cases take turns in
+one process; robust accuracies are of the same images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import foolbox
+import torch
+import torchattacks
+from cifar import robust_model, standard_model, test_images
+from side_by_side import machine, side_by_side, table
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import advfeat as af
+from advfeat.attacks import AutoAttack
+
+EPS, STEP, STEPS = 8 / 255, 2 / 255, 20
+BATCH = 128
+
+
+def batches(x: Tensor, y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
+
+
+def resisting(model: nn.Module, x: Tensor, y: Tensor, attack: Callable[..., Tensor]) -> float:
+    """Robust accuracy by a library that attacks one batch."""
+    right = 0
+    for images, labels in batches(x, y):
+        adversarial = attack(images, labels)
+        with torch.no_grad():
+            right += int((model(adversarial).argmax(1) == labels).sum())
+    return right / len(x)
+
+
+def by_foolbox(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=STEP, steps=STEPS, random_start=False)
+    return resisting(model, x, y, lambda a, b: attack(wrapped, a, b, epsilons=EPS)[1])
+
+
+def by_torchattacks(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    attack = torchattacks.PGD(model, eps=EPS, alpha=STEP, steps=STEPS, random_start=False)
+    return resisting(model, x, y, attack)
+
+
+def by_art(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type="cpu"
+    )
+    attack = ProjectedGradientDescentPyTorch(
+        classifier, eps=EPS, eps_step=STEP, max_iter=STEPS, batch_size=BATCH, verbose=False
+    )
+
+    def made(images: Tensor, labels: Tensor) -> Tensor:
+        return torch.from_numpy(attack.generate(images.numpy(), labels.numpy()))
+
+    return resisting(model, x, y, made)
+
+
+def by_plain_loop(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    def pgd(images: Tensor, labels: Tensor) -> Tensor:
+        found = images
+        for _ in range(STEPS):
+            leaf = found.clone().requires_grad_()
+            loss = nn.functional.cross_entropy(model(leaf), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            moved = found + STEP * gradient.sign()
+            found = (images + (moved - images).clamp(-EPS, EPS)).clamp(0, 1)
+        return found
+
+    return resisting(model, x, y, pgd)
+
+
+def by_us(model: nn.Module, x: Tensor, y: Tensor, precision: str) -> float:
+    attack = af.PGD(eps=EPS, norm="linf", steps=STEPS, step_size=STEP)
+    data = TensorDataset(x, y)
+    return af.robust_accuracy(
+        model, data, attack=attack, precision=precision, batch_size=BATCH, progress=False
+    )
+
+
+def compare(title: str, cases: dict[str, Callable[[], float]], reference: str, rounds: int) -> None:
+    verdicts: dict[str, float] = {}
+
+    def recorded(name: str, run: Callable[[], float]) -> Callable[[], None]:
+        def go() -> None:
+            verdicts[name] = float(run())
+
+        return go
+
+    seconds = side_by_side({n: recorded(n, run) for n, run in cases.items()}, rounds)
+    notes = {n: f"{100 * v:.1f}% robust" for n, v in verdicts.items()}
+    print(f"\n{title}\n\n{table(seconds, reference, notes)}", flush=True)
+
+
+def compare_pgd(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
+    cases = {"plain loop": lambda: by_plain_loop(model, x, y)}
+    cases["torchattacks PGD"] = lambda: by_torchattacks(model, x, y)
+    cases["foolbox LinfPGD"] = lambda: by_foolbox(model, x, y)
+    if "art" in sys.modules:
+        cases["ART PGD"] = lambda: by_art(model, x, y)
+    cases["advfeat, float32"] = lambda: by_us(model, x, y, "float32")
+    cases["advfeat, bfloat16"] = lambda: by_us(model, x, y, "bfloat16")
+    compare(f"PGD-20, linf 8/255, {name}, {len(x)} images", cases, "torchattacks PGD", rounds)
+
+
+def compare_autoattack(name: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    def theirs() -> float:
+        attack = torchattacks.AutoAttack(model, norm="Linf", eps=EPS, version="standard", seed=0)
+        return resisting(model, x, y, attack)
+
+    def ours(version: str, precision: str) -> float:
+        attack = AutoAttack(eps=EPS, norm="linf", version=version, seed=0)
+        data = TensorDataset(x, y)
+        return af.robust_accuracy(
+            model, data, attack=attack, precision=precision, batch_size=BATCH, progress=False
+        )
+
+    cases = {
+        "torchattacks AutoAttack": theirs,
+        "advfeat standard, float32": lambda: ours("standard", "float32"),
+        "advfeat standard, bfloat16": lambda: ours("standard", "bfloat16"),
+        "advfeat fast, float32": lambda: ours("fast", "float32"),
+        "advfeat fast, bfloat16": lambda: ours("fast", "bfloat16"),
+    }
+    title = f"AutoAttack, linf 8/255, {name}, {len(x)} images"
+    compare(title, cases, "torchattacks AutoAttack", rounds=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cifar", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path("."))
+    parser.add_argument("--art", type=Path)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--autoattack", type=int, default=0, help="images for it; slow")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if options.art:
+        sys.path.append(str(options.art))
+        import art  # noqa: F401
+    torch.manual_seed(0)
+    x, y = test_images(options.cifar, options.images)
+    standard = standard_model(options.cifar, options.cache)
+    robust = robust_model(options.cifar, options.cache)
+    for model in (standard, robust):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)  # the peers would take weight gradients too
+    print(machine())
+    print(
+        f"clean: standard {af.accuracy(standard, [(x, y)])}, robust {af.accuracy(robust, [(x, y)])}"
+    )
+    compare_pgd("standard model", standard, x, y, options.rounds)
+    compare_pgd("robust model", robust, x, y, options.rounds)
+    if count := options.autoattack:
+        compare_autoattack("robust model", robust, x[:count], y[:count])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The curve of robust accuracy against eps from one minimum-norm run."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from advfeat.attacks import FAB, FMN
+from advfeat.metrics import robust_accuracy, robustness_curve
+
+DUAL = {"l1": math.inf, "l2": 2, "linf": 1}
+WIDE = (-50.0, 50.0)
+
+
+def line(count=30, classes=2):
+    torch.manual_seed(0)
+    model = nn.Linear(5, classes).double()
+    x = torch.rand(count, 5, dtype=torch.float64)
+    return model, TensorDataset(x, torch.randint(classes, (count,)))
+
+
+@pytest.mark.parametrize("norm", DUAL)
+@pytest.mark.parametrize("attack", [FMN, FAB])
+def test_distances_of_a_linear_model_are_the_closed_form(norm, attack):
+    model, rows = line()
+    x, y = rows.tensors
+    with torch.no_grad():
+        logits = model(x)
+        margin = (logits.gather(1, y[:, None]) - logits.gather(1, 1 - y[:, None])).squeeze(1)
+        steepness = (model.weight[0] - model.weight[1]).norm(DUAL[norm])
+    expected = (margin / steepness).clamp_min(0.0).float()
+    options = {"norm": norm, "bounds": WIDE}
+    curve = robustness_curve(model, rows, norm=norm, attack=attack(**options))
+    right = margin > 0
+    assert torch.equal(curve.distance == 0, ~right)
+    torch.testing.assert_close(curve.distance[right], expected[right], rtol=0.01, atol=1e-5)
+    assert 0 < right.sum() < len(x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, digits, norm):
+    rows = TensorDataset(*(tensor[:60] for tensor in digits[1].tensors))
+    curve = robustness_curve(robust, rows, norm=norm)
+    scale = {"linf": 1.0, "l2": 5.0, "l1": 25.0}[norm]
+    for eps in (0.06 * scale, 0.12 * scale):
+        fast = robust_accuracy(robust, rows, eps=eps, norm=norm, seed=0)
+        assert abs(curve.at(eps) - fast) <= 0.05
+        assert torch.equal(curve.at(0.0).correct, fast.standard.correct)
+
+
+def test_it_falls_to_zero_and_is_read_off(robust, digits):
+    rows = TensorDataset(*(tensor[:40] for tensor in digits[1].tensors))
+    curve = robustness_curve(robust, rows, norm="linf", batch_size=7)
+    values = [row["robust_accuracy"] for row in curve.table([0.0, 0.05, 0.1, 0.2, 1.0])]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0.8
+    assert values[-1] == 0.0
+    below = (curve.distance <= curve.median).float().mean()
+    assert 0.5 <= below <= 0.55
+    assert curve.at(curve.median).total == 40
+
+
+def test_rows_keep_their_places_whatever_the_batches(standard, digits):
+    rows = TensorDataset(*(tensor[:30] for tensor in digits[1].tensors))
+    attack = FMN(norm="l2", steps=20)
+    expected = robustness_curve(standard, rows, norm="l2", attack=attack)
+    for size in (1, 8):
+        found = robustness_curve(standard, rows, norm="l2", attack=attack, batch_size=size)
+        torch.testing.assert_close(found.distance, expected.distance, rtol=1e-3, atol=1e-4)
+    assert expected.distance.unique().numel() > 20
+
+
+@pytest.mark.parametrize(
+    ("attack", "cause"),
+    [
+        (FMN(norm="linf"), "norm='l2'"),
+        (FAB(norm="l2", eps=0.1), "without eps"),
+    ],
+)
+def test_an_attack_that_gives_no_curve_is_refused(attack, cause):
+    model, rows = line()
+    with pytest.raises(ValueError, match=cause):
+        robustness_curve(model, rows, norm="l2", attack=attack)
+
+
+@pytest.mark.parametrize("eps", [-0.1, float("nan")])
+def test_a_bad_radius_is_refused(eps):
+    model, rows = line()
+    with pytest.raises(ValueError, match="eps"):
+        robustness_curve(model, rows, norm="l2", bounds=WIDE).at(eps)

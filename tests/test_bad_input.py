@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import advfeat as af
-from advfeat.attacks import Inversion, invert
+from advfeat.attacks import FMN, Inversion, apgd, invert
 
 X, Y = torch.linspace(0, 1, 24).view(6, 4), torch.arange(6) % 3
 
@@ -274,6 +274,28 @@ CASES = {
         "targeted",
     ),
     "attack a radius a row": (lambda m: robust(m, attack=PER_SAMPLE), V, "attack.eps", "float"),
+    "attacks none": (lambda m: robust(m, attack=[]), V, "attack", "no attack at all"),
+    "attacks and a name": (lambda m: robust(m, attack=[ATTACK, "pgd"]), T, "attack", "PGD"),
+    "attacks in different boxes": (
+        lambda m: robust(m, attack=[ATTACK, af.PGD(eps=0.1, norm="l2", bounds=(-1.0, 1.0))]),
+        V,
+        "attack",
+        "different bounds",
+    ),
+    "attack without a radius": (
+        lambda m: robust(m, attack=FMN(norm="l2")),
+        V,
+        "attack.eps",
+        "give it an eps",
+    ),
+    "steps beside an attack": (lambda m: robust(m, attack=ATTACK, steps=3), V, "eps, norm", "own"),
+    "steps 0": (lambda m: robust(m, steps=0), V, "steps", "at least 1"),
+    "apgd eps for another batch": (
+        lambda m: apgd(m, X, Y, eps=torch.ones(5), norm="l2"),
+        V,
+        "eps.shape",
+        r"\(6,\)",
+    ),
     "eps a radius a row": (lambda m: robust(m, eps=torch.full((6,), 0.1)), T, "eps", "number"),
     "data normalised": (lambda m: robust(m, rows(X * 4 - 2)), V, "inputs", "normalisation"),
     "data one-hot": (lambda m: robust(m, rows(y=F.one_hot(Y))), V, "labels.shape", "argmax"),

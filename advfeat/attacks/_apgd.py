@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits
+from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii
 from advfeat.losses import LossName
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
@@ -94,7 +94,7 @@ class APGD(Attack):
         """Choose each row's targets and put it at a random point of the ball."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
-        eps = torch.as_tensor(self.eps, dtype=inputs.dtype, device=inputs.device).expand(count)
+        eps = radii(self.eps, inputs)
         lowest = inputs.new_full((count,), -torch.inf)
         state = APGDState(
             inputs=inputs,

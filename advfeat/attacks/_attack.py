@@ -121,6 +121,15 @@ def checked_batch(
     return Batch(net.prepare(inputs).clamp_(*bounds), labels, index)
 
 
+def radii(eps: float | Tensor, inputs: Tensor) -> Tensor:
+    """One radius for each row, ``(N,)``."""
+    count = inputs.shape[0]
+    found = torch.as_tensor(eps, dtype=inputs.dtype, device=inputs.device)
+    if found.ndim and found.shape[0] != count:
+        checks.fail("eps.shape", tuple(found.shape), f"expected a float or ({count},)")
+    return found.expand(count)
+
+
 def check_given(attack: object, eps: object, norm: object) -> None:
     """Refuse what cannot attack the labelled rows of a dataset, and a ball beside its own."""
     if not isinstance(attack, Attack) or not hasattr(attack, "eps"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits
+from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii
 from advfeat.losses import LossName, Objective
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
@@ -82,15 +82,12 @@ class PGD(Attack):
         """Put every row at its start: the clean input, or a random point of the ball."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
-        eps = torch.as_tensor(self.eps, dtype=inputs.dtype, device=inputs.device)
-        if eps.ndim and eps.shape[0] != count:
-            checks.fail("eps.shape", tuple(eps.shape), f"expected a float or ({count},)")
         random = self.is_random
         keys = seeding.keys(seeding.resolve(self.seed), batch.ids) if random else batch.ids
         state = PGDState(
             inputs=inputs,
             labels=labels,
-            eps=eps.expand(count),
+            eps=radii(self.eps, inputs),
             keys=keys,
             taken=torch.zeros_like(labels),
             current=inputs if batch.start is None else batch.start,

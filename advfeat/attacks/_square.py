@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits
+from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii
 from advfeat.model import Network
 from advfeat.threat import Bounds, Norm
 
@@ -72,13 +72,10 @@ class Square(Attack):
         """Put every row at its start: stripes (linf) or a grid of bumps (l1, l2) of its own."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
-        eps = torch.as_tensor(self.eps, dtype=inputs.dtype, device=inputs.device)
-        if eps.ndim and eps.shape[0] != count:
-            checks.fail("eps.shape", tuple(eps.shape), f"expected a float or ({count},)")
         state = SquareState(
             inputs=inputs,
             labels=labels,
-            eps=eps.expand(count),
+            eps=radii(self.eps, inputs),
             keys=seeding.keys(seeding.resolve(self.seed), batch.ids),
             taken=torch.zeros_like(labels),
             current=inputs,

@@ -148,3 +148,13 @@ def argmax_hits(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     """Whether the attack has what it wants, bool ``(N,)``."""
     predicted = logits.argmax(1)
     return predicted == labels if targeted else predicted != labels
+
+
+def settled_logits(net: Network, candidate: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Logits, computed in low precision where that was asked for and nothing is claimed."""
+    logits = net.logits(candidate, low_precision=True)
+    if net.low_precision:
+        rows = argmax_hits(logits, labels, targeted).nonzero().squeeze(1)
+        if len(rows):
+            logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
+    return logits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, threat
-from advfeat.attacks._attack import Batch, argmax_hits
+from advfeat.attacks._attack import Batch, argmax_hits, settled_logits
 from advfeat.attacks._minimum_norm import (
     MinimumNorm,
     evaluated,
@@ -88,9 +88,14 @@ class FAB(MinimumNorm):
         """
         number = (state.taken // self.steps).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, number[:, None]).squeeze(1)
-        found = evaluated(net, state.current, lead_of(target, state.labels))
-        current = self._moved(state, found)
-        hits = self._fools(net.logits(current), state.labels)
+        lead = lead_of(target, state.labels)
+        # Within a ball low precision will do, for only what fools the model has to be sure; a
+        # distance is known no better than the logits.
+        exact = self.eps is None
+        look = evaluated if exact else Network.logits_gradient
+        current = self._moved(state, look(net, state.current, lead))
+        logits = net.logits(current) if exact else settled_logits(net, current, state.labels, False)
+        hits = self._fools(logits, state.labels)
         state = self._keep(state, current, hits)
         taken = state.taken + 1
         share = torch.where(hits, _BETA, torch.ones_like(state.distance))

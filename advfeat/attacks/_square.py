@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii
+from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii, settled_logits
 from advfeat.model import Network
 from advfeat.threat import Bounds, Norm
 
@@ -93,7 +93,7 @@ class Square(Attack):
         proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
         first = threat.per_sample(state.taken == 0, state.current)
         candidate = torch.where(first, state.current, proposal.view(state.current.shape))
-        logits = _settled(net, candidate, state.labels, self.targeted)
+        logits = settled_logits(net, candidate, state.labels, self.targeted)
         value = losses.climbed("margin", state.labels, self.targeted)(logits)
         hits = argmax_hits(logits, state.labels, self.targeted)
         active = ~self.finished(state)
@@ -237,16 +237,6 @@ class Square(Attack):
         sides = torch.stack([tall, wide]).to(torch.int64)
         sides = sides.clamp_min(1) if self.norm == "linf" else sides.clamp_min(3) | 1
         return torch.minimum(sides, _limits(sides, height, width))
-
-
-def _settled(net: Network, candidate: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """Logits, computed in low precision where that was asked for and nothing is claimed."""
-    logits = net.logits(candidate, low_precision=True)
-    if net.low_precision:
-        rows = argmax_hits(logits, labels, targeted).nonzero().squeeze(1)
-        if len(rows):
-            logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
-    return logits
 
 
 class _Window(NamedTuple):

@@ -289,7 +289,7 @@ CASES = {
         "give it an eps",
     ),
     "steps beside an attack": (lambda m: robust(m, attack=ATTACK, steps=3), V, "eps, norm", "own"),
-    "steps 0": (lambda m: robust(m, steps=0), V, "steps", "at least 1"),
+    "robust steps 0": (lambda m: robust(m, steps=0), V, "steps", "at least 1"),
     "apgd eps for another batch": (
         lambda m: apgd(m, X, Y, eps=torch.ones(5), norm="l2"),
         V,

@@ -264,6 +264,31 @@ def samples(
     return figure
 
 
+def usefulness_regions(axes: Axes, points: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Draw rho against gamma by kind, over the regions of robust and of non-robust features."""
+    gammas = torch.cat([gamma for _, gamma in points.values()])
+    bottom = min(-0.1, 1.05 * float(gammas.min()))
+    axes.fill_between([0, 1], [0, 0], [0, 1], color=COLORS[4], alpha=0.25, linewidth=0)
+    axes.fill_between([0, 1], bottom, 0, color=COLORS[5], alpha=0.2, linewidth=0)
+    for (name, (rho, gamma)), style in zip(points.items(), _KIND_STYLES, strict=True):
+        if len(rho):
+            label = f"{name} ({len(rho)})"
+            axes.scatter(_list(rho), _list(gamma), s=16, linewidths=0.8, label=label, **style)
+    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlim=(0, 1), ylim=(bottom, 1), xlabel="usefulness rho")
+    axes.set_ylabel("robust usefulness gamma")
+    axes.legend(loc="upper left", fontsize=8)
+
+
+_KIND_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "0.55", "marker": "."},
+    {"color": COLORS[1], "marker": "x"},
+    {"color": COLORS[0], "marker": "o", "facecolors": "none"},
+    {"color": COLORS[6], "marker": "+"},
+)
+
+
 def picture(images: Tensor) -> Tensor:
     """Images as matplotlib takes them, ``(N, H, W)`` or ``(N, H, W, 3)``, on the CPU."""
     stack = images.detach().float().cpu()

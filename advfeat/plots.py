@@ -209,20 +209,16 @@ def samples(
     images: Mapping[str, Tensor],
     *,
     labels: Mapping[str, Sequence[object]] | None = None,
-    magnify: float | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Figure:
-    """Images in rows, and what the second row differs from the first by, magnified.
+    """Images in rows.
 
     Parameters
     ----------
     images
-        For each row its images ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``. Where there
-        are exactly two rows of one shape (source and result), their difference is the third.
+        For each row its images ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``.
     labels
         For rows by name, what stands under each image.
-    magnify
-        Factor of the difference; by default the one that makes its largest entry black or white.
     bounds
         Values drawn black and white.
 
@@ -230,10 +226,9 @@ def samples(
     --------
     >>> import torch
     >>> from advfeat import plots
-    >>> x = torch.rand(4, 1, 8, 8)
-    >>> figure = plots.samples({"source": x, "result": x + 0.1}, labels={"source": [0, 1, 2, 3]})
+    >>> figure = plots.samples({"mine": torch.rand(4, 1, 8, 8)}, labels={"mine": [0, 1, 2, 3]})
     >>> len(figure.axes)
-    12
+    4
     """
     if not images:
         checks.fail("images", images, "nothing to draw")
@@ -241,12 +236,6 @@ def samples(
     columns = max(len(stack) for stack in rows.values())
     low, high = bounds
     shown = {name: (stack - low) / (high - low) for name, stack in rows.items()}
-    first, *others = rows.values()
-    if len(others) == 1 and first.shape == others[0].shape:
-        delta = others[0] - first
-        peak = float(delta.abs().max())
-        factor = magnify or ((high - low) / (2 * peak) if peak else 1.0)
-        shown[f"difference\nx {factor:.3g}"] = 0.5 + factor * delta / (high - low)
     figure = new_figure(1.1 * columns + 1.2, 1.25 * len(shown))
     grid = figure.subplots(len(shown), columns, squeeze=False)
     for row, (name, stack) in enumerate(shown.items()):
@@ -287,6 +276,53 @@ _KIND_STYLES: tuple[dict[str, Any], ...] = (
     {"color": COLORS[0], "marker": "o", "facecolors": "none"},
     {"color": COLORS[6], "marker": "+"},
 )
+
+
+def differences(
+    source: Tensor,
+    result: Tensor,
+    *,
+    labels: Mapping[str, Sequence[object]] | None = None,
+    magnify: float | None = None,
+    bounds: Bounds = (0.0, 1.0),
+) -> Figure:
+    """Images, what became of them, and the difference magnified (grey where there is none).
+
+    Parameters
+    ----------
+    source, result
+        Images of one shape, as in `samples`.
+    labels
+        What stands under each image, for ``"source"`` and ``"result"``.
+    magnify
+        Factor of the difference; by default the one that takes its largest entry to black or white.
+    bounds
+        Values drawn black and white.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import plots
+    >>> x = torch.rand(4, 1, 8, 8)
+    >>> figure = plots.differences(x, x + 0.1, labels={"source": [0, 1, 2, 3]})
+    >>> len(figure.axes), figure.axes[8].get_ylabel()
+    (12, 'difference\\nx 5')
+    """
+    if source.shape != result.shape:
+        checks.fail("result.shape", tuple(result.shape), f"expected that of {tuple(source.shape)}")
+    low, high = bounds
+    delta = (result - source).detach()
+    peak = float(delta.abs().max())
+    factor = magnify or ((high - low) / (2 * peak) if peak else 1.0)
+    shown = {"source": source, "result": result}
+    shown[f"difference\nx {factor:.3g}"] = (low + high) / 2 + factor * delta
+    return samples(shown, labels=labels, bounds=bounds)
+
+
+def stretched(images: Tensor) -> Tensor:
+    """Images of any range, brought to [0, 1] all together."""
+    low, high = images.aminmax()
+    return (images - low) / (high - low).clamp_min(1e-12)
 
 
 def picture(images: Tensor) -> Tensor:

@@ -30,12 +30,8 @@ class Stacked(NamedTuple):
     labels: Tensor  # (N,) int64
 
 
-def attack_features(net: Network, inputs: Tensor, choice: Tensor, pgd: PGD) -> Tensor:
-    """Climb a loss of ``(features (N, F), choice (N,))``; the best iterates, ``(N, ...)``.
-
-    The rows are numbered as they come, which only a random start would notice.
-    """
-    batch = Batch(inputs, choice, torch.arange(len(inputs), device=inputs.device))
+def attack_features(net: Network, batch: Batch, pgd: PGD) -> Tensor:
+    """Climb a loss of the features ``(N, F)`` and the batch's labels; the best iterates."""
     view = cast(Network, _Features(net))
     return pgd.result(pgd.run(view, pgd.init(view, batch)))
 

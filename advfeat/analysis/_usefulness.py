@@ -17,7 +17,7 @@ from advfeat.analysis._features import (
     stacked,
     table,
 )
-from advfeat.attacks import PGD
+from advfeat.attacks import PGD, Batch
 from advfeat.loading import Data, with_progress
 from advfeat.model import Layer, Network, attackable
 from advfeat.threat import Bounds, Norm
@@ -279,7 +279,7 @@ def _extreme(
     for chunk in torch.split(units.to(inputs.device), max(1, _ROWS // len(inputs))):
         repeated = inputs.repeat(len(chunk), *(1,) * (inputs.ndim - 1))
         unit = chunk.repeat_interleave(len(inputs))
-        moved = attack_features(net, repeated, sign * (unit + 1), attack)
+        moved = attack_features(net, Batch(repeated, sign * (unit + 1), unit), attack)
         value = net.features(moved).gather(1, unit[:, None]).squeeze(1)
         reached.append(value.view(len(chunk), -1).T)
         still = threat.size(moved - repeated, "linf") == 0

@@ -286,7 +286,7 @@ def differences(
     magnify: float | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Figure:
-    """Images, what became of them, and the difference magnified (grey where there is none).
+    r"""Images, what became of them, and the difference magnified (grey where there is none).
 
     Parameters
     ----------
@@ -306,7 +306,7 @@ def differences(
     >>> x = torch.rand(4, 1, 8, 8)
     >>> figure = plots.differences(x, x + 0.1, labels={"source": [0, 1, 2, 3]})
     >>> len(figure.axes), figure.axes[8].get_ylabel()
-    (12, 'difference\\nx 5')
+    (12, 'difference\nx 5')
     """
     if source.shape != result.shape:
         checks.fail("result.shape", tuple(result.shape), f"expected that of {tuple(source.shape)}")

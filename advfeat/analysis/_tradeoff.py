@@ -221,10 +221,8 @@ def robust_dataset_cost(
     robust = timed("adversarial", lambda: fit_adversarial(train))
     made = timed("construction", lambda: construct(robust, train))
     fresh = timed("from_robust_dataset", lambda: fit_standard(made))
-    return RobustDatasetCost(
-        *(
-            robust_accuracy(m, test, attack=attack, progress=False)
-            for m in (standard, robust, fresh)
-        ),
-        seconds=seconds,
-    )
+
+    def measured(model: nn.Module) -> RobustAccuracy:
+        return robust_accuracy(model, test, attack=attack, progress=False)
+
+    return RobustDatasetCost(measured(standard), measured(robust), measured(fresh), seconds)

@@ -133,14 +133,14 @@ def transfer(
     >>> import functools, torch
     >>> import advfeat as af
     >>> from advfeat import analysis
-    >>> data = torch.utils.data.TensorDataset(torch.rand(30, 4), torch.arange(30) % 3)
-    >>> source, a, b = (torch.nn.Linear(4, 3) for _ in range(3))
-    >>> det = functools.partial(af.construct_det_dataset, eps=0.1, steps=5)
+    >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3))
+    >>> mine = torch.nn.Identity()
+    >>> det = functools.partial(af.construct_det_dataset, eps=0.9, steps=10)
     >>> found = analysis.transfer(
-    ...     source, {"a": a, "b": b}, data, data, construct=det, learn=lambda name, d_det: a
+    ...     mine, {"mine": mine}, data, data, construct=det, learn=lambda name, d_det: mine
     ... )
-    >>> [point.name for point in found.points]
-    ['a', 'b']
+    >>> float(found.points[0].fooled)
+    1.0
     """
     named = named_models(models)
     checks.model(source)

@@ -111,7 +111,8 @@ def _bar(axes: Axes, at: float, width: float, value: float, place: int, label: s
     if hasattr(value, "interval"):
         low, high = (100 * end for end in value.interval)
         top = high
-        axes.errorbar(at, height, [[height - low], [high - height]], color="black", capsize=2)
+        ends = [[max(0.0, height - low)], [max(0.0, high - height)]]
+        axes.errorbar(at, height, ends, color="black", capsize=2)
     axes.text(at, top + 1, f"{height:.0f}", ha="center", va="bottom", fontsize=8)
 
 
@@ -273,8 +274,8 @@ def usefulness_regions(axes: Axes, points: Mapping[str, tuple[Tensor, Tensor]]) 
 _KIND_STYLES: tuple[dict[str, Any], ...] = (
     {"color": "0.55", "marker": "."},
     {"color": COLORS[1], "marker": "x"},
-    {"color": COLORS[0], "marker": "o", "facecolors": "none"},
     {"color": COLORS[6], "marker": "+"},
+    {"color": COLORS[0], "marker": "o"},
 )
 
 

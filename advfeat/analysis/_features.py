@@ -39,9 +39,11 @@ def attack_features(net: Network, batch: Batch, pgd: PGD) -> Tensor:
 def feature_attack(
     eps: float, norm: Norm, steps: int, bounds: Bounds, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> PGD:
-    """PGD for a loss of features, which returns its best iterate."""
+    """PGD for a loss of features: long steps, of which the best iterate is returned."""
     checks.number("eps", eps, low=0.0, strict=True)
-    return PGD(eps=eps, norm=norm, steps=steps, bounds=bounds, loss=loss, returns="best")
+    return PGD(
+        eps=eps, norm=norm, steps=steps, step_size=eps / 4, bounds=bounds, loss=loss, returns="best"
+    )  # fmt: skip
 
 
 def stacked(data: Data, device: torch.device, batch_size: int | None = None) -> Stacked:

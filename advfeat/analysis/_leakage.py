@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from advfeat import checks, plots, seeding
+from advfeat import checks, plots, threat
 from advfeat.analysis._features import Stacked, stacked, table
-from advfeat.analysis._usefulness import ROBUST, Usefulness, linear_usefulness
+from advfeat.analysis._usefulness import DUAL, ROBUST, Usefulness, linear_usefulness
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy
-from advfeat.threat import Bounds, Norm
-from advfeat.training import adversarial_fit
+from advfeat.threat import Norm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,18 +82,14 @@ def leakage(
     *,
     eps: float,
     norm: Norm = "l2",
-    epochs: int = 20,
-    lr: float = 0.1,
-    bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
-    progress: bool | None = None,
 ) -> Leakage:
     """Bound from below what robust features teach a model that is trained on a constructed set.
 
-    A linear model is adversarially trained on the true data. Of its features, one for each class,
-    those are kept whose robust usefulness is above 0 by the closed form: they are robust for
-    certain. A linear classifier of these alone is then trained on the constructed set and
-    tested on true data. What it gets right above chance, robust features have leaked.
+    For each class the linear feature of the largest robust usefulness on the true data is found,
+    and kept where that is above 0 by the closed form (see `linear_usefulness`): it is robust for
+    certain. A linear classifier of these features alone is then trained on the constructed set
+    and tested on true data. What it gets right above chance, robust features have leaked.
 
     Parameters
     ----------
@@ -102,17 +98,14 @@ def leakage(
     train, test
         The true data.
     eps, norm
-        Ball of the training and of the closed form: the one the set was constructed in, or a
-        larger one.
-    epochs, lr, bounds
-        Of the adversarial training of the linear model.
+        Ball of the closed form: the one the set was constructed in, or a larger one.
     seed
-        Of its order and of the bootstrap; None draws one number from torch's default generator.
+        Of the bootstrap of usefulness; None draws one number from torch's default generator.
 
     Raises
     ------
     ValueError
-        No feature of the linear model is robust at this radius.
+        No linear feature is robust at this radius.
 
     Examples
     --------
@@ -127,28 +120,20 @@ def leakage(
     (False, True)
     """
     checks.number("eps", eps, low=0.0, strict=True)
+    checks.norm(norm)
     checks.seed(seed)
-    seed = seeding.resolve(seed)
     cpu = torch.device("cpu")
-    sets = [
+    made, true, judged = (
         Stacked(rows.inputs.flatten(1).float(), rows.labels)
         for rows in (stacked(data, cpu) for data in (constructed, train, test))
-    ]
-    made, true, judged = sets
-    classes = max(int(rows.labels.max()) for rows in sets) + 1
-    linear = nn.Linear(true.inputs.shape[1], classes)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    rows = TensorDataset(*true)
-    adversarial_fit(
-        linear, rows, eps=eps, norm=norm, epochs=epochs, lr=lr, bounds=bounds, seed=seed,
-        progress=progress,
-    )  # fmt: skip
-    found = linear_usefulness(linear.weight, rows, eps=eps, norm=norm, seed=seed)
+    )
+    classes = max(int(rows.labels.max()) for rows in (made, true, judged)) + 1
+    weight = _most_robust(true, classes, eps, norm)
+    found = linear_usefulness(weight, TensorDataset(*true), eps=eps, norm=norm, seed=seed)
     robust = (found.kind == ROBUST).any(1)
     if not bool(robust.any()):
-        checks.fail("eps", eps, "no linear feature is provably robust at this radius")
-    weight = linear.weight.detach()[robust]
+        checks.fail("eps", eps, "no linear feature is robust here: class means are too close")
+    weight = weight[robust]
     scale = (true.inputs @ weight.T).std(0)
 
     def features(rows: Stacked) -> Tensor:
@@ -161,12 +146,43 @@ def leakage(
     return Leakage(learned_from(made), learned_from(true), 1 / classes, len(weight), found)
 
 
+def _most_robust(rows: Stacked, classes: int, eps: float, norm: Norm) -> Tensor:
+    """For each class the linear feature of the largest robust usefulness, ``(C, d)``.
+
+    Maximises (a^T m - eps ||a||_*) / std(a^T x), with m half the difference of the means of the
+    class and of the rest, from the direction in which the numerator is largest.
+    """
+    own = F.one_hot(rows.labels, classes).float()
+    if not bool((own.any(0) & ~own.all(0)).all()):
+        checks.fail("train", "a class without rows", "every class needs rows of its own")
+    share = (own / own.sum(0) + (1 - own) / (1 - own).sum(0)) / 2  # (N, C), each column adds to 1
+    half_gap = ((2 * own - 1) * share).T @ rows.inputs
+    weight = nn.Parameter(threat.steepest(half_gap, norm))
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        values = rows.inputs @ weight.T
+        variance = (share * (values - (share * values).sum(0)).square()).sum(0)
+        gain = (weight * half_gap).sum(1) - eps * threat.size(weight, DUAL[norm])
+        value = -(gain / variance.sqrt().clamp_min(1e-12)).sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer = _full_batch([weight])
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return weight.detach()
+
+
+def _full_batch(parameters: Iterable[Tensor]) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+
 def _logistic_regression(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
     """Fit a linear classifier to the optimum (with a touch of weight decay, so there is one)."""
     answer = nn.Linear(features.shape[1], classes)
     nn.init.zeros_(answer.weight)
     nn.init.zeros_(answer.bias)
-    optimizer = torch.optim.LBFGS(answer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = _full_batch(answer.parameters())
 
     def loss() -> Tensor:
         optimizer.zero_grad()

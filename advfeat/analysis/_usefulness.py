@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 # Rows, of all units together, that are attacked at a time.
 _ROWS = 4096
-_DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
+DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
-USELESS, NONROBUST, ROBUST, UNDECIDED = range(4)
-KINDS = ("useless", "useful, non-robust", "robust", "undecided")
+USELESS, NONROBUST, UNDECIDED, ROBUST = range(4)
+KINDS = ("useless", "useful, non-robust", "undecided", "robust")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,40 +80,30 @@ class Usefulness:
         return torch.where(useful & (self.gamma_interval[0] > 0), ROBUST, kind)
 
     @property
-    def counts(self) -> dict[str, int]:
-        """Pairs of a unit and a class of each kind."""
-        kind = self.kind
-        return {name: int((kind == place).sum()) for place, name in enumerate(KINDS)}
+    def unit_kind(self) -> Tensor:
+        """Of each unit, int64 ``(units,)``: that of the class it does best for.
 
-    def best(self) -> Usefulness:
-        """Every unit with the one class it is most useful for: ``(units, 1)``."""
-        choice = self.rho.argmax(1, keepdim=True)
-        both = choice.expand(2, -1, -1)
-        return Usefulness(
-            self.rho.gather(1, choice),
-            self.gamma.gather(1, choice),
-            self.rho_interval.gather(2, both),
-            self.gamma_interval.gather(2, both),
-            self.sign.gather(1, choice),
-            self.units,
-            self.stuck,
-            self.eps,
-            self.norm,
-        )
+        Robust if it is so for some class, else undecided if it is so for some, and so on.
+        """
+        return self.kind.amax(1)
 
     def __str__(self) -> str:
-        """Counts, shares and means of each kind."""
-        kind, total = self.kind, self.rho.numel()
+        """Pairs of unit and class, and units, of each kind."""
+        kind, unit_kind = self.kind, self.unit_kind
         rows: list[tuple[object, ...]] = []
         for place, name in enumerate(KINDS):
-            chosen = kind == place
+            chosen, units = kind == place, int((unit_kind == place).sum())
             count = int(chosen.sum())
-            means = [float(v[chosen].mean()) if count else "" for v in (self.rho, self.gamma)]
-            rows.append((name, count, f"{count / total:.1%}", *means))
-        title = f"{total} pairs of unit and class, {self.norm} {self.eps:g}"
+            means = [
+                f"{float(v[chosen].mean()):.3f}" if count else "" for v in (self.rho, self.gamma)
+            ]
+            rows.append((name, units, f"{units / len(unit_kind):.0%}", count, *means))
+        title = f"{len(unit_kind)} units, {kind.numel()} pairs of unit and class, "
+        title += f"{self.norm} {self.eps:g}"
         if bool((self.stuck > 0.05).any()):
             title += f"; no gradient in {float(self.stuck.mean()):.0%} of the attacks"
-        return title + "\n" + table(("", "pairs", "share", "mean rho", "mean gamma"), rows)
+        head = ("", "units", "share", "pairs", "mean rho", "mean gamma")
+        return title + "\n" + table(head, rows)
 
     def plot(self) -> Figure:
         """Rho against gamma, a point for each unit and class, over the three regions."""
@@ -250,7 +240,7 @@ def linear_usefulness(
         checks.fail("weight.shape", tuple(weight.shape), f"expected (units, {inputs.shape[1]})")
     weight = weight.detach().to(torch.float64)
     values = inputs @ weight.T
-    loss = eps * threat.size(weight, _DUAL[norm])
+    loss = eps * threat.size(weight, DUAL[norm])
     found = _Extremes(values, values - loss, values + loss, torch.zeros_like(values) > 0)
     chosen = torch.arange(len(weight))
     return _sorted(found, rows.labels, chosen, eps, norm, level, resamples, seed)

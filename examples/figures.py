@@ -154,7 +154,9 @@ both = {"standard": standard, "robust": robust}
 # Sections 2 and 3: what is robust, and what a model learns from the constructed sets.
 few = Subset(test, range(200))
 for name, model in both.items():
-    useful = analysis.usefulness(model, few, layer="7", eps=EPS, norm="l2", seed=seed)
+    useful = analysis.usefulness(
+        model, few, layer="7", units=range(64), eps=EPS, norm="l2", seed=seed
+    )
     show(f"usefulness_{name}", useful, useful.plot())
 
 d_r = af.construct_robust_dataset(robust, train, steps=100, seed=seed, progress=False)
@@ -172,7 +174,8 @@ figure = plots.bars(
     {n: {"accuracy": a.standard, f"robust accuracy, l2 {EPS}": a} for n, a in accuracies.items()},
     chance=0.1, ylabel="% of test images",
 )  # fmt: skip
-show("bars", {n: f"{a.standard:.1%} {a:.1%}" for n, a in accuracies.items()}, figure)
+lines = [f"{name}: {a.standard:.1%}, {a:.1%} robust" for name, a in accuracies.items()]
+show("bars", "\n".join(lines), figure)
 
 rows = torch.arange(8)
 figure = plots.differences(
@@ -186,16 +189,17 @@ distances = {}
 for name in ("D", "D, adversarial", "D_R"):
     nearest = fmn(learners[name], x, y, norm="l2")
     size = (nearest - x).flatten(1).norm(dim=1)
-    with torch.no_grad():
-        distances[name] = torch.where(learners[name](nearest).argmax(1) != y, size, torch.inf)
-show("robustness_curves", {n: f"median {float(d.median()):.3f}" for n, d in distances.items()},
-     plots.robustness_curves(distances, norm="l2", largest=3.0))  # fmt: skip
+    resists = af.accuracy(learners[name], TensorDataset(nearest, y)).correct
+    distances[name] = torch.where(resists, torch.inf, size)
+lines = [f"{name}: median {float(d.median()):.3f}" for name, d in distances.items()]
+figure = plots.robustness_curves(distances, norm="l2", largest=1.6)
+show("robustness_curves", "\n".join(lines), figure)
 
 # The discussion. Leakage (Goh).
 # In the smaller ball, where digits have linear features that are robust for certain.
 for name, made in (
     ("D_rand", af.construct_rand_dataset(standard, train, eps=EPS, steps=20, seed=seed)),
-    ("D_det", af.construct_det_dataset(standard, train, eps=EPS, steps=20)),
+    ("D_det", det(standard, train, eps=EPS)),
 ):
     leaked = analysis.leakage(made, train, test, eps=EPS, seed=seed)
     show(f"leakage_{name}", leaked, leaked.plot())
@@ -247,6 +251,6 @@ for name, model in both.items():
 
 # Learning from mistakes alone (Wallace): a network that was stopped early, and its errors.
 hasty = network("CNN", 6)
-af.fit(hasty, Subset(train, range(150)), epochs=2, lr=0.01, batch_size=64, seed=seed)
+af.fit(hasty, train, epochs=1, lr=0.01, batch_size=64, seed=seed, progress=False)
 lesson = analysis.mislabelled(hasty, train, test, learn=lambda data: fitted("CNN", data, 7))
 show("mislabelled", lesson, lesson.plot())

@@ -198,11 +198,10 @@ def robust_dataset_cost(
     >>> import advfeat as af
     >>> from advfeat import analysis
     >>> data = torch.utils.data.TensorDataset(torch.rand(20, 4), torch.arange(20) % 2)
+    >>> mine = torch.nn.Linear(4, 2)
     >>> found = analysis.robust_dataset_cost(
-    ...     data, data, fit_standard=lambda data: torch.nn.Linear(4, 2),
-    ...     fit_adversarial=lambda data: torch.nn.Linear(4, 2),
+    ...     data, data, fit_standard=lambda data: mine, fit_adversarial=lambda data: mine,
     ...     attack=af.PGD(eps=0.1, norm="l2"),
-    ...     construct=lambda model, data: af.construct_robust_dataset(model, data, steps=5),
     ... )
     >>> sorted(found.seconds)
     ['adversarial', 'construction', 'from_robust_dataset', 'standard']

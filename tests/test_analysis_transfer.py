@@ -41,7 +41,7 @@ def test_examples_transfer_to_models_that_read_the_same_features():
     found = analysis.transfer(
         reads(0, 1), models, data, data, construct=DET, learn=lambda name, d_det: models[name]
     )
-    rates = {point.name: float(point.fooled) for point in found.points}
+    rates = {point.name: float(point.of_fooled) for point in found.points}
     assert rates == {"same": 1.0, "half": 1.0, "other": 0.0}
     assert [float(point.learned) for point in found.points] == [1.0, 1.0, 1.0]
 
@@ -56,9 +56,9 @@ def test_both_denominators():
     found = analysis.transfer(
         source, {"same": reads(0, 1)}, data, data, construct=DET, learn=lambda n, d: source
     ).points[0]
-    assert (found.fooled.total, found.fooled_all.total) == (30, 40)
+    assert (found.of_fooled.total, found.of_all.total) == (30, 40)
     # The first ten were moved towards the class they look like: still "wrong".
-    assert float(found.fooled) == 1.0
+    assert float(found.of_fooled) == 1.0
 
 
 def test_learners_get_the_set_from_the_training_data():

@@ -277,6 +277,8 @@ def layer_robustness(
                 moved = attack_features(net, batch, attack)
                 goals.append(goal)
                 reached.append(threat.size(net.features(moved) - goal, "l2"))
+        if sum(map(len, goals)) < 2:
+            checks.fail("data", "one row", "its distance to other rows is needed")
         spread = torch.pdist(torch.cat(goals)).mean()
         ratios[_name(layer, place)] = float(torch.cat(reached).mean() / spread)
     return LayerRobustness(ratios, eps, norm)

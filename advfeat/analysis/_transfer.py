@@ -37,17 +37,17 @@ class TransferPoint:
         Of the architecture.
     learned
         Accuracy on true test data after training on the constructed set.
-    fooled
-        Share wrong of the test images constructed on the source, among those that the source had
-        right and is now fooled on.
-    fooled_all
-        The same share among all test images.
+    of_fooled
+        Share that the architecture gets wrong of the test images constructed on the source, among
+        those that the source had right and is now fooled on.
+    of_all
+        The same among all test images.
     """
 
     name: str
     learned: Accuracy
-    fooled: Accuracy
-    fooled_all: Accuracy
+    of_fooled: Accuracy
+    of_all: Accuracy
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +65,17 @@ class Transfer:
     @property
     def correlation(self) -> float:
         """Pearson's correlation of learned accuracy and transfer rate over the architectures."""
-        pairs = [[float(point.learned), float(point.fooled)] for point in self.points]
+        pairs = [[float(point.learned), float(point.of_fooled)] for point in self.points]
         found: Tensor = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)
         return float(found[0, 1])
 
     def __str__(self) -> str:
         """A line an architecture, and the correlation."""
         rows: list[tuple[object, ...]] = [
-            (point.name, *(f"{v:.1%}" for v in (point.learned, point.fooled, point.fooled_all)))
+            (point.name, *(f"{v:.1%}" for v in (point.learned, point.of_fooled, point.of_all)))
             for point in self.points
         ]
-        head = ("architecture", "learned", "fooled", "fooled (of all)")
+        head = ("architecture", "learned", "fooled, of fooled", "of all")
         return table(head, rows) + f"\ncorrelation {self.correlation:.2f}"
 
     def plot(self, others: Mapping[str, Transfer] | None = None) -> Figure:
@@ -87,7 +87,7 @@ class Transfer:
         ):
             for point, style in zip(found.points, plots.styles(), strict=False):
                 axes.plot(
-                    100 * point.learned, 100 * point.fooled, linestyle="", fillstyle=fill,
+                    100 * point.learned, 100 * point.of_fooled, linestyle="", fillstyle=fill,
                     markersize=9, color=style["color"], marker=style["marker"], clip_on=False,
                     label=f"{point.name}, {kind}" if kind else point.name,
                 )  # fmt: skip
@@ -139,7 +139,7 @@ def transfer(
     >>> found = analysis.transfer(
     ...     mine, {"mine": mine}, data, data, construct=det, learn=lambda name, d_det: mine
     ... )
-    >>> float(found.points[0].fooled)
+    >>> float(found.points[0].of_fooled)
     1.0
     """
     named = named_models(models)

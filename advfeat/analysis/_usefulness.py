@@ -294,9 +294,10 @@ def _sorted(
     generator = seeding.generator(seeding.resolve(seed))
     value, low, high = (field.cpu().to(torch.float64) for field in found[:3])
     labels = labels.cpu()
-    # Around the mean, so that squares lose no digits.
+    # Around the mean, so that squares lose no digits. What only rounding moves is no feature.
     mean = value.mean(0)
-    value, low, high = value - mean, low - mean, high - mean
+    moving = value.std(0) > 1e-6 * mean.abs()
+    value, low, high = (torch.where(moving, part - mean, 0.0) for part in (value, low, high))
     moments = torch.cat([value, value.square(), low, high], 1)  # (N, 4 units)
     columns = []
     for label in range(classes):
@@ -327,9 +328,7 @@ def _column(own: Tensor, rest: Tensor, level: float) -> tuple[Tensor, ...]:
     """Rho, gamma, their intervals and the signs for one class, from both sides' moments."""
     (f, square, low, high), (f_, square_, low_, high_) = own.chunk(4, 1), rest.chunk(4, 1)
     deviation = ((square + square_) / 2 - ((f + f_) / 2).square()).clamp_min(0).sqrt()
-    # A unit that is constant, but for rounding, is no feature.
-    usable = deviation > 1e-6 * square.amax().sqrt()
-    deviation = torch.where(usable, deviation, torch.inf)
+    deviation = torch.where(deviation > 0, deviation, torch.inf)
     rho = (f - f_) / 2 / deviation
     sign = torch.where(rho[0] < 0, -1.0, 1.0)
     # Of the unit or of its negative: inf(-f) = -sup f.

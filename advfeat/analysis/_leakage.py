@@ -1,0 +1,195 @@
+"""Do robust features leak into D_rand and D_det? (Goh's comment, Distill 2019.)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from advfeat import checks, plots, threat
+from advfeat.analysis._features import Stacked, stacked, table
+from advfeat.analysis._usefulness import DUAL, ROBUST, Usefulness, linear_usefulness
+from advfeat.loading import Data
+from advfeat.metrics import Accuracy
+from advfeat.threat import Norm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Leakage:
+    """What provably robust features alone teach about a dataset; see `leakage`.
+
+    Attributes
+    ----------
+    learned
+        Accuracy on true test data of a linear classifier of the robust features that was trained
+        on the constructed set: a lower bound of what leaks.
+    reference
+        The same features and classifier, trained on the true training data.
+    chance
+        One over the number of classes.
+    features
+        How many features were provably robust.
+    usefulness
+        Of all features that were looked at, one for each class, in closed form.
+    """
+
+    learned: Accuracy
+    reference: Accuracy
+    chance: float
+    features: int
+    usefulness: Usefulness
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether the whole 95% interval of ``learned`` lies above chance."""
+        return self.learned.interval[0] > self.chance
+
+    def __str__(self) -> str:
+        """Accuracies with intervals."""
+        rows: list[tuple[object, ...]] = [
+            (name, f"{a:.1%}", f"{a.interval[0]:.1%} to {a.interval[1]:.1%}")
+            for name, a in (
+                ("constructed set", self.learned),
+                ("true data, for reference", self.reference),
+            )
+        ]
+        rows.append(("chance", f"{self.chance:.1%}", ""))
+        title = f"{self.features} provably robust linear features, trained on:"
+        return title + "\n" + table(("", "accuracy", "95% interval"), rows)
+
+    def plot(self) -> Figure:
+        """Both accuracies with their intervals, and chance."""
+        groups = {"constructed set": self.learned, "true data": self.reference}
+        return plots.bars(
+            {name: {"robust linear features": value} for name, value in groups.items()},
+            chance=self.chance,
+            ylabel="accuracy on true test data (%)",
+        )
+
+
+def leakage(
+    constructed: Data,
+    train: Data,
+    test: Data,
+    *,
+    eps: float,
+    norm: Norm = "l2",
+    seed: int | torch.Generator | None = None,
+) -> Leakage:
+    """Bound from below what robust features teach a model that is trained on a constructed set.
+
+    For each class the linear feature of the largest robust usefulness on the true data is found,
+    and kept where that is above 0 by the closed form (see `linear_usefulness`): it is robust for
+    certain. A linear classifier of these features alone is then trained on the constructed set
+    and tested on true data. What it gets right above chance, robust features have leaked.
+
+    Parameters
+    ----------
+    constructed
+        D_rand or D_det: dataset, loader or list of batches.
+    train, test
+        The true data.
+    eps, norm
+        Ball of the closed form: the one the set was constructed in, or a larger one.
+    seed
+        Of the bootstrap of usefulness; None draws one number from torch's default generator.
+
+    Raises
+    ------
+    ValueError
+        No linear feature is robust at this radius.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> from advfeat import analysis
+    >>> x, y = torch.rand(60, 4), torch.arange(60) % 2
+    >>> data = torch.utils.data.TensorDataset(0.5 * x + 0.5 * y[:, None], y)
+    >>> d_det = af.construct_det_dataset(torch.nn.Linear(4, 2), data, eps=0.2, steps=5)
+    >>> found = analysis.leakage(d_det, data, data, eps=0.2, seed=0)
+    >>> found.above_chance, found.reference > 0.9
+    (False, True)
+    """
+    checks.number("eps", eps, low=0.0, strict=True)
+    checks.norm(norm)
+    checks.seed(seed)
+    cpu = torch.device("cpu")
+    made, true, judged = (
+        Stacked(rows.inputs.flatten(1).float(), rows.labels)
+        for rows in (stacked(data, cpu) for data in (constructed, train, test))
+    )
+    classes = max(int(rows.labels.max()) for rows in (made, true, judged)) + 1
+    weight = _most_robust(true, classes, eps, norm)
+    found = linear_usefulness(weight, TensorDataset(*true), eps=eps, norm=norm, seed=seed)
+    robust = (found.kind == ROBUST).any(1)
+    if not bool(robust.any()):
+        checks.fail("eps", eps, "no linear feature is robust here: class means are too close")
+    weight = weight[robust]
+    scale = (true.inputs @ weight.T).std(0)
+
+    def features(rows: Stacked) -> Tensor:
+        return (rows.inputs - true.inputs.mean(0)) @ weight.T / scale
+
+    def learned_from(rows: Stacked) -> Accuracy:
+        answer = _logistic_regression(features(rows), rows.labels, classes)
+        return Accuracy.of(answer(features(judged)).argmax(1) == judged.labels)
+
+    return Leakage(learned_from(made), learned_from(true), 1 / classes, len(weight), found)
+
+
+def _most_robust(rows: Stacked, classes: int, eps: float, norm: Norm) -> Tensor:
+    """For each class the linear feature of the largest robust usefulness, ``(C, d)``.
+
+    Maximises (a^T m - eps ||a||_*) / std(a^T x), with m half the difference of the means of the
+    class and of the rest, from the direction in which the numerator is largest.
+    """
+    own = F.one_hot(rows.labels, classes).float()
+    if not bool((own.any(0) & ~own.all(0)).all()):
+        checks.fail("train", "a class without rows", "every class needs rows of its own")
+    share = (own / own.sum(0) + (1 - own) / (1 - own).sum(0)) / 2  # (N, C), each column adds to 1
+    half_gap = ((2 * own - 1) * share).T @ rows.inputs
+    weight = nn.Parameter(threat.steepest(half_gap, norm))
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        values = rows.inputs @ weight.T
+        variance = (share * (values - (share * values).sum(0)).square()).sum(0)
+        gain = (weight * half_gap).sum(1) - eps * threat.size(weight, DUAL[norm])
+        value = -(gain / variance.sqrt().clamp_min(1e-12)).sum()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer = _full_batch([weight])
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return weight.detach()
+
+
+def _full_batch(parameters: Iterable[Tensor]) -> torch.optim.LBFGS:
+    return torch.optim.LBFGS(parameters, max_iter=200, line_search_fn="strong_wolfe")
+
+
+def _logistic_regression(features: Tensor, labels: Tensor, classes: int) -> nn.Linear:
+    """Fit a linear classifier to the optimum (with a touch of weight decay, so there is one)."""
+    answer = nn.Linear(features.shape[1], classes)
+    nn.init.zeros_(answer.weight)
+    nn.init.zeros_(answer.bias)
+    optimizer = _full_batch(answer.parameters())
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        decay = 1e-4 * answer.weight.square().sum()
+        value = F.cross_entropy(answer(features), labels) + decay
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return answer

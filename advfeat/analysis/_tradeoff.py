@@ -1,0 +1,227 @@
+"""What robustness costs: accuracy over the radius of training, and D_R against training anew."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from advfeat import checks, plots
+from advfeat.analysis._features import table
+from advfeat.attacks import PGD
+from advfeat.loading import Data
+from advfeat.metrics import RobustAccuracy, robust_accuracy
+from advfeat.robustify import construct_robust_dataset
+from advfeat.store import ConstructedDataset
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Tradeoff:
+    """Accuracy and robust accuracy over the radius of training; see `tradeoff`.
+
+    Attributes
+    ----------
+    eps
+        Radii of training.
+    robust
+        Robust accuracy of each model, with ``standard`` beside it.
+    seconds
+        What each training took.
+    """
+
+    eps: tuple[float, ...]
+    robust: tuple[RobustAccuracy, ...]
+    seconds: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """A line a radius."""
+        rows: list[tuple[object, ...]] = [
+            (f"{eps:g}", f"{found.standard:.1%}", f"{found:.1%}", f"{seconds:.1f}")
+            for eps, found, seconds in zip(self.eps, self.robust, self.seconds, strict=True)
+        ]
+        return table(("training eps", "accuracy", "robust accuracy", "seconds"), rows)
+
+    def plot(self) -> Figure:
+        """Both accuracies over the radius."""
+        figure = plots.new_figure(5.4, 3.8)
+        axes = figure.add_subplot()
+        series = {
+            "accuracy": [100 * found.standard for found in self.robust],
+            "robust accuracy": [100 * found for found in self.robust],
+        }
+        plots.lines(axes, self.eps, series)
+        axes.set(xlabel="eps of training", ylabel="% of test images", ylim=(0, 102))
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        return figure
+
+
+def tradeoff(
+    learn: Callable[[float], nn.Module], test: Data, *, eps: Sequence[float], attack: PGD
+) -> Tradeoff:
+    """Train at several radii, and measure what accuracy pays for robust accuracy.
+
+    Parameters
+    ----------
+    learn
+        ``eps -> model``: makes a model and trains it, by `advfeat.adversarial_fit` (by
+        `advfeat.fit` where eps is 0).
+    test
+        Test data.
+    eps
+        Radii of training, 0 for standard training.
+    attack
+        What every model is attacked with, the same for all: ``PGD(eps=0.5, norm="l2", steps=20)``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> from advfeat import analysis
+    >>> data = torch.utils.data.TensorDataset(torch.rand(20, 4), torch.arange(20) % 2)
+    >>> def learn(eps):
+    ...     model = torch.nn.Linear(4, 2)
+    ...     af.adversarial_fit(model, data, eps=eps, norm="l2", epochs=1)
+    ...     return model
+    >>> found = analysis.tradeoff(learn, data, eps=[0.1, 0.5], attack=af.PGD(eps=0.1, norm="l2"))
+    >>> len(found.robust)
+    2
+    """
+    checks.function("learn", learn)
+    if not isinstance(eps, Sequence) or not eps:
+        checks.fail("eps", eps, "expected a list of radii: eps=[0.0, 0.5]")
+    for radius in eps:
+        checks.number("eps", radius, low=0.0)
+    found, seconds = [], []
+    for radius in eps:
+        began = time.perf_counter()
+        model = learn(radius)
+        seconds.append(time.perf_counter() - began)
+        found.append(robust_accuracy(model, test, attack=attack, progress=False))
+    return Tradeoff(tuple(eps), tuple(found), tuple(seconds))
+
+
+@dataclass(frozen=True, eq=False)
+class RobustDatasetCost:
+    """What D_R costs and gives, beside standard and adversarial training.
+
+    Attributes
+    ----------
+    standard, adversarial, from_robust_dataset
+        Robust accuracy of each model, with ``standard`` beside it.
+    seconds
+        Of the same three, and of ``"construction"``.
+    """
+
+    standard: RobustAccuracy
+    adversarial: RobustAccuracy
+    from_robust_dataset: RobustAccuracy
+    seconds: dict[str, float]
+
+    @property
+    def break_even(self) -> float:
+        """Number of further models after which D_R has cost less time than training each anew.
+
+        Infinite where standard training on D_R takes as long as adversarial training.
+        """
+        saved = self.seconds["adversarial"] - self.seconds["from_robust_dataset"]
+        return self.seconds["construction"] / saved if saved > 0 else math.inf
+
+    def _rows(self) -> dict[str, tuple[RobustAccuracy, float]]:
+        return {
+            "standard training": (self.standard, self.seconds["standard"]),
+            "adversarial training": (self.adversarial, self.seconds["adversarial"]),
+            "standard training on D_R": (
+                self.from_robust_dataset,
+                self.seconds["from_robust_dataset"],
+            ),
+        }
+
+    def __str__(self) -> str:
+        """A line a way of training."""
+        rows: list[tuple[object, ...]] = [
+            (name, f"{found.standard:.1%}", f"{found:.1%}", f"{seconds:.1f}")
+            for name, (found, seconds) in self._rows().items()
+        ]
+        rows.append(("construction of D_R, once", "", "", f"{self.seconds['construction']:.1f}"))
+        lines = table(("", "accuracy", "robust accuracy", "seconds"), rows)
+        return f"{lines}\nconstruction is paid back after {self.break_even:.1f} models"
+
+    def plot(self) -> Figure:
+        """Accuracies of the three models."""
+        return plots.bars(
+            {
+                name.replace(" training", "\ntraining"): {
+                    "accuracy": found.standard,
+                    "robust accuracy": found,
+                }
+                for name, (found, _) in self._rows().items()
+            }
+        )
+
+
+def robust_dataset_cost(
+    train: Data,
+    test: Data,
+    *,
+    fit_standard: Callable[[Data], nn.Module],
+    fit_adversarial: Callable[[Data], nn.Module],
+    attack: PGD,
+    construct: Callable[[nn.Module, Data], ConstructedDataset] = construct_robust_dataset,
+) -> RobustDatasetCost:
+    """What D_R is for: make it once, then train any model on it in the standard way.
+
+    Parameters
+    ----------
+    train, test
+        The true data.
+    fit_standard, fit_adversarial
+        ``data -> model``: make a model and train it so.
+    attack
+        What every model is attacked with.
+    construct
+        ``(robust model, data) -> dataset``; by default `advfeat.construct_robust_dataset`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> from advfeat import analysis
+    >>> data = torch.utils.data.TensorDataset(torch.rand(20, 4), torch.arange(20) % 2)
+    >>> mine = torch.nn.Linear(4, 2)
+    >>> found = analysis.robust_dataset_cost(
+    ...     data, data, fit_standard=lambda data: mine, fit_adversarial=lambda data: mine,
+    ...     attack=af.PGD(eps=0.1, norm="l2"),
+    ... )
+    >>> sorted(found.seconds)
+    ['adversarial', 'construction', 'from_robust_dataset', 'standard']
+    """
+    for name, value in (("fit_standard", fit_standard), ("fit_adversarial", fit_adversarial)):
+        checks.function(name, value)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - began
+        return result
+
+    standard = timed("standard", lambda: fit_standard(train))
+    robust = timed("adversarial", lambda: fit_adversarial(train))
+    made = timed("construction", lambda: construct(robust, train))
+    fresh = timed("from_robust_dataset", lambda: fit_standard(made))
+
+    def measured(model: nn.Module) -> RobustAccuracy:
+        return robust_accuracy(model, test, attack=attack, progress=False)
+
+    return RobustDatasetCost(measured(standard), measured(robust), measured(fresh), seconds)

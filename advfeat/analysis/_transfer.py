@@ -1,0 +1,266 @@
+"""Why adversarial examples transfer (figure 3), and those that do not: "just bugs"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from advfeat import checks, losses, plots, threat
+from advfeat.analysis._features import named_models, stacked, table
+from advfeat.attacks import PGD, Batch
+from advfeat.construct import construct, indexed
+from advfeat.loading import Data
+from advfeat.metrics import Accuracy, accuracy
+from advfeat.model import Network, logits_of
+from advfeat.store import ConstructedDataset
+from advfeat.threat import Bounds, Norm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Construct: TypeAlias = Callable[[nn.Module, Data], ConstructedDataset]
+Learn: TypeAlias = Callable[[str, ConstructedDataset], nn.Module]
+
+
+@dataclass(frozen=True, eq=False)
+class TransferPoint:
+    """One architecture.
+
+    Attributes
+    ----------
+    name
+        Of the architecture.
+    learned
+        Accuracy on true test data after training on the constructed set.
+    of_fooled
+        Share that the architecture gets wrong of the test images constructed on the source, among
+        those that the source had right and is now fooled on.
+    of_all
+        The same among all test images.
+    """
+
+    name: str
+    learned: Accuracy
+    of_fooled: Accuracy
+    of_all: Accuracy
+
+
+@dataclass(frozen=True, eq=False)
+class Transfer:
+    """Learning from a constructed set against being fooled by transfer; see `transfer`.
+
+    Attributes
+    ----------
+    points
+        One for each architecture.
+    """
+
+    points: tuple[TransferPoint, ...]
+
+    @property
+    def correlation(self) -> float:
+        """Pearson's correlation of learned accuracy and transfer rate over the architectures."""
+        pairs = [[float(point.learned), float(point.of_fooled)] for point in self.points]
+        found: Tensor = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)
+        return float(found[0, 1])
+
+    def __str__(self) -> str:
+        """A line an architecture, and the correlation."""
+        rows: list[tuple[object, ...]] = [
+            (point.name, *(f"{v:.1%}" for v in (point.learned, point.of_fooled, point.of_all)))
+            for point in self.points
+        ]
+        head = ("architecture", "learned", "fooled, of fooled", "of all")
+        return table(head, rows) + f"\ncorrelation {self.correlation:.2f}"
+
+    def plot(self, others: Mapping[str, Transfer] | None = None) -> Figure:
+        """Figure 3: learned accuracy against transfer rate; other constructions beside it."""
+        figure = plots.new_figure(7.0, 4.2)
+        axes = figure.add_subplot()
+        for (kind, found), fill in zip(
+            {"": self, **(others or {})}.items(), ("full", "none", "left"), strict=False
+        ):
+            for point, style in zip(found.points, plots.styles(), strict=False):
+                axes.plot(
+                    100 * point.learned, 100 * point.of_fooled, linestyle="", fillstyle=fill,
+                    markersize=9, color=style["color"], marker=style["marker"], clip_on=False,
+                    label=f"{point.name}, {kind}" if kind else point.name,
+                )  # fmt: skip
+        axes.set(xlabel="accuracy learned from the constructed set (%)", ylim=(0, 102))
+        axes.set(ylabel="transfer rate from the source (%)")
+        axes.set_xlim(left=0)
+        axes.set_title(f"correlation {self.correlation:.2f}")
+        axes.grid(alpha=0.3)
+        figure.legend(loc="outside right center", frameon=False, fontsize=9)
+        return figure
+
+
+def transfer(
+    source: nn.Module,
+    models: Mapping[str, nn.Module],
+    train: Data,
+    test: Data,
+    *,
+    construct: Construct,
+    learn: Learn,
+) -> Transfer:
+    """Figure 3: do architectures that learn more from D_det get fooled more by transfer?
+
+    The source model constructs one set from the training data, from which every architecture
+    learns anew, and one from the test data, which shows how often each trained model is fooled.
+
+    Parameters
+    ----------
+    source
+        The model that perturbations are made on.
+    models
+        One for each architecture by name, trained on the true data.
+    train, test
+        The true data; map-style or a loader of such.
+    construct
+        ``(model, data) -> ConstructedDataset``: `advfeat.construct_det_dataset` with its settings,
+        or `just_bugs` with its.
+    learn
+        ``(name, dataset) -> model``: makes a new model of that architecture and trains it.
+
+    Examples
+    --------
+    >>> import functools, torch
+    >>> import advfeat as af
+    >>> from advfeat import analysis
+    >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3))
+    >>> mine = torch.nn.Identity()
+    >>> det = functools.partial(af.construct_det_dataset, eps=0.9, steps=10)
+    >>> found = analysis.transfer(
+    ...     mine, {"mine": mine}, data, data, construct=det, learn=lambda name, d_det: mine
+    ... )
+    >>> float(found.points[0].of_fooled)
+    1.0
+    """
+    named = named_models(models)
+    checks.model(source)
+    checks.function("construct", construct)
+    checks.function("learn", learn)
+    made, judged = construct(source, train), construct(source, test)
+    true = stacked(test, torch.device("cpu"))
+    clean = accuracy(source, TensorDataset(*true), progress=False).correct.cpu()
+    attacked = TensorDataset(judged.images, true.labels)
+    chosen = clean & ~accuracy(source, attacked, progress=False).correct.cpu()
+    if not bool(chosen.any()):
+        checks.fail("construct", "no test image", "the source is fooled on none; a larger eps?")
+    points = []
+    for name, model in named.items():
+        fooled = ~accuracy(model, attacked, progress=False).correct.cpu()
+        learned = accuracy(learn(name, made), TensorDataset(*true), progress=False)
+        points.append(
+            TransferPoint(name, learned, Accuracy.of(fooled[chosen]), Accuracy.of(fooled))
+        )
+    return Transfer(tuple(points))
+
+
+def just_bugs(
+    model: nn.Module,
+    data: Data,
+    *,
+    others: Sequence[nn.Module],
+    eps: float = 0.5,
+    norm: Norm = "l2",
+    shift: int = 1,
+    steps: int = 100,
+    step_size: float | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    batch_size: int | None = None,
+    progress: bool | None = None,
+) -> ConstructedDataset:
+    """Make adversarial examples that are bugs of one model: they should not transfer or teach.
+
+    As D_det, but every step goes along -(grad L(f, x, t) + mean_i grad L(f_i, x, y)): towards the
+    target for the model, and towards the true label for the others (Nakkiran, Distill 2019).
+
+    Parameters
+    ----------
+    model
+        The model f to fool.
+    data
+        A map-style dataset, or a loader of one.
+    others
+        The f_i: models trained like it from other starts. With a handful the rest still transfers.
+    eps, norm, shift, steps, step_size, bounds, batch_size, progress
+        As in `advfeat.construct_det_dataset`.
+
+    Returns
+    -------
+    ConstructedDataset
+        As `advfeat.construct_det_dataset` gives; ``success`` is that of fooling ``model``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import analysis
+    >>> data = torch.utils.data.TensorDataset(torch.rand(6, 4), torch.arange(6) % 3)
+    >>> model, other = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    >>> analysis.just_bugs(model, data, others=[other], steps=5)
+    ConstructedDataset(just bugs: 6 of 4; images, index, labels, source_labels, success, size)
+    """
+    checks.model(model)
+    if not others:
+        checks.fail("others", others, "expected at least one other model")
+    for other in others:
+        checks.model(other)
+    checks.number("eps", eps, low=0.0, strict=True)
+    checks.count("shift", shift, low=1)
+    side_by_side = _SideBySide(model, others)
+
+    def bugs(logits: Tensor, targets: Tensor) -> Tensor:
+        own, *rest = logits.chunk(1 + len(others), 1)
+        true = (targets - shift) % own.shape[1]
+        kept = torch.stack([losses.cross_entropy(part, true) for part in rest]).mean(0)
+        return -losses.cross_entropy(own, targets) - kept
+
+    attack = PGD(
+        eps=eps, norm=norm, steps=steps, step_size=eps / 5 if step_size is None else step_size,
+        targeted=True, loss=bugs, bounds=bounds,
+    )  # fmt: skip
+
+    def begin(net: Network, batch: Batch) -> Batch:
+        classes = net.class_count(batch.inputs) // (1 + len(others))
+        checks.class_range(int(batch.labels.max()), classes)
+        if shift % classes == 0:
+            checks.fail("shift", shift, f"with {classes} classes every target equals its label")
+        return batch._replace(labels=(batch.labels + shift) % classes)
+
+    def describe(net: Network, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Tensor]:
+        own = net.logits(images).chunk(1 + len(others), 1)[0]
+        return {
+            "labels": attacked.labels,
+            "source_labels": batch.labels,
+            "success": own.argmax(1) == attacked.labels,
+            "size": threat.size(images - batch.inputs, norm),
+        }
+
+    made = construct(
+        side_by_side, indexed(data, batch_size), attack, begin, describe, method="just bugs",
+        settings={"shift": shift, "others": len(others), "loss": "just bugs"}, progress=progress,
+    )  # fmt: skip
+    made.manifest["model"] = type(model).__name__
+    return made
+
+
+class _SideBySide(nn.Module):
+    """Several models as one, with all their logits in a row."""
+
+    def __init__(self, first: nn.Module, others: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([first, *others])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        found = [checks.logits(logits_of(part(inputs)), inputs) for part in self.parts]
+        widths = {logits.shape[1] for logits in found}
+        if len(widths) > 1:
+            checks.fail("others", sorted(widths), "all models must have as many classes")
+        return torch.cat(found, 1)

@@ -1,0 +1,348 @@
+"""Pictures, with matplotlib (an extra): each function returns a figure and shows nothing.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; lines and bars differ in
+dash, marker or hatch as well, so that a figure survives being printed in grey.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from advfeat import checks
+from advfeat.threat import Bounds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008), without their yellow, which is faint on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "//", "..", "xx", "--", "\\\\")
+
+
+def new_figure(width: float = 6.4, height: float = 4.0) -> Figure:
+    """An empty figure that no window belongs to."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'advfeat[plots]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def styles() -> Iterator[dict[str, Any]]:
+    """Colour, marker and dash of one line after another."""
+    for color, marker, dash in zip(
+        itertools.cycle(COLORS), itertools.cycle(MARKERS), itertools.cycle(DASHES), strict=False
+    ):
+        yield {"color": color, "marker": marker, "linestyle": dash}
+
+
+def lines(
+    axes: Axes, x: Sequence[float] | Tensor, series: Mapping[str, Sequence[float] | Tensor]
+) -> None:
+    """Draw one labelled line for each series, with markers where there are few points."""
+    for (name, values), style in zip(series.items(), styles(), strict=False):
+        if len(x) > 25:
+            style["marker"] = ""
+        axes.plot(_list(x), _list(values), label=name, markersize=5, **style)
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, float]], *, chance: float | None = None, ylabel: str = ""
+) -> Figure:
+    """Bars side by side, as in figure 2 of the paper: a group a training set, a bar a measure.
+
+    Parameters
+    ----------
+    groups
+        For each group its values by name, from 0 to 1 (accuracies, say); drawn in percent. An
+        `advfeat.metrics.Accuracy` brings its 95% interval.
+    chance
+        Level of guessing, drawn as a line; from 0 to 1.
+    ylabel
+        Of the vertical axis; by default ``"%"``.
+
+    Examples
+    --------
+    >>> from advfeat import plots
+    >>> figure = plots.bars({"D": {"accuracy": 0.95, "robust accuracy": 0.04}}, chance=0.1)
+    >>> [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    ['D']
+    """
+    if not groups:
+        checks.fail("groups", groups, "nothing to draw")
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    figure = new_figure(max(5.0, 1.1 * len(groups) + 2), 4.0)
+    axes = figure.add_subplot()
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        offset = (place - (len(names) - 1) / 2) * width
+        for column, values in enumerate(groups.values()):
+            if name in values:
+                _bar(axes, column + offset, width, values[name], place, None if column else name)
+    if chance is not None:
+        axes.axhline(100 * chance, color="black", linewidth=1, linestyle=":", label="chance")
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.set(ylim=(0, 112), ylabel=ylabel or "%")
+    _legend_above(axes)
+    return figure
+
+
+def _bar(axes: Axes, at: float, width: float, value: float, place: int, label: str | None) -> None:
+    height = 100 * float(value)
+    axes.bar(
+        at,
+        height,
+        0.95 * width,
+        label=label,
+        color=COLORS[(place + 4) % len(COLORS)],
+        hatch=HATCHES[place % len(HATCHES)],
+        edgecolor="black",
+        linewidth=0.8,
+    )
+    top = height
+    if hasattr(value, "interval"):
+        low, high = (100 * end for end in value.interval)
+        top = high
+        ends = [[max(0.0, height - low)], [max(0.0, high - height)]]
+        axes.errorbar(at, height, ends, color="black", capsize=2)
+    axes.text(at, top + 1, f"{height:.0f}", ha="center", va="bottom", fontsize=8)
+
+
+def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[str] = ()) -> Figure:
+    """Loss and accuracies over epochs.
+
+    Parameters
+    ----------
+    rows
+        What `advfeat.fit` returns, or its ``rows``: one mapping an epoch.
+    quantities
+        Names to draw; by default the loss and every accuracy there is.
+
+    Examples
+    --------
+    >>> from advfeat import plots
+    >>> row = {"epoch": 1, "loss": 2.0, "accuracy": 0.3}
+    >>> [axes.get_ylabel() for axes in plots.curves([row]).axes]
+    ['loss', 'accuracy (%)']
+    """
+    rows = getattr(rows, "rows", rows)
+    if not rows:
+        checks.fail("rows", rows, "no epoch was recorded")
+    names = list(quantities) or [n for n in rows[-1] if n == "loss" or "accuracy" in n]
+    missing = [name for name in names if name not in rows[-1]]
+    if missing:
+        checks.fail("quantities", missing, f"the rows have {sorted(rows[-1])}")
+    shares = [name for name in names if "accuracy" in name]
+    others = [name for name in names if "accuracy" not in name]
+    figure = new_figure(8.0 if shares and others else 5.0, 3.4)
+    panels = [part for part in (others, shares) if part]
+    epochs = [row.get("epoch", place + 1) for place, row in enumerate(rows)]
+    for place, part in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), place + 1)
+        scale = 100 if part is shares else 1
+        spelled = {
+            n.replace("_", " "): [scale * row.get(n, float("nan")) for row in rows] for n in part
+        }
+        lines(axes, epochs, spelled)
+        axes.set(xlabel="epoch", ylabel="accuracy (%)" if part is shares else " / ".join(part))
+        if part is shares:
+            axes.set_ylim(0, 102)
+        if len(part) > 1 or part is shares:
+            axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def robustness_curves(
+    distances: Mapping[str, Any], *, norm: str = "", largest: float | None = None
+) -> Figure:
+    """Share of samples that need a larger perturbation, over its size.
+
+    Parameters
+    ----------
+    distances
+        For each model the distance of every sample to its nearest adversarial example, ``(N,)``:
+        0 where the model is wrong without one, infinite where none was found. Or anything with
+        such a ``distance``.
+    norm
+        In which the distances are, for the axis.
+    largest
+        Right end of the axis; by default the largest finite distance.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import plots
+    >>> figure = plots.robustness_curves({"mine": torch.tensor([0.0, 0.2, 0.5])}, norm="l2")
+    >>> figure.axes[0].get_xlabel()
+    'l2 size of the perturbation'
+    """
+    tensors = {name: torch.as_tensor(getattr(d, "distance", d)) for name, d in distances.items()}
+    finite = [float(d[torch.isfinite(d)].max()) for d in tensors.values() if d.isfinite().any()]
+    end = largest if largest is not None else max(finite, default=1.0) * 1.02
+    figure = new_figure(5.4, 3.8)
+    axes = figure.add_subplot()
+    for (name, d), style in zip(tensors.items(), styles(), strict=False):
+        edges = torch.cat([torch.zeros(1), d[d <= end].float().sort().values.cpu()])
+        left = [100 * float((d > edge).float().mean()) for edge in edges]
+        axes.step(
+            [*_list(edges), end], [*left, left[-1]], where="post", label=name,
+            color=style["color"], linestyle=style["linestyle"],
+        )  # fmt: skip
+    axes.set(
+        xlim=(0, end), ylim=(0, 102), ylabel="samples that resist (%)",
+        xlabel=f"{norm} size of the perturbation".strip(),
+    )  # fmt: skip
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def samples(
+    images: Mapping[str, Tensor],
+    *,
+    labels: Mapping[str, Sequence[object]] | None = None,
+    bounds: Bounds = (0.0, 1.0),
+) -> Figure:
+    """Images in rows.
+
+    Parameters
+    ----------
+    images
+        For each row its images ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``.
+    labels
+        For rows by name, what stands under each image.
+    bounds
+        Values drawn black and white.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import plots
+    >>> figure = plots.samples({"mine": torch.rand(4, 1, 8, 8)}, labels={"mine": [0, 1, 2, 3]})
+    >>> len(figure.axes)
+    4
+    """
+    if not images:
+        checks.fail("images", images, "nothing to draw")
+    rows = {name: picture(stack) for name, stack in images.items()}
+    columns = max(len(stack) for stack in rows.values())
+    low, high = bounds
+    shown = {name: (stack - low) / (high - low) for name, stack in rows.items()}
+    figure = new_figure(1.1 * columns + 1.2, 1.25 * len(shown))
+    grid = figure.subplots(len(shown), columns, squeeze=False)
+    for row, (name, stack) in enumerate(shown.items()):
+        texts = (labels or {}).get(name, ())
+        for column in range(columns):
+            axes = grid[row, column]
+            axes.set(xticks=[], yticks=[])
+            if column >= len(stack):
+                axes.axis("off")
+                continue
+            axes.imshow(stack[column].clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+            if column < len(texts):
+                axes.set_xlabel(str(texts[column]), fontsize=9, labelpad=2)
+        grid[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+    return figure
+
+
+def usefulness_regions(axes: Axes, points: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Draw rho against gamma by kind, over the regions of robust and of non-robust features."""
+    gammas = torch.cat([gamma for _, gamma in points.values()])
+    bottom = min(-0.1, 1.05 * float(gammas.min()))
+    axes.fill_between([0, 1], [0, 0], [0, 1], color=COLORS[4], alpha=0.25, linewidth=0)
+    axes.fill_between([0, 1], bottom, 0, color=COLORS[5], alpha=0.2, linewidth=0)
+    for (name, (rho, gamma)), style in zip(points.items(), _KIND_STYLES, strict=True):
+        if len(rho):
+            label = f"{name} ({len(rho)})"
+            axes.scatter(_list(rho), _list(gamma), s=16, linewidths=0.8, label=label, **style)
+    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlim=(0, 1), ylim=(bottom, 1), xlabel="usefulness rho")
+    axes.set_ylabel("robust usefulness gamma")
+    axes.legend(loc="upper left", fontsize=8)
+
+
+_KIND_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "0.55", "marker": "."},
+    {"color": COLORS[1], "marker": "x"},
+    {"color": COLORS[6], "marker": "+"},
+    {"color": COLORS[0], "marker": "o"},
+)
+
+
+def differences(
+    source: Tensor,
+    result: Tensor,
+    *,
+    labels: Mapping[str, Sequence[object]] | None = None,
+    magnify: float | None = None,
+    bounds: Bounds = (0.0, 1.0),
+) -> Figure:
+    r"""Images, what became of them, and the difference magnified (grey where there is none).
+
+    Parameters
+    ----------
+    source, result
+        Images of one shape, as in `samples`.
+    labels
+        What stands under each image, for ``"source"`` and ``"result"``.
+    magnify
+        Factor of the difference; by default the one that takes its largest entry to black or white.
+    bounds
+        Values drawn black and white.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import plots
+    >>> x = torch.rand(4, 1, 8, 8)
+    >>> figure = plots.differences(x, x + 0.1, labels={"source": [0, 1, 2, 3]})
+    >>> len(figure.axes), figure.axes[8].get_ylabel()
+    (12, 'difference\nx 5')
+    """
+    if source.shape != result.shape:
+        checks.fail("result.shape", tuple(result.shape), f"expected that of {tuple(source.shape)}")
+    low, high = bounds
+    delta = (result - source).detach()
+    peak = float(delta.abs().max())
+    factor = magnify or ((high - low) / (2 * peak) if peak else 1.0)
+    shown = {"source": source, "result": result}
+    shown[f"difference\nx {factor:.3g}"] = (low + high) / 2 + factor * delta
+    return samples(shown, labels=labels, bounds=bounds)
+
+
+def stretched(images: Tensor) -> Tensor:
+    """Images of any range, brought to [0, 1] all together."""
+    low, high = images.aminmax()
+    return (images - low) / (high - low).clamp_min(1e-12)
+
+
+def picture(images: Tensor) -> Tensor:
+    """Images as matplotlib takes them, ``(N, H, W)`` or ``(N, H, W, 3)``, on the CPU."""
+    stack = images.detach().float().cpu()
+    if stack.ndim == 4 and stack.shape[1] == 1:
+        return stack[:, 0]
+    if stack.ndim == 4 and stack.shape[1] == 3:
+        return stack.movedim(1, -1)
+    if stack.ndim == 3:
+        return stack
+    shape = tuple(images.shape)
+    checks.fail("images.shape", shape, "expected (N, H, W), (N, 1, H, W) or (N, 3, H, W)")
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False, fontsize=9)
+
+
+def _list(values: Sequence[float] | Tensor) -> list[float]:
+    found: list[float] = torch.as_tensor(values).detach().cpu().tolist()
+    return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from advfeat.construct import Start, invert_all
+from advfeat.construct import Making, Start, invert_all
 from advfeat.loading import Data
 from advfeat.model import Layer, Precision
-from advfeat.store import ConstructedDataset
+from advfeat.store import ConstructedDataset, Dtype, Folder
 from advfeat.threat import Bounds
 
 
@@ -25,6 +25,8 @@ def construct_robust_dataset(
     batch_size: int | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    out: Folder | None = None,
+    dtype: Dtype = "float32",
 ) -> ConstructedDataset:
     """Make D_R: images with the activations that a robust model has on the originals.
 
@@ -58,6 +60,17 @@ def construct_robust_dataset(
         ``"bfloat16"`` takes gradients in bfloat16 where the hardware has it.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
+    out
+        A folder to build the set in, row by row, instead of in memory. It can be killed at any
+        moment: the same call on the same folder goes on where it was (with ``seed=None``, with the
+        seed that it began with), and returns a finished folder at once, memory-mapped. Model and
+        data are recognised by a digest of the weights and of 256 rows; a ``layer`` that is a
+        callable by its name alone. Under torchrun every rank makes a part of the rows; ``out`` is
+        then on a disk that all ranks share.
+    dtype
+        ``"uint8"`` stores images as 256 levels of the box, a quarter of the bytes. What is told of
+        a row is then measured on the rounded image, beside ``rounding`` (l2 moved by it) and
+        ``distance_unrounded`` or ``success_unrounded``.
 
     Returns
     -------
@@ -68,7 +81,11 @@ def construct_robust_dataset(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and the usual cause, before any work is done.
+        Naming the argument, its value and the usual cause, before any work is done; also where
+        ``out`` holds a set made with other settings, another model or other data.
+    OSError
+        ``out`` is another process's at the moment, cannot be written to or has no room. What is
+        finished there is safe.
 
     Examples
     --------
@@ -89,7 +106,5 @@ def construct_robust_dataset(
         step_size=step_size,
         bounds=bounds,
         seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        making=Making(batch_size, precision, progress, out, dtype),
     )

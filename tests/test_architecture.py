@@ -20,7 +20,7 @@ FLOORS = [
     {"threat"},
     {"losses"},
     {"checks"},
-    {"seeding"},
+    {"seeding", "ranks"},
     {"model"},
     {"loading"},
     {"attacks"},
@@ -105,7 +105,7 @@ def test_a_room_imports_only_from_floors_below(path):
         # Nor does what drives it.
         ("engine", {"threat", "losses", "checks", "seeding", "model", "attacks"}),
         # A constructed dataset knows no model.
-        ("store", {"checks"}),
+        ("store", {"checks", "threat", "loading"}),
     ],
 )
 def test_what_a_room_may_know(room, allowed):

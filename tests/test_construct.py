@@ -148,12 +148,14 @@ def test_the_manifest_is_json_and_says_how_the_set_was_made(method):
     found = made(method)
     manifest = json.loads(json.dumps(found.manifest))
     assert manifest["method"] == method
-    assert manifest["model"] == "Sequential"
+    assert manifest["model"]["class"] == "Sequential"
+    assert manifest["rows"] == 24
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"]["advfeat"] == af.__version__
     settings = manifest["settings"]
     assert settings["steps"] == 5
     assert settings["bounds"] == [0.0, 1.0]
+    assert (settings["precision"], settings["dtype"]) == ("float32", "float32")
     if method != "D_det":
         assert settings["seed"] == 3
     if method in TARGETED:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -322,9 +323,13 @@ class OnDisk:
 
     def flush(self) -> None:
         """Wait until every row that was handed over is on disk."""
-        written, self._written = self._written, None
-        if written is not None:
-            written.result()
+        if self._written is not None:
+            try:
+                self._written.result()
+            finally:
+                # After an interrupt it is on its way still.
+                if self._written.done():
+                    self._written = None
 
     def dataset(self) -> ConstructedDataset:
         """All that was made, memory-mapped."""
@@ -512,8 +517,15 @@ def read_manifest(folder: Folder) -> dict[str, Any] | None:
             f"format {manifest.get('format')}; this version reads {FORMAT}: make it anew, or use "
             "the version of advfeat that made it",
         )
-    if not isinstance(manifest.get("rows"), int) or not isinstance(manifest.get("fields"), dict):
+    rows, fields = manifest.get("rows"), manifest.get("fields")
+    if not isinstance(rows, int) or not isinstance(fields, dict):
         checks.fail("folder", str(folder), f"{_MANIFEST} does not say its rows and fields")
+    for name, field in fields.items():
+        # A path for a name would lead out of the folder.
+        if not (
+            name.isidentifier() and isinstance(field, dict) and {"dtype", "shape"} <= set(field)
+        ):
+            checks.fail("folder", str(folder), f"{_MANIFEST} says nonsense of field {name!r}")
     return manifest
 
 
@@ -535,6 +547,22 @@ def refuse_other(folder: Folder, manifest: Mapping[str, Any]) -> None:
             str(folder),
             f"holds another set: {'; '.join(differences)}. Use another folder, or the call that "
             "began this one",
+        )
+    before, now = there.get("versions", {}), manifest["versions"]
+    if is_finished(folder) or before == now:
+        return
+    if before.get("advfeat") != now["advfeat"]:
+        checks.fail(
+            "out",
+            str(folder),
+            f"begun by advfeat {before.get('advfeat')}, this is {now['advfeat']}: rows of both would "
+            "be mixed. Go on with that version, or use another folder",
+        )
+    if before.get("torch") != now["torch"]:
+        warnings.warn(
+            f"out={str(folder)!r}: begun with torch {before.get('torch')}, this is {now['torch']}; "
+            "the rows that are left may differ by rounding",
+            stacklevel=2,
         )
 
 
@@ -569,7 +597,6 @@ def _fields(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Array]:
     return {
         name: _mapped(folder / f"{name}.npy", field["dtype"], (manifest["rows"], *field["shape"]))
         for name, field in manifest["fields"].items()
-        if name.isidentifier()  # a path in its place would lead out of the folder
     }
 
 

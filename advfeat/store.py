@@ -555,8 +555,8 @@ def refuse_other(folder: Folder, manifest: Mapping[str, Any]) -> None:
         checks.fail(
             "out",
             str(folder),
-            f"begun by advfeat {before.get('advfeat')}, this is {now['advfeat']}: rows of both would "
-            "be mixed. Go on with that version, or use another folder",
+            f"begun by advfeat {before.get('advfeat')}, this is {now['advfeat']}: rows of "
+            "both would be mixed. Go on with that version, or use another folder",
         )
     if before.get("torch") != now["torch"]:
         warnings.warn(

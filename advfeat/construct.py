@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -33,6 +33,11 @@ Start: TypeAlias = Literal["images", "noise"] | Tensor
 # Rows that the fingerprint of the source data is taken of, evenly spread: reading all of ImageNet
 # would take hours.
 _LOOKED_AT = 256
+
+
+# Where rows may stop early, the pool is refilled when a quarter of it is free, and looked at every
+# few steps: to look is to wait for the device.
+_PORTIONS, _LOOK = 4, 8
 
 
 class Making(NamedTuple):
@@ -114,8 +119,8 @@ def construct(
                 label=recipe.method,
                 progress=making.progress if team.rank == 0 else False,
             )
-            for chunk, rows in zip(chunks, batches, strict=True):
-                growing.put(chunk, maker.fields_of(rows))
+            for places, found in maker.made(batches):
+                growing.put(places, found)
             growing.flush()
             team.wait()
         return growing.dataset()
@@ -129,6 +134,8 @@ class _Maker:
     ) -> None:
         self._net, self._source, self._recipe = net, source, recipe
         self._dtype, self._device = dtype, device
+        self._places = {row: place for place, row in enumerate(source.indices)}
+        self._pools = getattr(recipe.attack, "patience", None) is not None
 
     def unfinished(self, done: Array, team: ranks.Team) -> list[Array]:
         """Batches of this rank that are not finished, each the places of its rows.
@@ -136,7 +143,7 @@ class _Maker:
         Always the same batches, whatever is finished and whoever asks: a row's last digits can
         depend on its batch.
         """
-        size = self._source.batch_size
+        size = max(1, self._source.batch_size // (_PORTIONS if self._pools else 1))
         cuts = np.arange(size, len(self._source), size)
         chunks = np.split(np.arange(len(self._source)), cuts)[team.rank :: team.size]
         return [chunk for chunk in chunks if not done[chunk].all()]
@@ -151,34 +158,71 @@ class _Maker:
     def example(self) -> dict[str, Array]:
         """All fields of the first row, before any step."""
         (rows,) = self.read([np.zeros(1, np.int64)])
-        return self.fields_of(rows, steps=False)
-
-    def fields_of(self, rows: Rows, steps: bool = True) -> dict[str, Array]:
-        """All fields of these rows."""
-        net, recipe, attack = self._net, self._recipe, self._recipe.attack
         batch = self._checked(rows)
-        attacked = recipe.begin(net, batch)
-        state = attack.init(net, attacked)
-        images = attack.result(attack.run(net, state) if steps else state)
-        found = self._described(batch, attacked, images)
-        if companions := recipe.companions(rows.ids.tolist()):
-            found["start_index"] = torch.tensor(companions)
-        return _on_host(found)
+        attacked = self._recipe.begin(self._net, batch)
+        attack = self._recipe.attack
+        return self._described(batch, attacked, attack.result(attack.init(self._net, attacked)))
 
-    def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Tensor]:
+    def made(self, batches: Iterable[Rows]) -> Iterator[tuple[Array, dict[str, Array]]]:
+        """All fields of the rows, and the places they go to."""
+        for batch, attacked, images in (self._pooled if self._pools else self._in_turn)(batches):
+            found = self._described(batch, attacked, images)
+            yield np.array([self._places[row] for row in found["index"].tolist()]), found
+
+    def _in_turn(self, batches: Iterable[Rows]) -> Iterator[tuple[Batch, Batch, Tensor]]:
+        """One batch after the other."""
+        net, attack = self._net, self._recipe.attack
+        for rows in batches:
+            batch = self._checked(rows)
+            attacked = self._recipe.begin(net, batch)
+            yield batch, attacked, attack.result(attack.run(net, attack.init(net, attacked)))
+
+    def _pooled(self, batches: Iterable[Rows]) -> Iterator[tuple[Batch, Batch, Tensor]]:
+        """Rows as they finish; the next ones take their places in portions of a batch."""
+        net, attack, size = self._net, self._recipe.attack, self._source.batch_size
+        waiting, more = iter(batches), True
+        pool: list[Any] = []  # rows as they came, as attacked, and their state
+        while True:
+            while more and (not pool or len(pool[0].ids) * _PORTIONS <= size * (_PORTIONS - 1)):
+                rows = next(waiting, None)
+                if rows is None:
+                    more = False
+                    break
+                batch = self._checked(rows)
+                attacked = self._recipe.begin(net, batch)
+                fresh = [batch, attacked, attack.init(net, attacked)]
+                pool = [_joined(*pair) for pair in zip(pool, fresh, strict=True)] if pool else fresh
+            if not pool:
+                return
+            for _ in range(_LOOK):
+                pool[2] = attack.step(net, pool[2])
+            finished = attack.finished(pool[2])
+            leaving, staying = finished.nonzero().squeeze(1), (~finished).nonzero().squeeze(1)
+            if len(leaving) * _PORTIONS >= size or (len(leaving) and not more):
+                batch, attacked, state = (_taken(part, leaving) for part in pool)
+                yield batch, attacked, attack.result(state)
+                pool = [_taken(part, staying) for part in pool] if len(staying) else []
+
+    def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Array]:
         net, recipe, bounds = self._net, self._recipe, self._recipe.attack.bounds
+        found = {"images": images, "index": batch.ids}
         if self._dtype == "float32":
-            found = recipe.describe(net, batch, attacked, images)
-            return {"images": images, "index": batch.ids, **found}
-        levels = store.quantised(images, bounds)
-        rounded = store.dequantised(levels, bounds)
-        found = recipe.describe(net, batch, attacked, rounded)
-        before = recipe.describe(net, batch, attacked, images)
-        found |= {
-            f"{name}_unrounded": before[name] for name in ("success", "distance") if name in before
-        }
-        found["rounding"] = threat.size(rounded - images, "l2")
-        return {"images": levels, "index": batch.ids, **found}
+            found |= recipe.describe(net, batch, attacked, images)
+        else:
+            levels = store.quantised(images, bounds)
+            rounded = store.dequantised(levels, bounds)
+            before = recipe.describe(net, batch, attacked, images)
+            found |= {"images": levels, **recipe.describe(net, batch, attacked, rounded)}
+            found |= {
+                f"{name}_unrounded": before[name]
+                for name in ("success", "distance")
+                if name in before
+            }
+            found["rounding"] = threat.size(rounded - images, "l2")
+        host = _on_host(found)
+        if companions := recipe.companions(host["index"].tolist()):
+            host["start_index"] = np.array(companions)
+        return host
 
     def _checked(self, rows: Rows) -> Batch:
         """Check on the host, where looking waits for nobody, and move to the device."""
@@ -202,6 +246,17 @@ class _Maker:
     def _moved(self, inputs: Tensor) -> Tensor:
         moved = self._net.prepare(inputs.to(self._device, non_blocking=True))
         return moved.clamp_(*self._recipe.attack.bounds)
+
+
+def _taken(rows: Any, chosen: Tensor) -> Any:
+    """These rows of a NamedTuple of tensors."""
+    return type(rows)(*(field if field is None else field[chosen] for field in rows))
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """The rows of two NamedTuples of tensors."""
+    pairs = zip(first, second, strict=True)
+    return type(first)(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
 
 
 def _on_host(found: dict[str, Tensor]) -> dict[str, Array]:
@@ -360,11 +415,12 @@ def invert_all(
     step_size: float,
     bounds: Bounds,
     seed: int | torch.Generator | None,
+    patience: int | None,
     making: Making,
 ) -> ConstructedDataset:
     """Invert the activations of every row."""
     checks.model(model)
-    attack = Inversion(steps=steps, step_size=step_size, bounds=bounds)
+    attack = Inversion(steps=steps, step_size=step_size, bounds=bounds, patience=patience)
     checks.seed(seed)
     source = numbered(data, making)
     _check_start(start, len(source), bounds)

@@ -31,6 +31,7 @@ def construct_nonrobust_dataset(
     step_size: float = 0.1,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
@@ -61,6 +62,7 @@ def construct_nonrobust_dataset(
         step_size=step_size,
         bounds=bounds,
         seed=seed,
+        patience=patience,
         making=Making(batch_size, precision, progress, out, dtype),
     )
 

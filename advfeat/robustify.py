@@ -22,6 +22,7 @@ def construct_robust_dataset(
     step_size: float = 0.1,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
@@ -54,6 +55,10 @@ def construct_robust_dataset(
         The box ``(low, high)`` of valid inputs.
     seed
         Of the starts; None draws one number from torch's default generator.
+    patience
+        Leave a row where it is once its squared distance has not fallen by a thousandth in so many
+        steps, and go on with another in its place; by default every row takes all steps, as in
+        the paper.
     batch_size
         Rows made together; by default the loader's, 128 for a dataset. Does not change the result.
     precision
@@ -106,5 +111,6 @@ def construct_robust_dataset(
         step_size=step_size,
         bounds=bounds,
         seed=seed,
+        patience=patience,
         making=Making(batch_size, precision, progress, out, dtype),
     )

@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -101,7 +102,7 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
             checks.fail("name", name, f"this dataset has {sorted(self.fields)}")
         return _tensor(self.fields[name])
 
-    def subset(self, rows: Sequence[int] | slice | Tensor) -> ConstructedDataset:
+    def subset(self, rows: Sequence[int] | slice | Array | Tensor) -> ConstructedDataset:
         """Return these rows, all fields of them, as a dataset in memory.
 
         Parameters
@@ -173,21 +174,11 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
         FileExistsError
             The folder exists.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise FileExistsError(f"folder={str(folder)!r}: exists; save under another name")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            done = np.ones(len(self), np.uint8)
+        done = np.ones(len(self), np.uint8)
+        with whole_folder(folder) as partial:
             for name, array in {**self.fields, _DONE: done}.items():
                 np.save(partial / f"{name}.npy", array, allow_pickle=False)
             _write_manifest(partial, _complete(self.manifest, self.fields))
-            partial.chmod(0o755)
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     @classmethod
     def open(cls, folder: Folder) -> ConstructedDataset:
@@ -221,7 +212,7 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, made: ConstructedDataset, source: Source) -> None:
         self._made, self._source = made, source
-        last = int(made.fields["index"].max())
+        last = int(made.field("index").max())
         if last not in source.indices:
             checks.fail("data", len(source), f"it has no row {last}; is it another dataset?")
 
@@ -244,6 +235,23 @@ def dequantised(levels: Tensor, bounds: Bounds) -> Tensor:
     """Pixels of uint8 levels, float32."""
     low, high = bounds
     return levels.to(torch.float32) / 255 * (high - low) + low
+
+
+@contextmanager
+def whole_folder(folder: Folder) -> Iterator[Path]:
+    """Give a folder to write to, which takes its name when all of it is written, or never."""
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"folder={str(folder)!r}: exists; save under another name")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 # --- Sets that are being made ---

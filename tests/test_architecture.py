@@ -26,7 +26,7 @@ FLOORS = [
     {"attacks"},
     {"engine"},
     {"store"},
-    {"construct"},
+    {"construct", "exchange", "inspection"},
     {"robustify", "nonrobust"},
     {"metrics"},
     {"training"},
@@ -51,7 +51,7 @@ PUBLIC = [
 ]
 
 REQUIRED = {"torch", "numpy", "typing_extensions"}
-EXTRAS = {"tqdm", "matplotlib", "sklearn"}
+EXTRAS = {"tqdm", "matplotlib", "sklearn", "PIL"}
 
 
 def room_of(path):

@@ -407,3 +407,30 @@ def test_a_layer_that_is_a_function_goes_by_its_name(tmp_path):
     build("D_R", tmp_path / "set", model=model, layer=lambda x: model[:2](x))
     with pytest.raises(ValueError, match="layer="):
         build("D_R", tmp_path / "set", model=model, layer=model[1])
+
+
+# --- Memory ---
+
+
+@forks
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    # The set is 49 MB on disk; the source is one image, seen 4000 times.
+    rows = TensorDataset(torch.rand(1, 3, 32, 32).expand(4000, -1, -1, -1), torch.arange(4000) % 4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
+
+    def peak():
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("VmHWM:")[1].split()[0]) / 1024
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        build("D_det", data=rows, model=model, steps=1, out=tmp_path / "first", batch_size=100)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = peak()
+        build("D_det", data=rows, model=model, steps=1, out=tmp_path / "set", batch_size=100)
+        os.write(write, f"{peak() - before}".encode())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert float(os.read(read, 100)) < 25

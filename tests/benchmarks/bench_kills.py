@@ -20,12 +20,12 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 
-METHODS = ("D_R", "D_rand")
+METHODS, ROWS = ("D_R", "D_rand"), 800
 
 
 def build(method: str, out: str) -> None:
     torch.manual_seed(0)
-    data = TensorDataset(torch.rand(1200, 3, 32, 32), torch.randint(0, 10, (1200,)))
+    data = TensorDataset(torch.rand(ROWS, 3, 32, 32), torch.randint(0, 10, (ROWS,)))
     model = SmallResNet(width=8)
     construct = {"D_R": af.construct_robust_dataset, "D_rand": af.construct_rand_dataset}[method]
     construct(model, data, steps=20, seed=0, batch_size=16, out=out)
@@ -43,15 +43,16 @@ def main(kills: int, place: str) -> None:
         command = [sys.executable, __file__, "build", method]
         began = time.perf_counter()
         subprocess.run([*command, whole], check=True)
-        took, seen = time.perf_counter() - began, []
+        took = time.perf_counter() - began
+        began = time.perf_counter()
+        subprocess.run([*command, whole], check=True)  # finished: nothing but the start
+        start, seen = time.perf_counter() - began, []
         while len(seen) < kills:
             process = subprocess.Popen([*command, folder])
-            time.sleep(generator.uniform(0.5, 0.5 * took))
+            time.sleep(generator.uniform(0, start + 2 * (took - start) / kills))
             process.kill()
             if process.wait() == -signal.SIGKILL:
                 seen.append(finished(folder))
-            elif finished(folder) == 1200:
-                break
         subprocess.run([*command, folder], check=True)
         names = sorted(path.name for path in Path(whole).iterdir())
         same = all(

@@ -1,0 +1,136 @@
+"""Constructing D_R and D_det against the bare limit, a plain float32 loop and torchattacks.
+
+python tests/benchmarks/bench_construct.py
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import torchattacks
+from resnet import SmallResNet
+from side_by_side import machine, side_by_side, table
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+import advfeat as af
+
+BATCH, STEPS, ROUNDS = 128, 100, 3
+EPS, STEP_SIZE = 0.5, 0.1
+
+
+def bare(model: SmallResNet, x: Tensor, steps: int, precision: str, inversion: bool) -> None:
+    """The limit: nothing but a forward pass and the input's gradient, step after step."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        for _ in range(steps):
+            leaf = x.detach().requires_grad_()
+            out = features(model, leaf) if inversion else model(leaf)
+            torch.autograd.grad(out.float().square().sum(), leaf)
+
+
+def features(model: SmallResNet, x: Tensor) -> Tensor:
+    """Input of the last Linear."""
+    return model.blocks(model.stem((x - model.mean) / model.std)).mean((2, 3))
+
+
+def plain_inversion(model: SmallResNet, x: Tensor, start: Tensor) -> Tensor:
+    """As a user would write it."""
+    with torch.no_grad():
+        goal = features(model, x)
+    made = start.clone()
+    for _ in range(STEPS):
+        made.requires_grad_()
+        distance = (features(model, made) - goal).norm(dim=1).sum()
+        (gradient,) = torch.autograd.grad(distance, made)
+        length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        made = (made.detach() - STEP_SIZE * gradient / length).clamp(0, 1)
+    return made
+
+
+def plain_pgd(model: SmallResNet, x: Tensor, targets: Tensor) -> Tensor:
+    """As a user would write it."""
+    made = x.clone()
+    for _ in range(STEPS):
+        made.requires_grad_()
+        loss = F.cross_entropy(model(made), targets, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, made)
+        length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        delta = made.detach() - STEP_SIZE * gradient / length - x
+        size = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        made = (x + delta * (EPS / size).clamp_max(1)).clamp(0, 1)
+    return made
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # where the processor has no bfloat16, precision says so
+    torch.manual_seed(0)
+    model = SmallResNet()
+    x, y = torch.rand(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
+    af.fit(model, TensorDataset(x, y), epochs=5, batch_size=32, seed=0)  # off its random start
+    model.eval().requires_grad_(False)
+    data, targets = TensorDataset(x, y), (y + 1) % 10
+    last: dict[str, Tensor] = {}
+
+    def run(name: str, make: Callable[[], Tensor]) -> Callable[[], None]:
+        def keep() -> None:
+            last[name] = make()
+
+        return keep
+
+    def ours(inversion: bool, precision: str) -> Callable[[], Tensor]:
+        options = {"steps": STEPS, "step_size": STEP_SIZE, "precision": precision}
+        if inversion:
+            return lambda: af.construct_robust_dataset(model, data, seed=0, **options).images
+        return lambda: af.construct_det_dataset(model, data, eps=EPS, **options).images
+
+    def torchattacks_pgd() -> Tensor:
+        attack = torchattacks.PGDL2(
+            model, eps=EPS, alpha=STEP_SIZE, steps=STEPS, random_start=False
+        )
+        attack.set_mode_targeted_by_label(quiet=True)
+        return attack(x, targets)
+
+    start = x[af.construct_robust_dataset(model, data, seed=0, steps=1).field("start_index")]
+    last_format = torch.channels_last
+    for title, inversion, others in (
+        ("D_R, inversion", True, {"plain float32 loop": lambda: plain_inversion(model, x, start)}),
+        (
+            "D_det, targeted PGD",
+            False,
+            {
+                "plain float32 loop": lambda: plain_pgd(model, x, targets),
+                "torchattacks.PGDL2": torchattacks_pgd,
+            },
+        ),
+    ):
+        cases: dict[str, Callable[[], object]] = {}
+        for precision in ("float32", "bfloat16"):
+            fast = x.contiguous(memory_format=last_format)
+            cases[f"bare {precision}"] = lambda p=precision, v=fast, i=inversion: bare(
+                model, v, STEPS, p, i
+            )
+            cases[f"advfeat {precision}"] = run(f"advfeat {precision}", ours(inversion, precision))
+        cases |= {name: run(name, make) for name, make in others.items()}
+        seconds = side_by_side(cases, ROUNDS)
+
+        def note(images: Tensor, inversion: bool = inversion) -> str:
+            with torch.no_grad():
+                if inversion:
+                    away = (features(model, images) - features(model, x)).norm(dim=1)
+                    return f"mean distance {away.mean():.4f}"
+                return f"success {(model(images).argmax(1) == targets).float().mean():.4f}"
+
+        print(f"\n{title}: {BATCH} images, {STEPS} steps\n")
+        print(table(seconds, "plain float32 loop", {n: note(v) for n, v in last.items()}))
+        for precision in ("float32", "bfloat16"):
+            share = seconds[f"bare {precision}"] / seconds[f"advfeat {precision}"]
+            print(f"\n{precision}: {share:.3f} of the bare limit")
+        last.clear()
+    print("\n" + machine())
+
+
+if __name__ == "__main__":
+    main()

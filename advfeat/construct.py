@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import os
 import platform
 import shlex
 import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -40,7 +43,8 @@ _LOOKED_AT = 256
 _PORTIONS, _LOOK = 4, 8
 
 
-class Making(NamedTuple):
+@dataclass(frozen=True)
+class Making:
     """How a set is made, whatever the set is."""
 
     batch_size: int | None
@@ -48,6 +52,12 @@ class Making(NamedTuple):
     progress: bool | None
     out: Folder | None
     dtype: Dtype
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.one_of("dtype", self.dtype, store.DTYPES)
+        if not (self.out is None or isinstance(self.out, (str, os.PathLike))):
+            raise TypeError(f"out={self.out!r}: expected the name of a folder")
 
     def seed(self, seed: int | torch.Generator | None) -> int:
         """The seed to use: of a set that was begun in ``out`` its own, unless another is given."""
@@ -231,16 +241,13 @@ class _Maker:
         checks.labels(rows.labels, rows.inputs)
         net.expect(rows.labels)
         inputs = self._moved(rows.inputs)
-        start = self._recipe.given_starts(rows.ids.tolist())
+        start = inputs[count:] if len(inputs) > count else None
+        given = self._recipe.given_starts(rows.ids.tolist())
         return Batch(
             inputs[:count],
             rows.labels[:count].to(self._device, torch.int64, non_blocking=True),
             rows.ids.to(self._device, non_blocking=True),
-            inputs[count:]
-            if len(inputs) > count
-            else start
-            if start is None
-            else self._moved(start),
+            start if given is None else self._moved(given),
         )
 
     def _moved(self, inputs: Tensor) -> Tensor:
@@ -277,17 +284,13 @@ def _begun(
         with store.InMemory(maker.example(), manifest["rows"], manifest) as growing:
             yield growing
         return
-    lock = store.claim(out) if team.rank == 0 else None
-    if lock is not None and store.read_manifest(out) is None:
-        try:
+    with store.claim(out) if team.rank == 0 else nullcontext():
+        if team.rank == 0 and store.read_manifest(out) is None:
             store.create(out, maker.example(), manifest["rows"], manifest)
-        except BaseException:
-            lock.release(remove=True)
-            raise
-    team.wait()
-    store.refuse_other(out, manifest)
-    with store.OnDisk(out, lock) as growing:
-        yield growing
+        team.wait()
+        store.refuse_other(out, manifest)
+        with store.OnDisk(out) as growing:
+            yield growing
 
 
 @contextmanager
@@ -327,7 +330,6 @@ def _command() -> str:
 
 def numbered(data: Data, making: Making) -> Source:
     """Rows that can be fetched by number, which every construction needs."""
-    checks.one_of("dtype", making.dtype, store.DTYPES)
     source = Source(data, making.batch_size)
     if source.is_stream:
         checks.fail(
@@ -496,15 +498,15 @@ def _data_fingerprint(source: Source) -> str:
     """Digest of the row numbers and of rows spread evenly over all of them."""
     rows = source.indices
     spread = rows[:: -(-len(rows) // _LOOKED_AT)]
-    looked_at = [
+    looked_at = (
         item
         for start in range(0, len(spread), 32)
         for item in source.rows(spread[start : start + 32], torch.device("cpu"))
-    ]
-    return _digest([torch.tensor(rows), *looked_at])
+    )
+    return _digest(itertools.chain([torch.tensor(rows)], looked_at))
 
 
-def _digest(items: Sequence[str | Tensor]) -> str:
+def _digest(items: Iterable[str | Tensor]) -> str:
     found = hashlib.sha256()
     for item in items:
         if isinstance(item, Tensor):

@@ -8,6 +8,7 @@ a row that counts as finished is whole, at whatever moment the process or the ma
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -300,22 +301,18 @@ class OnDisk:
     """A set that is being made in a folder, where it can be left and taken up again at any time.
 
     Rows are written by a thread while the next ones are computed. Ranks of one run share the
-    folder, each writing rows of its own; the first holds the lock.
-
-    Parameters
-    ----------
-    folder
-        Made by `create`.
-    lock
-        Held as long as this is open.
+    folder, each writing rows of its own. The folder is one that `create` made.
     """
 
-    def __init__(self, folder: Folder, lock: Lock | None) -> None:
+    def __init__(self, folder: Folder) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
-        assert manifest is not None
+        if manifest is None:
+            raise FileNotFoundError(
+                f"out={str(folder)!r}: the set that was begun cannot be seen from here; ranks need "
+                "a folder that all of them share"
+            )
         self.done = _finished(self.folder, manifest)
-        self._lock = lock
         self._files = {
             name: _Rows(self.folder / f"{name}.npy", array)
             for name, array in _fields(self.folder, manifest).items()
@@ -368,8 +365,6 @@ class OnDisk:
             self._writer.shutdown()
             for file in (*self._files.values(), self._done):
                 file.close()
-            if self._lock is not None:
-                self._lock.release(remove=bool(self.done.all()))
 
 
 class _Rows:
@@ -406,28 +401,26 @@ class _Rows:
         os.close(self._file)
 
 
-class Lock:
-    """Keeps other processes out of a folder; gone with the process, however that ends."""
-
-    def __init__(self, folder: Folder) -> None:
-        self._path = Path(folder) / _LOCK
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes out; over with this process, however that ends."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
-            _take(self._file)
+            _take(file)
         except OSError as error:
-            holder = os.read(self._file, 200).decode(errors="replace").strip()
-            os.close(self._file)
+            holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
             raise BlockingIOError(
-                error.errno, f"out={str(folder)!r}: in use by {holder or 'another process'}"
+                error.errno, f"out={str(path.parent)!r}: in use by {holder}"
             ) from error
-        os.ftruncate(self._file, 0)
-        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-
-    def release(self, *, remove: bool) -> None:
-        """Let others in, and remove the file where nobody is to come."""
-        if remove:
-            self._path.unlink(missing_ok=True)
-        os.close(self._file)
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(file)
 
 
 def _take(file: int) -> None:
@@ -442,8 +435,8 @@ def _take(file: int) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def claim(folder: Folder) -> Lock:
-    """Make the folder if it is not there, and keep other processes out.
+def claim(folder: Folder) -> AbstractContextManager[None]:
+    """Make the folder if it is not there, and keep other processes out while the context lasts.
 
     Raises
     ------
@@ -456,16 +449,18 @@ def claim(folder: Folder) -> Lock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
-        if names and not names & {_MANIFEST, _LOCK}:
-            raise FileExistsError(
-                f"out={str(folder)!r}: not empty, and what is in it ({sorted(names)[0]}, ...) is "
-                "no constructed dataset; use another name"
-            )
-        return Lock(folder)
+        if not os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except PermissionError as error:
         raise PermissionError(
             error.errno, f"out={str(folder)!r}: no permission to write there"
         ) from error
+    if names and not names & {_MANIFEST, _LOCK}:
+        raise FileExistsError(
+            f"out={str(folder)!r}: not empty, and what is in it ({min(names)}, ...) is no "
+            "constructed dataset; use another name"
+        )
+    return _locked(folder / _LOCK)
 
 
 def create(
@@ -484,9 +479,11 @@ def create(
         for name, array in fields.items():
             _allocate(folder / f"{name}.npy", (rows, *array.shape[1:]), array.dtype)
         _write_manifest(folder, _complete(manifest, example, rows))
-    except OSError as error:
+    except BaseException as error:
         for name in fields:
             (folder / f"{name}.npy").unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         needed = sum(rows * array[:1].nbytes for array in fields.values())
         raise OSError(
             error.errno,

@@ -33,6 +33,14 @@ import torch
 torch.manual_seed(int(os.environ["RANK"]))
 seed = build("D_rand", f"{{folder}}/seedless", seed=None).manifest["settings"]["seed"]
 print(f"seed {{seed}}", flush=True)
+# A loader that gives each rank its own rows would be shared out twice.
+from test_resume import dataset
+from torch.utils.data import DataLoader, DistributedSampler
+loader = DataLoader(dataset(), sampler=DistributedSampler(dataset()))
+try:
+    build("D_det", f"{{folder}}/x", data=loader)
+except ValueError as error:
+    print(error, flush=True)
 # One that was begun by one process is gone on with by two.
 build("D_R", f"{{folder}}/half")
 """
@@ -62,6 +70,7 @@ def test_two_ranks_make_what_one_process_makes(tmp_path):
             np.testing.assert_allclose(two.fields[name], array, rtol=0, atol=1e-6)
     seeds = {line for line in run.stdout.splitlines() if line.startswith("seed")}
     assert len(seeds) == 1
+    assert run.stdout.count("the ranks share the rows themselves") == 2
     build("D_R", tmp_path / "alone")
     assert contents(tmp_path / "half") == contents(tmp_path / "alone")
     manifest = json.loads((tmp_path / "D_det" / "manifest.json").read_text())

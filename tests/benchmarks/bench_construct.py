@@ -1,12 +1,16 @@
 """Constructing D_R and D_det against the bare limit, a plain float32 loop and torchattacks.
 
-python tests/benchmarks/bench_construct.py
+OMP_NUM_THREADS=1 python tests/benchmarks/bench_construct.py [--compile]
 """
 
 from __future__ import annotations
 
+import copy
+import sys
+import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +22,7 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 
-BATCH, STEPS, ROUNDS = 128, 100, 3
+BATCH, STEPS, ROUNDS = 32, 50, 3
 EPS, STEP_SIZE = 0.5, 0.1
 
 
@@ -36,27 +40,36 @@ def features(model: SmallResNet, x: Tensor) -> Tensor:
     return model.blocks(model.stem((x - model.mean) / model.std)).mean((2, 3))
 
 
-def plain_inversion(model: SmallResNet, x: Tensor, start: Tensor) -> Tensor:
+def gradient_of(loss: Tensor, x: Tensor, backward: bool) -> Tensor:
+    """By autograd.grad, or by loss.backward(), which takes the weights' gradients too."""
+    if not backward:
+        return torch.autograd.grad(loss, x)[0]
+    loss.backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def plain_inversion(model: SmallResNet, x: Tensor, start: Tensor, backward: bool) -> Tensor:
     """As a user would write it."""
     with torch.no_grad():
         goal = features(model, x)
     made = start.clone()
     for _ in range(STEPS):
-        made.requires_grad_()
+        made = made.detach().requires_grad_()
         distance = (features(model, made) - goal).norm(dim=1).sum()
-        (gradient,) = torch.autograd.grad(distance, made)
+        gradient = gradient_of(distance, made, backward)
         length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
         made = (made.detach() - STEP_SIZE * gradient / length).clamp(0, 1)
     return made
 
 
-def plain_pgd(model: SmallResNet, x: Tensor, targets: Tensor) -> Tensor:
+def plain_pgd(model: SmallResNet, x: Tensor, targets: Tensor, backward: bool) -> Tensor:
     """As a user would write it."""
     made = x.clone()
     for _ in range(STEPS):
-        made.requires_grad_()
+        made = made.detach().requires_grad_()
         loss = F.cross_entropy(model(made), targets, reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, made)
+        gradient = gradient_of(loss, made, backward)
         length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
         delta = made.detach() - STEP_SIZE * gradient / length - x
         size = delta.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
@@ -70,7 +83,10 @@ def main() -> None:
     model = SmallResNet()
     x, y = torch.rand(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
     af.fit(model, TensorDataset(x, y), epochs=5, batch_size=32, seed=0)  # off its random start
-    model.eval().requires_grad_(False)
+    model.eval()
+    trainable = copy.deepcopy(model)
+    model.requires_grad_(False)
+    compiled = torch.compile(model) if "--compile" in sys.argv else None
     data, targets = TensorDataset(x, y), (y + 1) % 10
     last: dict[str, Tensor] = {}
 
@@ -96,12 +112,20 @@ def main() -> None:
     start = x[af.construct_robust_dataset(model, data, seed=0, steps=1).field("start_index")]
     last_format = torch.channels_last
     for title, inversion, others in (
-        ("D_R, inversion", True, {"plain float32 loop": lambda: plain_inversion(model, x, start)}),
+        (
+            "D_R, inversion",
+            True,
+            {
+                "plain float32 loop": lambda: plain_inversion(model, x, start, False),
+                "... with loss.backward()": lambda: plain_inversion(trainable, x, start, True),
+            },
+        ),
         (
             "D_det, targeted PGD",
             False,
             {
-                "plain float32 loop": lambda: plain_pgd(model, x, targets),
+                "plain float32 loop": lambda: plain_pgd(model, x, targets, False),
+                "... with loss.backward()": lambda: plain_pgd(trainable, x, targets, True),
                 "torchattacks.PGDL2": torchattacks_pgd,
             },
         ),
@@ -113,8 +137,14 @@ def main() -> None:
                 model, v, STEPS, p, i
             )
             cases[f"advfeat {precision}"] = run(f"advfeat {precision}", ours(inversion, precision))
+        if compiled is not None and not inversion:
+            whole = partial(
+                af.construct_det_dataset, compiled, data, eps=EPS, steps=STEPS, step_size=STEP_SIZE
+            )
+            name = "advfeat bfloat16, torch.compile(model)"
+            cases[name] = run(name, lambda f=whole: f(precision="bfloat16").images)
         cases |= {name: run(name, make) for name, make in others.items()}
-        seconds = side_by_side(cases, ROUNDS)
+        seconds = side_by_side(cases, ROUNDS, time.process_time)
 
         def note(images: Tensor, inversion: bool = inversion) -> str:
             with torch.no_grad():

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -36,6 +37,8 @@ Start: TypeAlias = Literal["images", "noise"] | Tensor
 # Rows that the fingerprint of the source data is taken of, evenly spread: reading all of ImageNet
 # would take hours.
 _LOOKED_AT = 256
+# In the name of a folder it stands for the rank.
+_RANK = "{rank}"
 
 
 # Where rows may stop early, the pool is refilled when a quarter of it is free, and looked at every
@@ -59,12 +62,25 @@ class Making:
         if not (self.out is None or isinstance(self.out, (str, os.PathLike))):
             raise TypeError(f"out={self.out!r}: expected the name of a folder")
 
+    @property
+    def has_own_folder(self) -> bool:
+        """Whether each rank has a folder of its own."""
+        return self.out is not None and _RANK in os.fspath(self.out)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where this rank's rows go."""
+        if self.out is None:
+            return None
+        rank = ranks.team().rank if self.has_own_folder else 0
+        return Path(os.fspath(self.out).replace(_RANK, str(rank)))
+
     def seed(self, seed: int | torch.Generator | None) -> int:
         """The seed to use: of a set that was begun in ``out`` its own, unless another is given."""
         drawn = seeding.resolve(seed)
-        if seed is not None or self.out is None:
+        if seed is not None or self.folder is None:
             return drawn
-        begun = store.read_manifest(self.out)
+        begun = store.read_manifest(self.folder)
         if begun is not None:
             drawn = begun.get("settings", {}).get("seed", drawn)
         return ranks.team().agreed(drawn)
@@ -76,6 +92,7 @@ class Recipe(ABC):
     method: str
     attack: Attack
     layer: Layer = None
+    may_stop_early: bool = False  # rows, before the attack's steps are spent
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -111,29 +128,49 @@ def construct(
     model: nn.Module, source: Source, recipe: Recipe, making: Making
 ) -> ConstructedDataset:
     """Run the recipe's attack over all rows, and keep what it returns."""
+    out = making.folder
+    team = ranks.ALONE if out is None else ranks.team()
+    chunks = _chunks(source, recipe)[team.rank :: team.size]
+    kept = np.arange(len(source))
     manifest = _manifest(model, source, recipe, making)
-    out = making.out
+    if making.has_own_folder:
+        if not chunks:
+            checks.fail("out", str(out), f"there are more ranks ({team.size}) than batches")
+        kept = np.concatenate(chunks)
+        manifest |= {"rows": len(kept), "share": {"rank": team.rank, "of": team.size}}
+        team = ranks.ALONE  # each for itself from here on
     if out is not None:
         store.refuse_other(out, manifest)
         if store.is_finished(out):
             return ConstructedDataset.open(out)
-    team = ranks.ALONE if out is None else ranks.team()
     precision, layer = making.precision, recipe.layer
     with attackable(model, precision=precision, layer=layer) as net:
         maker = _Maker(net, source, recipe, making.dtype, device_of(model))
         with _begun(maker, manifest, out, team) as growing, _stoppable(growing):
-            chunks = maker.unfinished(growing.done, team)
+            left = [c for c in chunks if not growing.done[np.searchsorted(kept, c)].all()]
             batches = with_progress(
-                prefetched(maker.read(chunks)),
-                total=len(chunks),
+                prefetched(maker.read(left)),
+                total=len(left),
                 label=recipe.method,
                 progress=making.progress if team.rank == 0 else False,
             )
             for places, found in maker.made(batches):
-                growing.put(places, found)
+                growing.put(np.searchsorted(kept, places), found)
             growing.flush()
             team.wait()
         return growing.dataset()
+
+
+def _chunks(source: Source, recipe: Recipe) -> list[Array]:
+    """Places of the rows that enter together.
+
+    Always the same, whatever is finished and whoever asks: a row's last digits can depend on its
+    batch.
+    """
+    size = source.batch_size
+    if recipe.may_stop_early:
+        size = max(1, size // _PORTIONS)
+    return np.split(np.arange(len(source)), np.arange(size, len(source), size))
 
 
 class _Maker:
@@ -145,18 +182,6 @@ class _Maker:
         self._net, self._source, self._recipe = net, source, recipe
         self._dtype, self._device = dtype, device
         self._places = {row: place for place, row in enumerate(source.indices)}
-        self._pools = getattr(recipe.attack, "patience", None) is not None
-
-    def unfinished(self, done: Array, team: ranks.Team) -> list[Array]:
-        """Batches of this rank that are not finished, each the places of its rows.
-
-        Always the same batches, whatever is finished and whoever asks: a row's last digits can
-        depend on its batch.
-        """
-        size = max(1, self._source.batch_size // (_PORTIONS if self._pools else 1))
-        cuts = np.arange(size, len(self._source), size)
-        chunks = np.split(np.arange(len(self._source)), cuts)[team.rank :: team.size]
-        return [chunk for chunk in chunks if not done[chunk].all()]
 
     def read(self, chunks: list[Array]) -> Iterator[Rows]:
         """The chunks' rows, and their companions behind them, on the host."""
@@ -175,7 +200,8 @@ class _Maker:
 
     def made(self, batches: Iterable[Rows]) -> Iterator[tuple[Array, dict[str, Array]]]:
         """All fields of the rows, and the places they go to."""
-        for batch, attacked, images in (self._pooled if self._pools else self._in_turn)(batches):
+        drive = self._pooled if self._recipe.may_stop_early else self._in_turn
+        for batch, attacked, images in drive(batches):
             found = self._described(batch, attacked, images)
             yield np.array([self._places[row] for row in found["index"].tolist()]), found
 
@@ -357,6 +383,7 @@ class Inversions(Recipe):
         self, method: str, attack: Inversion, layer: Layer, start: Start, seed: int, source: Source
     ) -> None:
         self.method, self.attack, self.layer = method, attack, layer
+        self.may_stop_early = attack.patience is not None
         self._start, self._seed, self._rows = start, seed, source.indices
         self._places = {row: place for place, row in enumerate(source.indices)}
 

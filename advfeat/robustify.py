@@ -71,7 +71,9 @@ def construct_robust_dataset(
         seed that it began with), and returns a finished folder at once, memory-mapped. Model and
         data are recognised by a digest of the weights and of 256 rows; a ``layer`` that is a
         callable by its name alone. Under torchrun every rank makes a part of the rows; ``out`` is
-        then on a disk that all ranks share. (Without ``out`` every rank makes all of them.)
+        then on a disk that all ranks share; or a name ending in ``rank-{rank}`` (as it stands), and
+        each rank has a folder of its own, which `ConstructedDataset.open` joins. Without ``out``
+        every rank makes all rows.
     dtype
         ``"uint8"`` stores images as 256 levels of the box, a quarter of the bytes. What is told of
         a row is then measured on the rounded image, beside ``rounding`` (l2 moved by it) and

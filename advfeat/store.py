@@ -185,6 +185,9 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
     def open(cls, folder: Folder) -> ConstructedDataset:
         """Open a finished folder without reading it: fields stay on disk, memory-mapped.
 
+        A folder of folders ``rank-0``, ``rank-1``, ... that ranks made each for itself is opened as
+        one set, in the order of the source rows.
+
         Raises
         ------
         FileNotFoundError
@@ -195,6 +198,8 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        if manifest is None and (shares := sorted(folder.glob("rank-*"))):
+            return _joined([cls.open(share) for share in shares], folder)
         if manifest is None:
             raise FileNotFoundError(f"folder={str(folder)!r}: no {_MANIFEST}; not a saved dataset")
         finished, rows = int(_finished(folder, manifest).sum()), manifest["rows"]
@@ -224,6 +229,53 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
         image, _ = self._made[row]
         index = int(self._made.fields["index"][row])
         return self._source.rows([index], torch.device("cpu")).inputs[0], image
+
+
+class _JoinedArray:
+    """Rows of several arrays, in an order of their own, as one array; read when asked for."""
+
+    def __init__(self, parts: list[Array], order: Array) -> None:
+        self._parts, self._order = parts, order
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self.dtype, self.shape = parts[0].dtype, (len(order), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, key: Any) -> Array:
+        wanted = self._order[key]
+        found: Array = self._read(np.atleast_1d(wanted))
+        return found if np.ndim(wanted) else found[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self._read(self._order).astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def _read(self, rows: Array) -> Array:
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        of = np.searchsorted(self._starts, rows, side="right") - 1
+        for number, part in enumerate(self._parts):
+            found[of == number] = part[rows[of == number] - self._starts[number]]
+        return found
+
+
+def _joined(shares: list[ConstructedDataset], folder: Path) -> ConstructedDataset:
+    """One set of those that ranks made each for itself."""
+    first, *others = (dict(share.manifest) for share in shares)
+    ranks = sorted(share.manifest.get("share", {}).get("rank", -1) for share in shares)
+    size = first.get("share", {}).get("of")
+    if size is None or ranks != list(range(size)):
+        checks.fail("folder", str(folder), f"holds the shares of ranks {ranks} of {size}")
+    own = ("rows", "share", "versions")
+    alike = {name: value for name, value in first.items() if name not in own}
+    for other in others:
+        if alike != {name: value for name, value in other.items() if name not in own}:
+            checks.fail("folder", str(folder), "the shares in it were not made by the same call")
+    order = np.argsort(np.concatenate([share.fields["index"] for share in shares]))
+    fields: dict[str, Any] = {
+        name: _JoinedArray([share.fields[name] for share in shares], order)
+        for name in shares[0].fields
+    }
+    return ConstructedDataset(fields, {**alike, "rows": len(order), "versions": first["versions"]})
 
 
 def quantised(images: Tensor, bounds: Bounds) -> Tensor:
@@ -580,7 +632,9 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
         before, now = settings.get(name), here["settings"].get(name)
         if before != now:
             yield f"{name}={before!r} there, {now!r} here"
-    if there.get("rows") != here["rows"]:
+    if there.get("share") != here.get("share"):
+        yield f"share={there.get('share')} there, {here.get('share')} here"
+    elif there.get("rows") != here["rows"]:
         yield f"{there.get('rows')} rows there, {here['rows']} here"
     elif there.get("data") != here["data"]:
         yield "the source data differ (random augmentation?)"
@@ -646,4 +700,5 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _tensor(array: Array) -> Tensor:
-    return torch.from_numpy(array if array.flags.writeable else np.array(array))
+    own = isinstance(array, np.ndarray) and array.flags.writeable
+    return torch.from_numpy(array if own else np.array(array))

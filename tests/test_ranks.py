@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
-from test_resume import METHODS, ROWS, build, contents, half_built
+from test_resume import METHODS, ROWS, build, contents, dataset, half_built
+from torch.utils.data import DataLoader
 
 import advfeat as af
 
@@ -33,6 +35,11 @@ import torch
 torch.manual_seed(int(os.environ["RANK"]))
 seed = build("D_rand", f"{{folder}}/seedless", seed=None).manifest["settings"]["seed"]
 print(f"seed {{seed}}", flush=True)
+# On disks of their own, joined afterwards.
+for method in ("D_R", "D_rand"):
+    for _ in range(2):
+        own = build(method, f"{{folder}}/{{method}}-own/rank-{{{{rank}}}}")
+    assert len(own) < 22
 # A loader that gives each rank its own rows would be shared out twice.
 from test_resume import dataset
 from torch.utils.data import DataLoader, DistributedSampler
@@ -68,6 +75,11 @@ def test_two_ranks_make_what_one_process_makes(tmp_path):
         assert list(two.fields) == list(one.fields)
         for name, array in one.fields.items():
             np.testing.assert_allclose(two.fields[name], array, rtol=0, atol=1e-6)
+    for method in ("D_R", "D_rand"):
+        one, joined = build(method), af.ConstructedDataset.open(tmp_path / f"{method}-own")
+        for name, array in one.fields.items():
+            np.testing.assert_allclose(joined.fields[name], array, rtol=0, atol=1e-6)
+        assert joined.manifest["rows"] == ROWS
     seeds = {line for line in run.stdout.splitlines() if line.startswith("seed")}
     assert len(seeds) == 1
     assert run.stdout.count("the ranks share the rows themselves") == 2
@@ -75,3 +87,56 @@ def test_two_ranks_make_what_one_process_makes(tmp_path):
     assert contents(tmp_path / "half") == contents(tmp_path / "alone")
     manifest = json.loads((tmp_path / "D_det" / "manifest.json").read_text())
     assert manifest["rows"] == ROWS
+
+
+def shares(place, count=3):
+    """Folders as ranks make them, each for itself."""
+    whole = build("D_det")
+    for rank in range(count):
+        own = whole.subset(slice(rank, None, count))
+        share = {"rank": rank, "of": count}
+        own.manifest = {**whole.manifest, "share": share, "rows": len(own)}
+        own.save(place / f"rank-{rank}")
+    return whole
+
+
+def test_shares_are_joined_where_they_lie(tmp_path):
+    whole = shares(tmp_path)
+    joined = af.ConstructedDataset.open(tmp_path)
+    assert len(joined) == ROWS
+    assert torch.equal(joined.images, whole.images)
+    assert torch.equal(joined.labels, whole.labels)
+    assert torch.equal(joined[7][0], whole[7][0])
+    batches = list(DataLoader(joined, batch_size=8, num_workers=1))
+    assert torch.equal(torch.cat([x for x, _ in batches]), whole.images)
+    assert torch.equal(joined.subset([5, 0, 21]).images, whole.images[[5, 0, 21]])
+    assert torch.equal(joined.subset(slice(3, 9)).images, whole.images[3:9])
+    assert len(list(joined)) == ROWS
+    source, image = joined.pairs(dataset())[13]
+    assert torch.equal(source, dataset()[13][0])
+    assert torch.equal(image, whole.images[13])
+    joined.save(tmp_path / "one")
+    assert torch.equal(af.ConstructedDataset.open(tmp_path / "one").images, whole.images)
+
+
+def test_shares_that_do_not_belong_together_are_refused(tmp_path):
+    shares(tmp_path)
+    path = tmp_path / "rank-1" / "manifest.json"
+    before = path.read_text()
+    manifest = json.loads(before)
+    manifest["settings"]["steps"] = 99
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="not made by the same call"):
+        af.ConstructedDataset.open(tmp_path)
+    path.write_text(before)
+    (tmp_path / "rank-2").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"ranks \[0, 1\] of 3"):
+        af.ConstructedDataset.open(tmp_path)
+
+
+def test_one_process_has_a_folder_of_its_own_too(tmp_path):
+    made = build("D_rand", tmp_path / "rank-{rank}")
+    assert len(made) == ROWS
+    assert torch.equal(af.ConstructedDataset.open(tmp_path).images, made.images)
+    with pytest.raises(ValueError, match="share"):
+        build("D_rand", tmp_path / "rank-0")

@@ -249,15 +249,18 @@ def test_another_batch_size_goes_on_with_the_same_rows(tmp_path):
 
 
 def test_without_a_seed_a_folder_goes_on_with_its_own(tmp_path):
-    whole = build("D_rand", tmp_path / "whole", seed=None)
+    options = {"seed": None, "model": network()}
+    torch.manual_seed(4)
+    whole = build("D_rand", tmp_path / "whole", **options)
     torch.manual_seed(5)
-    again = build("D_rand", tmp_path / "whole", seed=None)
+    again = build("D_rand", tmp_path / "whole", **options)
     assert torch.equal(again.images, whole.images)
     # What follows in the user's program draws the same numbers, whether rows were left or not.
     following = torch.rand(1)
     torch.manual_seed(5)
-    build("D_rand", tmp_path / "new", seed=None)
+    other = build("D_rand", tmp_path / "new", **options)
     assert torch.equal(torch.rand(1), following)
+    assert other.manifest["settings"]["seed"] != whole.manifest["settings"]["seed"]
 
 
 # --- Asked to stop ---

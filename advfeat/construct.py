@@ -350,7 +350,9 @@ def _leave(number: int, _: object) -> None:
 
 
 def _command() -> str:
-    """The command line of this process."""
+    """The command line of this process, or of the torchrun that started it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {shlex.join(sys.argv)}"
     return shlex.join(sys.orig_argv)
 
 

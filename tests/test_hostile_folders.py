@@ -153,10 +153,13 @@ def test_two_processes_on_one_folder(tmp_path):
         build("D_rand", folder, data=Failing(ROWS - 1, wait))
         os._exit(0)
     os.read(told[0], 1)
-    with pytest.raises(BlockingIOError, match=rf"out=.*set.*in use by process {child} on"):
-        build("D_rand", folder)
-    os.write(ask, b"xxxxxxxxxxxx")
-    assert os.waitpid(child, 0)[1] == 0
+    try:
+        with pytest.raises(BlockingIOError, match=rf"out=.*set.*in use by process {child} on"):
+            build("D_rand", folder)
+    finally:
+        os.write(ask, b"xxxxxxxxxxxx")
+        status = os.waitpid(child, 0)[1]
+    assert status == 0
     build("D_rand", tmp_path / "alone")
     assert contents(folder) == contents(tmp_path / "alone")
 

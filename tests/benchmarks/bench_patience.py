@@ -49,7 +49,8 @@ def main() -> None:
         with torch.no_grad():
             away = (features(model, made.images) - features(model, x)).norm(dim=1)
         print(
-            f"| {precision} | {patience} | {seconds:.1f} | {away.mean():.4f} | {away.median():.4f} |",
+            f"| {precision} | {patience} | {seconds:.1f} | {away.mean():.4f} | "
+            f"{away.median():.4f} |",
             flush=True,
         )
     print("\n" + machine())

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_resume import BATCH, ROWS, Failing, build, contents, finished, forks, half_built
+from torch import nn
+from torch.utils.data import TensorDataset
 
 import advfeat as af
 
@@ -221,17 +224,18 @@ def test_a_disk_that_fails_on_the_way(tmp_path):
 def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting is not permitted here")
     try:
-        (disk / "other").write_bytes(bytes(40_000))
-        with pytest.raises(OSError, match=r"out=.*No space left.*the set needs 0 MB") as caught:
-            build("D_rand", disk / "set")
-        assert isinstance(caught.value, OSError)
+        (disk / "other").write_bytes(bytes(150_000))
+        rows = TensorDataset(torch.rand(30, 1, 32, 32), torch.arange(30) % 4)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(1024, 4))
+        with pytest.raises(OSError, match=r"out=.*No space left.*the set needs 0 MB"):
+            build("D_rand", disk / "set", data=rows, model=model)
         (disk / "other").unlink()
-        build("D_rand", disk / "set")
-        assert len(af.ConstructedDataset.open(disk / "set")) == ROWS
+        build("D_rand", disk / "set", data=rows, model=model)
+        assert len(af.ConstructedDataset.open(disk / "set")) == 30
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

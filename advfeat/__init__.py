@@ -1,7 +1,8 @@
 """Adversarial examples are features: attack, train, split datasets, measure, for any module.
 
 The names here are the ones used most; the rest is in `advfeat.attacks`, `advfeat.metrics`,
-`advfeat.training`, `advfeat.robustify`, `advfeat.nonrobust` and `advfeat.store`.
+`advfeat.training`, `advfeat.robustify`, `advfeat.nonrobust`, `advfeat.store`, `advfeat.exchange`
+and `advfeat.inspection`.
 """
 
 from advfeat._version import __version__ as __version__

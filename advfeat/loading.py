@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -92,18 +93,26 @@ class Source:
         """Rows to attack together in evaluation: a batch of these data."""
         return 128 if self.is_stream else self._batch_size
 
-    def batches(self, device: torch.device) -> Iterator[Rows]:
-        """Give all rows, in order, on the device."""
+    @property
+    def batch_size(self) -> int:
+        """Rows to a batch, for map-style data."""
+        return self._batch_size
+
+    def batches(
+        self, device: torch.device, chunks: list[list[int]] | None = None
+    ) -> Iterator[Rows]:
+        """Give all rows, in order, on the device; or those of the chunks, by their numbers."""
         if self.is_stream:
             # A loader's iterator takes a number from the global generator, which is put back.
             with torch.random.fork_rng(devices=[]):
                 stream = iter(self._batches)
             yield from _numbered(stream, device)
             return
-        chunks = [
-            self.indices[start : start + self._batch_size]
-            for start in range(0, len(self.indices), self._batch_size)
-        ]
+        if chunks is None:
+            chunks = [
+                self.indices[start : start + self._batch_size]
+                for start in range(0, len(self.indices), self._batch_size)
+            ]
         for chunk, batch in zip(chunks, self._read(chunks), strict=True):
             yield _rows(torch.tensor(chunk), batch, device)
 
@@ -137,6 +146,16 @@ class Source:
         if hasattr(dataset, "__getitems__"):
             return self._collate(dataset.__getitems__(indices))
         return self._collate([dataset[i] for i in indices])
+
+
+def prefetched(items: Iterable[T]) -> Iterator[T]:
+    """Read the next item in a thread while this one is in use."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, iterator, None)
+        while (item := following.result()) is not None:
+            following = reader.submit(next, iterator, None)
+            yield item
 
 
 def training_batches(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from advfeat import checks, seeding, threat
 from advfeat.attacks import PGD, Batch
 from advfeat.attacks._attack import argmax_hits
-from advfeat.construct import Start, construct, indexed, invert_all
+from advfeat.construct import Making, Recipe, Start, construct, invert_all, numbered
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, Precision
-from advfeat.store import ConstructedDataset
+from advfeat.store import ConstructedDataset, Dtype, Folder
 from advfeat.threat import Bounds, Norm
+
+# Targets of a batch.
+Choose: TypeAlias = Callable[[Network, Batch], Tensor]
 
 
 def construct_nonrobust_dataset(
@@ -27,9 +31,12 @@ def construct_nonrobust_dataset(
     step_size: float = 0.1,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    out: Folder | None = None,
+    dtype: Dtype = "float32",
 ) -> ConstructedDataset:
     """Make D_NR: as `advfeat.construct_robust_dataset`, from a standard model.
 
@@ -55,9 +62,8 @@ def construct_nonrobust_dataset(
         step_size=step_size,
         bounds=bounds,
         seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        patience=patience,
+        making=Making(batch_size, precision, progress, out, dtype),
     )
 
 
@@ -74,6 +80,8 @@ def construct_det_dataset(
     batch_size: int | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    out: Folder | None = None,
+    dtype: Dtype = "float32",
 ) -> ConstructedDataset:
     """Make D_det: each image attacked towards the class after its own, and labelled so.
 
@@ -94,7 +102,7 @@ def construct_det_dataset(
     steps, step_size
         Targeted PGD from the image, never stopped early: default 100 steps of ``eps / 5`` (0.1 in
         the paper).
-    bounds, batch_size, precision, progress
+    bounds, batch_size, precision, progress, out, dtype
         As in `advfeat.construct_robust_dataset`.
 
     Returns
@@ -137,9 +145,7 @@ def construct_det_dataset(
         steps=steps,
         step_size=step_size,
         bounds=bounds,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        making=Making(batch_size, precision, progress, out, dtype),
     )
 
 
@@ -157,6 +163,8 @@ def construct_rand_dataset(
     batch_size: int | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    out: Folder | None = None,
+    dtype: Dtype = "float32",
 ) -> ConstructedDataset:
     """Make D_rand: each image attacked towards a random class, and labelled so.
 
@@ -165,7 +173,7 @@ def construct_rand_dataset(
 
     Parameters
     ----------
-    model, data, eps, norm, steps, step_size, bounds, batch_size, precision, progress
+    model, data, eps, norm, steps, step_size, bounds, batch_size, precision, progress, out, dtype
         As in `construct_det_dataset`.
     exclude_label
         The paper draws the target uniformly from all classes, so that one image in C keeps its own
@@ -188,7 +196,8 @@ def construct_rand_dataset(
     (3, 0)
     """
     checks.seed(seed)
-    drawn = seeding.resolve(seed)
+    making = Making(batch_size, precision, progress, out, dtype)
+    drawn = making.seed(seed)
 
     def choose(net: Network, batch: Batch) -> Tensor:
         classes = net.class_count(batch.inputs)
@@ -208,14 +217,12 @@ def construct_rand_dataset(
         steps=steps,
         step_size=step_size,
         bounds=bounds,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        making=making,
     )
 
 
 def _towards(
-    choose: Callable[[Network, Batch], Tensor],
+    choose: Choose,
     model: nn.Module,
     data: Data,
     *,
@@ -226,11 +233,8 @@ def _towards(
     steps: int,
     step_size: float | None,
     bounds: Bounds,
-    batch_size: int | None,
-    precision: Precision,
-    progress: bool | None,
+    making: Making,
 ) -> ConstructedDataset:
-    """Attack every row towards a chosen class, and label it so."""
     checks.model(model)
     checks.number("eps", eps, low=0.0, strict=True)
     attack = PGD(
@@ -241,26 +245,34 @@ def _towards(
         targeted=True,
         bounds=bounds,
     )
+    recipe = Towards(method, attack, choose, settings)
+    return construct(model, numbered(data, making), recipe, making)
 
-    def begin(net: Network, batch: Batch) -> Batch:
-        return batch._replace(labels=choose(net, batch))
 
-    def describe(net: Network, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Tensor]:
+class Towards(Recipe):
+    """Every row attacked towards a chosen class, and labelled so."""
+
+    def __init__(
+        self, method: str, attack: PGD, choose: Choose, settings: dict[str, object]
+    ) -> None:
+        self.method, self.attack = method, attack
+        self._choose, self._settings, self._norm = choose, settings, attack.norm
+
+    def settings(self, model: nn.Module) -> dict[str, object]:
+        """How targets are chosen."""
+        return self._settings
+
+    def begin(self, net: Network, batch: Batch) -> Batch:
+        """The targets for labels."""
+        return batch._replace(labels=self._choose(net, batch))
+
+    def describe(
+        self, net: Network, batch: Batch, attacked: Batch, images: Tensor
+    ) -> dict[str, Tensor]:
+        """Whether the model says the target, and how far the image has moved."""
         return {
             "labels": attacked.labels,
             "source_labels": batch.labels,
             "success": argmax_hits(net.logits(images), attacked.labels, targeted=True),
-            "size": threat.size(images - batch.inputs, norm),
+            "size": threat.size(images - batch.inputs, self._norm),
         }
-
-    return construct(
-        model,
-        indexed(data, batch_size),
-        attack,
-        begin,
-        describe,
-        method=method,
-        settings=settings,
-        precision=precision,
-        progress=progress,
-    )

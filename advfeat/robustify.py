@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from advfeat.construct import Start, invert_all
+from advfeat.construct import Making, Start, invert_all
 from advfeat.loading import Data
 from advfeat.model import Layer, Precision
-from advfeat.store import ConstructedDataset
+from advfeat.store import ConstructedDataset, Dtype, Folder
 from advfeat.threat import Bounds
 
 
@@ -22,9 +22,12 @@ def construct_robust_dataset(
     step_size: float = 0.1,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
     progress: bool | None = None,
+    out: Folder | None = None,
+    dtype: Dtype = "float32",
 ) -> ConstructedDataset:
     """Make D_R: images with the activations that a robust model has on the originals.
 
@@ -52,12 +55,29 @@ def construct_robust_dataset(
         The box ``(low, high)`` of valid inputs.
     seed
         Of the starts; None draws one number from torch's default generator.
+    patience
+        Leave a row where it is once its squared distance has not fallen by a thousandth in so many
+        steps, and go on with another in its place; by default every row takes all steps, as in
+        the paper.
     batch_size
         Rows made together; by default the loader's, 128 for a dataset. Does not change the result.
     precision
         ``"bfloat16"`` takes gradients in bfloat16 where the hardware has it.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
+    out
+        A folder to build the set in, row by row, instead of in memory. It can be killed at any
+        moment: the same call on the same folder goes on where it was (with ``seed=None``, with the
+        seed that it began with), and returns a finished folder at once, memory-mapped. Model and
+        data are recognised by a digest of the weights and of 256 rows; a ``layer`` that is a
+        callable by its name alone. Under torchrun every rank makes a part of the rows; ``out`` is
+        then on a disk that all ranks share; or a name ending in ``rank-{rank}`` (as it stands), and
+        each rank has a folder of its own, which `ConstructedDataset.open` joins. Without ``out``
+        every rank makes all rows.
+    dtype
+        ``"uint8"`` stores images as 256 levels of the box, a quarter of the bytes. What is told of
+        a row is then measured on the rounded image, beside ``rounding`` (l2 moved by it) and
+        ``distance_unrounded`` or ``success_unrounded``.
 
     Returns
     -------
@@ -68,7 +88,11 @@ def construct_robust_dataset(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and the usual cause, before any work is done.
+        Naming the argument, its value and the usual cause, before any work is done; also where
+        ``out`` holds a set made with other settings, another model or other data.
+    OSError
+        ``out`` is another process's at the moment, cannot be written to or has no room. What is
+        finished there is safe.
 
     Examples
     --------
@@ -89,7 +113,6 @@ def construct_robust_dataset(
         step_size=step_size,
         bounds=bounds,
         seed=seed,
-        batch_size=batch_size,
-        precision=precision,
-        progress=progress,
+        patience=patience,
+        making=Making(batch_size, precision, progress, out, dtype),
     )

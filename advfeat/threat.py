@@ -25,9 +25,11 @@ def feature_axes(tensor: Tensor) -> tuple[int, ...]:
 
 def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
     """View a float, or an ``(N,)`` tensor or mask, so that it broadcasts against ``like``."""
-    mask = isinstance(value, Tensor) and value.dtype == torch.bool
-    tensor = torch.as_tensor(value, dtype=torch.bool if mask else like.dtype, device=like.device)
-    return tensor.reshape(-1, *(1,) * (like.ndim - 1))
+    if not isinstance(value, Tensor):
+        # Filled in on the device: to copy the number there would wait for it.
+        return like.new_full((1,) * like.ndim, value)
+    dtype = torch.bool if value.dtype == torch.bool else like.dtype
+    return value.to(like.device, dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def size(delta: Tensor, norm: Norm, keepdim: bool = False) -> Tensor:

@@ -20,14 +20,14 @@ FLOORS = [
     {"threat"},
     {"losses"},
     {"checks"},
-    {"seeding"},
+    {"seeding", "ranks"},
     {"plots"},
     {"model"},
     {"loading"},
     {"attacks"},
     {"engine"},
     {"store"},
-    {"construct"},
+    {"construct", "exchange", "inspection"},
     {"robustify", "nonrobust"},
     {"metrics"},
     {"training"},
@@ -53,7 +53,7 @@ PUBLIC = [
 ]
 
 REQUIRED = {"torch", "numpy", "typing_extensions"}
-EXTRAS = {"tqdm", "matplotlib", "sklearn"}
+EXTRAS = {"tqdm", "matplotlib", "sklearn", "PIL"}
 
 
 def room_of(path):
@@ -110,7 +110,7 @@ def test_a_room_imports_only_from_floors_below(path):
         # Drawing knows numbers and images, and no result: so every room above can plot.
         ("plots", {"threat", "checks"}),
         # A constructed dataset knows no model.
-        ("store", {"checks"}),
+        ("store", {"checks", "threat", "loading"}),
     ],
 )
 def test_what_a_room_may_know(room, allowed):

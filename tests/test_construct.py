@@ -148,12 +148,14 @@ def test_the_manifest_is_json_and_says_how_the_set_was_made(method):
     found = made(method)
     manifest = json.loads(json.dumps(found.manifest))
     assert manifest["method"] == method
-    assert manifest["model"] == "Sequential"
+    assert manifest["model"]["class"] == "Sequential"
+    assert manifest["rows"] == 24
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"]["advfeat"] == af.__version__
     settings = manifest["settings"]
     assert settings["steps"] == 5
     assert settings["bounds"] == [0.0, 1.0]
+    assert (settings["precision"], settings["dtype"]) == ("float32", "float32")
     if method != "D_det":
         assert settings["seed"] == 3
     if method in TARGETED:
@@ -322,3 +324,114 @@ def test_a_layer_by_name_module_and_callable_is_the_same():
     assert by_name.manifest["settings"]["layer"] == "2"
     assert made("D_R", model=model, layer=model[2]).manifest["settings"]["layer"] == "2"
     assert not torch.equal(made("D_R", model=model).images, by_name.images)
+
+
+# --- Patience: rows leave when they are finished, others take their places ---
+
+
+@pytest.mark.parametrize("size", [1, 5, 24, 100])
+def test_a_row_does_not_depend_on_the_pool(size):
+    rows, model = dataset(dtype=torch.float64), network(torch.float64)
+    options = {"steps": 60, "patience": 3, "step_size": 0.05}
+    found = made("D_R", rows, model, batch_size=size, **options)
+    x, start = rows.tensors[0], rows.tensors[0][found.field("start_index")]
+    alone = [af.attacks.invert(model, x[i : i + 1], start[i : i + 1], **options) for i in range(24)]
+    torch.testing.assert_close(found.images, torch.cat(alone), rtol=0, atol=1e-9)
+    assert found.field("index").tolist() == list(range(24))
+    assert torch.equal(found.labels, rows.tensors[1])
+
+
+def test_patience_saves_gradients_and_keeps_the_distance():
+    model, passes = network(), []
+    model[1].register_forward_hook(lambda _, x, __: passes.append(len(x[0])))
+    options = {"steps": 400, "step_size": 0.02, "batch_size": 8}
+    whole = made("D_R", model=model, **options)
+    all_rows = sum(passes)
+    passes.clear()
+    found = made("D_R", model=model, patience=20, **options)
+    assert sum(passes) < 0.7 * all_rows
+    assert found.field("distance").mean() < 1.05 * whole.field("distance").mean() + 0.01
+    assert found.manifest["settings"]["patience"] == 20
+    assert whole.manifest["settings"]["patience"] is None
+
+
+def test_a_set_made_with_patience_is_resumed(tmp_path):
+    options = {"steps": 40, "patience": 3, "batch_size": 8}
+    whole = made("D_R", out=tmp_path / "set", **options)
+    expected = whole.images.clone()
+    done = np.load(tmp_path / "set" / "done.npy")
+    done[5:] = 0
+    np.save(tmp_path / "set" / "done.npy", done)
+    torch.testing.assert_close(
+        made("D_R", out=tmp_path / "set", **options).images, expected, rtol=0, atol=1e-5
+    )
+
+
+# --- 256 levels ---
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 3.0)])
+@pytest.mark.parametrize("method", ["D_R", "D_det"])
+def test_images_are_rounded_and_measured_as_they_are_kept(method, bounds, tmp_path):
+    model, options = network(), {"bounds": bounds, "steps": 10}
+    plain = made(method, model=model, **options)
+    found = made(method, model=model, dtype="uint8", out=tmp_path / "set", **options)
+    assert found.fields["images"].dtype == np.uint8
+    assert found.images.dtype == torch.float32
+    width = bounds[1] - bounds[0]
+    assert (found.images - plain.images).abs().max() <= width / 510 + 1e-6
+    assert found.images.min() >= bounds[0]
+    assert found.images.max() <= bounds[1]
+    moved = (found.images - plain.images).flatten(1).norm(dim=1)
+    torch.testing.assert_close(found.field("rounding"), moved)
+    assert torch.equal(found[3][0], found.images[3])
+    if method == "D_R":
+        goal = penultimate(model, dataset().tensors[0])
+        distance = (penultimate(model, found.images) - goal).norm(dim=1)
+        torch.testing.assert_close(found.field("distance"), distance)
+        assert torch.equal(found.field("distance_unrounded"), plain.field("distance"))
+    else:
+        with torch.no_grad():
+            hits = model(found.images).argmax(1) == found.labels
+        assert torch.equal(found.field("success"), hits)
+        assert torch.equal(found.field("success_unrounded"), plain.field("success"))
+
+
+def test_rounding_can_undo_an_attack_and_that_is_told():
+    # A perturbation far below a level: every success is lost, and it shows.
+    # Levels themselves, so that nothing but the perturbation is rounded.
+    x = torch.tensor([[100 / 255, 100 / 255]] * 6)
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]) * 1e4)
+        model.bias.copy_(torch.tensor([0.5, -0.5]))
+    rows = TensorDataset(x, torch.zeros(6, dtype=torch.int64))
+    found = af.construct_det_dataset(model, rows, eps=1e-3, steps=5, dtype="uint8")
+    assert found.field("success_unrounded").all()
+    assert not found.field("success").any()
+
+
+# --- Beside the rows ---
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_pairs_and_subsets_keep_rows_together(opened, tmp_path):
+    rows = Subset(dataset(), [20, 3, 11, 7, 0])
+    found = made("D_det", rows, out=tmp_path / "set" if opened else None)
+    for row, (source, image) in enumerate(found.pairs(rows)):
+        assert torch.equal(source, rows[row][0])
+        assert torch.equal(image, found.images[row])
+    part = found.subset([4, 1])
+    assert len(part) == 2
+    assert torch.equal(part.images, found.images[[4, 1]])
+    assert torch.equal(part.labels, found.labels[[4, 1]])
+    source, image = part.pairs(DataLoader(rows, shuffle=True))[1]
+    assert torch.equal(source, rows[1][0])
+    assert torch.equal(image, found.images[1])
+    assert torch.equal(found.subset(slice(1, 3)).images, found.images[1:3])
+    mask = found.field("success")
+    assert len(found.subset(mask)) == mask.sum()
+    with pytest.raises(ValueError, match=r"rows=\(3,\)"):
+        found.subset(torch.ones(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="data=2"):
+        found.pairs(Subset(dataset(), [1, 2]))

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from advfeat.attacks import Inversion, invert
+from advfeat.attacks import Batch, Inversion, invert
+from advfeat.model import attackable
 
 
 def images(count=4, seed=0, dtype=torch.float32):
@@ -127,3 +128,31 @@ def test_any_rank(shape):
     model = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     made = invert(model, torch.rand(shape), torch.rand(shape), steps=3)
     assert made.shape == shape
+
+
+# --- Patience ---
+
+
+def test_patience_is_off_by_default_and_endless_patience_changes_nothing():
+    model, x, start = network(), images(), images(seed=1)
+    whole = invert(model, x, start, steps=30)
+    assert torch.equal(invert(model, x, start, steps=30, patience=31), whole)
+    assert not torch.equal(invert(model, x, start, steps=30, patience=1), whole)
+
+
+def test_a_row_stops_where_its_distance_no_longer_falls():
+    # At the pixels themselves a step of 0.1 reaches the source and then jumps over it for ever.
+    x = 0.4 + 0.2 * images()
+    start = x + 0.01
+    attack = Inversion(steps=200, step_size=0.1, patience=5)
+    made = invert(nn.Identity(), x, start, layer=pixels, steps=200, patience=5)
+    assert ((made - x).flatten(1).norm(dim=1) <= 0.1 + 1e-6).all()
+    with attackable(nn.Identity(), layer=pixels) as net:
+        state = attack.init(net, Batch(x, torch.zeros(4).long(), torch.arange(4), start))
+        for _ in range(20):
+            state = attack.step(net, state)
+        assert attack.finished(state).all()
+        assert (state.taken < 20).all()
+        again = attack.step(net, state)
+    assert torch.equal(again.current, state.current)
+    assert torch.equal(again.taken, state.taken)

@@ -57,6 +57,7 @@ def test_an_opened_set_stays_on_disk(tmp_path):
 def test_a_folder_holds_plain_arrays_and_json_only(tmp_path):
     folder = saved(tmp_path / "new" / "parent")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "done.npy",
         "images.npy",
         "index.npy",
         "labels.npy",
@@ -167,7 +168,7 @@ def test_a_broken_manifest_is_refused(tmp_path, text):
 
 def test_a_manifest_without_fields_is_refused(tmp_path):
     folder = saved(tmp_path)
-    edit_manifest(folder, fields=[])
+    edit_manifest(folder, fields={})
     with pytest.raises(ValueError, match="images and labels must be among them"):
         af.ConstructedDataset.open(folder)
 

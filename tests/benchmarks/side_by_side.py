@@ -10,21 +10,27 @@ from collections.abc import Callable
 import torch
 
 
-def side_by_side(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def side_by_side(
+    cases: dict[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Median seconds of each case; the cases take turns, so a busy machine slows all alike.
 
     Before the rounds every case runs once to warm up; with ``rounds=0`` that run is timed.
+    ``clock=time.process_time`` counts this process's own seconds on all its threads: for one thread
+    on a machine that others use too.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(rounds + 1):
         if turn == 1:
             seconds = {name: [] for name in cases}
         for name, run in cases.items():
-            began = time.perf_counter()
+            began = clock()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

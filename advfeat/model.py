@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from advfeat import checks, threat
 
@@ -210,6 +211,91 @@ def attackable(
     # Not in the user's inference mode: its tensors could not enter a gradient.
     with torch.inference_mode(False), torch.no_grad(), _frozen(module, train=train):
         yield Network(module, _affordable(precision, module), layer)
+
+
+class Trainee(nn.Module):
+    """A module as training calls it: the logits of several batches in one pass, for DDP counts it.
+
+    Made by `trainable`.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.module = network._module
+        self._network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``(N, C)`` of each batch, with a gradient, in float32 (or float64)."""
+        network = self._network
+        return tuple(
+            network._logits(
+                batch.contiguous(memory_format=network._memory_format(batch)),
+                network.low_precision,
+            )
+            for batch in inputs
+        )
+
+
+@contextmanager
+def trainable(
+    module: nn.Module, *, precision: Precision = "float32", compiled: bool = False
+) -> Iterator[Trainee]:
+    """Put a module in training mode, yield its `Trainee`, and leave its flags as they were.
+
+    A module that is in training mode keeps its frozen parts. Weights of convolutions are in
+    channels_last meanwhile, the fastest format on the CPU and on CUDA.
+    """
+    flags = [(m, m.training) for m in module.modules()]
+    formats = [p for p in module.parameters() if p.ndim == 4 and p.is_contiguous()]
+    if not module.training:
+        module.train()
+    try:
+        _reformat(formats, torch.channels_last)
+        called: Any = torch.compile(module) if compiled else module
+        yield Trainee(Network(called, _affordable(precision, module)))
+    finally:
+        for m, flag in flags:
+            m.training = flag
+        _reformat(formats, torch.contiguous_format)
+
+
+def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Trainee:
+    """`Trainee` of a copy that learns nothing but BatchNorm statistics, where ``like`` does."""
+    for own, other in zip(module.modules(), like.modules(), strict=True):
+        own.training = other.training and isinstance(own, _BatchNorm)
+    module.requires_grad_(False)
+    return Trainee(Network(module, _affordable(precision, module)))
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back the values of all buffers: a pass that is not to count in BatchNorm statistics."""
+    values = [(b, b.clone()) for b in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in values:
+            buffer.data.copy_(value)
+
+
+def refuse_wrapped(module: nn.Module) -> None:
+    """Refuse a module that is distributed already: training does that itself."""
+    names = {base.__name__ for m in module.modules() for base in type(m).__mro__}
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "model: a DistributedDataParallel; pass the module inside, model.module: "
+            "training wraps it itself where torch.distributed is initialised"
+        )
+    if names & {"FullyShardedDataParallel", "FSDPModule"}:
+        raise TypeError(
+            "model: sharded by FSDP, and an attack would gather all weights at every step; pass "
+            "the plain module: training makes it data parallel (DDP)"
+        )
+
+
+def _reformat(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -299,10 +299,6 @@ checkpoint, on_step, on_epoch, options, seed, progress
             "mix": mix,
         },
     )
-    if attack.is_random or attack.seed is None:
-        attack = attack.with_seed(
-            plan.seed if attack.seed is None else seeding.resolve(attack.seed)
-        )
     lesson: Lesson
     if method == "free":
         lesson = Free(attack, options.label_smoothing, precision)
@@ -315,6 +311,7 @@ checkpoint, on_step, on_epoch, options, seed, progress
             mode=attack_mode,
             label_smoothing=options.label_smoothing,
             precision=precision,
+            seed=plan.seed if attack.seed is None else seeding.resolve(attack.seed),
         )
     return Run(plan, lesson).train()
 

@@ -72,7 +72,7 @@ class History:
             if name == "loss" or "accuracy" in name:
                 points = [(row["epoch"], row[name]) for row in self.rows if name in row]
                 label = name.replace("val_", "validation ").replace("_", " ")
-                axes["accuracy" in name].plot(*zip(*points, strict=True), label=label)
+                axes[int("accuracy" in name)].plot(*zip(*points, strict=True), label=label)
         for axis, title in zip(axes, ("loss", "accuracy"), strict=True):
             axis.set(xlabel="epoch", ylabel=title)
         if axes[1].lines:

@@ -86,10 +86,11 @@ class Adversarial(Lesson):
         mode: Mode,
         label_smoothing: float,
         precision: Precision,
+        seed: int,
     ) -> None:
         super().__init__(label_smoothing, precision)
-        self.attack, self._objective = attack, objective
-        self._beta, self._mix, self._mode = beta, mix, mode
+        self.attack, self._objective = attack.with_seed(seed), objective
+        self._beta, self._mix, self._mode, self._seed = beta, mix, mode, seed
         self.bounds = attack.bounds
 
     def example(self, model: nn.Module, rows: Portion, step: int) -> Example:
@@ -122,9 +123,7 @@ class Adversarial(Lesson):
             return attack.result(attack.run(net, attack.init(net, batch)))
 
     def _beside(self, batch: Batch) -> Tensor:
-        attack = self.attack
-        assert isinstance(attack.seed, int)
-        keys = seeding.keys(attack.seed, batch.ids)
+        attack, keys = self.attack, seeding.keys(self._seed, batch.ids)
         numbers = seeding.uniform(keys, 0, batch.inputs[0].numel()).view(batch.inputs.shape)
         scale = _BESIDE * (self.bounds[1] - self.bounds[0])
         start = batch.inputs + scale * torch.special.ndtri(numbers).to(batch.inputs.dtype)

@@ -101,6 +101,7 @@ class Run:
         self._epoch = 0  # finished
         self._batches = 0  # taken in the epoch after
         self._step = 0  # batches in all epochs
+        self._first_rate = 0.0  # of that epoch
         self._totals = Totals(self._device)
         self._classes: int | None = None
         self._largest_label = -1
@@ -142,12 +143,13 @@ class Run:
         """Train an epoch, record it, save it; whether training is over."""
         plan, began = self._plan, time.perf_counter()
         row: Row = {"epoch": self._epoch + 1}
-        rate = self._rate()
+        if self._batches == 0:
+            self._first_rate = self._rate()
         with randomness(self._own_seed(), self._epoch + 1, self._device):
             self._take_steps(trainee, called, bar)
             self._refuse_broken_weights()
             loss, right, count = self._ranks.summed(self._totals.sums).tolist()
-            row |= {"loss": loss / count, "accuracy": right / count, "lr": rate}
+            row |= {"loss": loss / count, "accuracy": right / count, "lr": self._first_rate}
             row["seconds"] = time.perf_counter() - began
             row |= self._measured()
         if not is_stepped_every_batch(plan.scheduler):
@@ -402,6 +404,7 @@ class Run:
             "batches": self._batches,
             "step": self._step,
             "totals": self._totals.sums,
+            "rate": self._first_rate,
             "random": random_state(self._device),
             "order": self._order if self._batches else self._loader_generator_state(),
             "history": self._history.rows,
@@ -429,6 +432,7 @@ class Run:
         if self._guard is not None:
             self._guard.resume(found["guard"])
         self._epoch, self._batches, self._step = found["epoch"], found["batches"], found["step"]
+        self._first_rate = found["rate"]
         self._totals.sums += found["totals"].to(self._totals.sums)
         self._history = History(found["history"], found["best"])
         set_random_state(found["random"], self._device, torchs=False)

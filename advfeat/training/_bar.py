@@ -26,7 +26,7 @@ class Bar:
             return
         if time.monotonic() >= self._next:
             found = {name: f"{value:.3f}" for name, value in figures().items()}
-            self._bar.set_postfix(found, refresh=False)
+            self._bar.set_postfix(found)
             self._next = time.monotonic() + _READING
         self._bar.update(images)
 

@@ -325,7 +325,7 @@ class Run:
         with attackable(self._plan.model) as net:
             answers = net.logits(net.prepare(rows.inputs)).argmax(1)
         clean = float((answers == rows.labels).float().mean())
-        name = "robust" if isinstance(self._lesson, Adversarial) else "accuracy"
+        name = "robust" if "robust" in self._lesson.figure else "accuracy"
         return {"loss": loss / count, "clean": clean, name: right / count}
 
     def _rate(self) -> float:

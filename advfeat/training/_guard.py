@@ -33,7 +33,8 @@ class Guard:
     accuracy under PGD falls to zero, while that under FGSM rises. So on a batch of every 20
     steps, and the last one of an epoch, both are measured. When PGD leaves less than half of what
     FGSM leaves, weights and optimiser go back to the last look that was good, and from there on
-    the training attack has one step more (of ``1.25 * eps / steps``). No validation data is used.
+    the training attack has one step more, of ``2 * eps / steps``: they can cross the ball from any
+    start. No validation data is used.
     """
 
     def __init__(
@@ -54,14 +55,13 @@ class Guard:
             self._good = copy.deepcopy(self._snapshot())
             return
         self._restore(copy.deepcopy(self._good))
-        steps = self._lesson.attack.steps + 1
-        self.set_steps(steps)
+        self.set_steps(self._lesson.attack.steps + 1)
 
     def set_steps(self, steps: int) -> None:
-        """Give the training attack this many steps, together as long as one was."""
+        """Give the training attack more steps than one."""
         attack = self._lesson.attack
-        assert attack.step_size is not None
-        size = attack.step_size * attack.steps / steps
+        assert isinstance(attack.eps, float)
+        size = 2 * attack.eps / steps
         self._lesson.attack = dataclasses.replace(attack, steps=steps, step_size=size)
 
     def state(self) -> dict[str, Any]:
@@ -70,7 +70,8 @@ class Guard:
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
-        self.set_steps(state["steps"])
+        if state["steps"] > 1:
+            self.set_steps(state["steps"])
         self._good = state["good"]
 
     def _standing(self, model: nn.Module, rows: Portion, step: int) -> tuple[float, float]:

@@ -89,9 +89,10 @@ def fit(
         by ``seed``. Never the test set: choices are made on it.
     checkpoint
         A folder. ``last.pt`` is written there after each epoch and on SIGTERM, and ``best.pt`` in
-        the epoch that is best on validation data; the same call goes on from ``last.pt``, and ends
-        with the weights of a run that was never cut. ``torch.load(file, weights_only=True)`` reads
-        them; the entry ``"model"`` is for ``model.load_state_dict``.
+        the epoch that is best on validation data; the same call goes on from ``last.pt`` (and from
+        where Python's and NumPy's random states were), and ends with the weights of a run that was
+        never cut. ``torch.load(file, weights_only=True)`` reads them; the entry ``"model"`` is for
+        ``model.load_state_dict``.
     on_step, on_epoch
         Called with a dictionary after each step (epoch, step, loss, accuracy, lr) and with each
         epoch's row; ``on_epoch`` returning ``False`` stops training.
@@ -123,7 +124,8 @@ def fit(
     -----
     Where `torch.distributed` is initialised (under ``torchrun``, say), every rank makes the same
     call with the plain model: it is trained by `DistributedDataParallel`, a dataset's batches are
-    shared out among the ranks, and figures are of all rows. The first rank writes and calls back.
+    shared out among the ranks, and figures are of all rows. The first rank writes and calls back;
+    all of them read ``checkpoint``.
 
     Examples
     --------

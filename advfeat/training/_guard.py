@@ -76,16 +76,14 @@ class Guard:
 
     def _standing(self, model: nn.Module, rows: Portion, step: int) -> tuple[float, float]:
         """Share of a batch that is right under the training attack, and under PGD."""
-        lesson = self._lesson
-        training = lesson.attack
+        training = self._lesson.attack
         strong = PGD(eps=training.eps, norm=training.norm, steps=_STEPS, bounds=training.bounds)
-        right = []
-        for attack in (training, strong):
-            lesson.attack = attack
-            attacked = lesson.attacked(model, rows, step)
-            with attackable(model) as net:
-                right.append((net.logits(attacked).argmax(1) == rows.labels).sum())
-        lesson.attack = training
-        counts = torch.stack([*right, torch.tensor(len(rows.labels), device=right[0].device)])
+        attacked = (
+            self._lesson.attacked(model, rows, step),
+            strong(model, rows.inputs, rows.labels),
+        )
+        with attackable(model) as net:
+            right = [(net.logits(inputs).argmax(1) == rows.labels).sum() for inputs in attacked]
+        counts = torch.stack([*right, torch.full_like(right[0], len(rows.labels))])
         one, many, total = self._ranks.summed(counts).tolist()
         return one / total, many / total

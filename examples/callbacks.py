@@ -39,7 +39,7 @@ def on_epoch(row: dict[str, float]) -> bool:
     """Write every epoch's figures; False stops training."""
     for name, value in row.items():
         writer.add_scalar(f"epoch/{name}", value, row["epoch"])
-    return row["val_robust_accuracy"] < options.enough
+    return bool(row["val_robust_accuracy"] < options.enough)
 
 
 print(

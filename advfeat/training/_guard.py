@@ -60,8 +60,7 @@ class Guard:
     def set_steps(self, steps: int) -> None:
         """Give the training attack more steps than one."""
         attack = self._lesson.attack
-        assert isinstance(attack.eps, float)
-        size = 2 * attack.eps / steps
+        size = 2 * float(attack.eps) / steps
         self._lesson.attack = dataclasses.replace(attack, steps=steps, step_size=size)
 
     def state(self) -> dict[str, Any]:

@@ -22,6 +22,10 @@ Layer: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor] | None
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # Modules that failed on channels_last inputs (an x.view in them, say) get contiguous ones.
 _contiguous_only: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Weights that training put in channels_last, and that go back where the module fails on it.
+_in_channels_last: weakref.WeakKeyDictionary[nn.Module, list[nn.Parameter]] = (
+    weakref.WeakKeyDictionary()
+)
 # Size at which a row's gradient goes backward through a float16 model, which holds 6e-8 to 65504.
 _HALF_SCALE = 64.0
 
@@ -171,6 +175,7 @@ class Network:
                 if "view size is not compatible" not in str(error):
                     raise
                 _contiguous_only.add(self._module)
+                _reformat(_in_channels_last.pop(self._module, []), torch.contiguous_format)
                 return function(inputs.contiguous())
 
     def _memory_format(self, inputs: Tensor) -> torch.memory_format:
@@ -246,17 +251,20 @@ def trainable(
     channels_last meanwhile, the fastest format on the CPU and on CUDA.
     """
     flags = [(m, m.training) for m in module.modules()]
-    formats = [p for p in module.parameters() if p.ndim == 4 and p.is_contiguous()]
+    weights = [p for p in module.parameters() if p.ndim == 4 and p.is_contiguous()]
     if not module.training:
         module.train()
     try:
-        _reformat(formats, torch.channels_last)
+        if module not in _contiguous_only:
+            _reformat(weights, torch.channels_last)
+            _in_channels_last[module] = weights
         called: Any = torch.compile(module) if compiled else module
         yield Trainee(Network(called, _affordable(precision, module)))
     finally:
         for m, flag in flags:
             m.training = flag
-        _reformat(formats, torch.contiguous_format)
+        _reformat(weights, torch.contiguous_format)
+        _in_channels_last.pop(module, None)
 
 
 def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Trainee:
@@ -264,6 +272,7 @@ def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Train
     for own, other in zip(module.modules(), like.modules(), strict=True):
         own.training = other.training and isinstance(own, _BatchNorm)
     module.requires_grad_(False)
+    _in_channels_last[module] = [p for p in module.parameters() if p.ndim == 4]
     return Trainee(Network(module, _affordable(precision, module)))
 
 

@@ -115,7 +115,7 @@ def test_any_model_learns_and_is_left_as_it_was(make, way):
         rows,
         eps=0.05,
         norm="linf",
-        epochs=6,
+        epochs=4,
         batch_size=12,
         optimizer=lambda p: torch.optim.Adam(p, lr=0.01),
         seed=0,

@@ -17,6 +17,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     default_collate,
@@ -38,6 +39,24 @@ class Rows(NamedTuple):
     ids: Tensor  # (N,) int64: the row in the dataset, or the place in a stream
     inputs: Tensor  # (N, ...)
     labels: Tensor  # (N,)
+
+
+class Portion(NamedTuple):
+    """What one rank has of a batch to train on."""
+
+    ids: Tensor  # (N,) int64, as in `Rows`
+    inputs: Tensor  # (N, ...)
+    labels: Tensor  # (N,)
+    place: Tensor  # (N,) int64, on the CPU: where each row stands in the batch of all ranks
+    total: int  # rows of that batch
+
+    def parts(self, count: int) -> list[Portion]:
+        """Split into at most ``count`` parts of the same batch."""
+        pieces = (torch.tensor_split(field, min(count, len(self.ids))) for field in self[:4])
+        return [Portion._make((*fields, self.total)) for fields in zip(*pieces, strict=True)]
+
+
+Check: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 class Source:
@@ -116,9 +135,9 @@ class Source:
         for chunk, batch in zip(chunks, self._read(chunks), strict=True):
             yield _rows(torch.tensor(chunk), batch, device)
 
-    def rows(self, indices: list[int], device: torch.device) -> Rows:
+    def rows(self, indices: list[int], device: torch.device, check: Check | None = None) -> Rows:
         """Give single rows by their numbers; map-style data only."""
-        return _rows(torch.tensor(indices), self._fetch(indices), device)
+        return _rows(torch.tensor(indices), self._fetch(indices), device, check)
 
     def _read(self, chunks: list[list[int]]) -> Iterable[Any]:
         workers = 0 if self._loader is None else self._loader.num_workers
@@ -159,22 +178,61 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
 
 
 def training_batches(
-    data: Data, batch_size: int | None, seed: int, epoch: int, device: torch.device
-) -> Iterator[Rows]:
-    """One epoch of batches to train on: a loader as it is, a dataset shuffled by (seed, epoch)."""
+    data: Data,
+    batch_size: int | None,
+    seed: int,
+    epoch: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    check: Check | None = None,
+) -> Iterator[Portion]:
+    """One epoch of batches to train on: a loader as it is, a dataset shuffled by (seed, epoch).
+
+    Of a dataset every rank has a part of the same batches that one rank would have; a loader gives
+    the rank's own rows. ``check`` looks at inputs and labels where they come from, before they are
+    moved: on the CPU that needs no waiting for the device.
+    """
     if isinstance(data, DataLoader) or _is_stream(data):
         if isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
             data.sampler.set_epoch(epoch)
         _refuse_endless(data)
-        yield from _numbered(data, device)  # type: ignore[arg-type]
+        for rows in _numbered(data, device, check):  # type: ignore[arg-type]
+            count = len(rows.ids)
+            yield Portion(*rows, rank + ranks * torch.arange(count), count * ranks)
         return
     source = Source(data, batch_size)
     order = torch.randperm(len(source), generator=seeding.generator(seed, epoch))
     size = min(batch_size or 128, len(order))
     for chunk in torch.split(order, size):
         # BatchNorm cannot train on a single sample that is left over.
-        if len(chunk) > 1 or size == 1:
-            yield source.rows(chunk.tolist(), device)
+        if len(chunk) >= 2 * ranks or (size == 1 and ranks == 1):
+            rows = source.rows(chunk[rank::ranks].tolist(), device, check)
+            yield Portion(*rows, torch.arange(rank, len(chunk), ranks), len(chunk))
+
+
+def row_count(data: Data) -> int | None:
+    """Rows of an epoch, where that is known without reading it; a loader's to a batch."""
+    if isinstance(data, DataLoader):
+        _refuse_endless(data)
+        return None if data.batch_size is None else len(data) * data.batch_size
+    return None if _is_stream(data) else len(Source(data))
+
+
+def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
+    """Split a share of a dataset off, at random by the seed: the rest, and what was split off."""
+    if isinstance(data, DataLoader) or _is_stream(data):
+        checks.fail(
+            "validation", share, "only a dataset can be split; pass the loader's dataset as data"
+        )
+    count = len(Source(data))
+    held = round(share * count)
+    if not 0 < held < count:
+        checks.fail("validation", share, f"leaves {held} of {count} rows to measure on")
+    order = torch.randperm(count, generator=seeding.generator(seed)).tolist()
+    rest, apart = sorted(order[held:]), sorted(order[:held])
+    return Subset(data, rest), Subset(data, apart)  # type: ignore[arg-type]
 
 
 def unpack(batch: object) -> tuple[Tensor, Tensor]:
@@ -238,12 +296,14 @@ def with_progress(
     return bar
 
 
-def _rows(index: Tensor, batch: object, device: torch.device) -> Rows:
+def _rows(index: Tensor, batch: object, device: torch.device, check: Check | None = None) -> Rows:
     inputs, labels = unpack(batch)
     if inputs.shape[:1] != index.shape:
         checks.fail(
             "data", tuple(inputs.shape), f"a batch of {len(index)} rows came back so; collate_fn?"
         )
+    if check is not None:
+        check(inputs, labels)
     return Rows(
         index.to(device),
         inputs.to(device, non_blocking=True),
@@ -251,11 +311,13 @@ def _rows(index: Tensor, batch: object, device: torch.device) -> Rows:
     )
 
 
-def _numbered(batches: Iterable[Any], device: torch.device) -> Iterator[Rows]:
+def _numbered(
+    batches: Iterable[Any], device: torch.device, check: Check | None = None
+) -> Iterator[Rows]:
     place = 0
     for batch in batches:
         inputs, _ = unpack(batch)
-        yield _rows(torch.arange(place, place + len(inputs)), batch, device)
+        yield _rows(torch.arange(place, place + len(inputs)), batch, device, check)
         place += len(inputs)
     if place == 0:
         checks.fail("data", type(batches).__name__, "it gave no rows")

@@ -2,6 +2,7 @@
 
 Each grows as the model is more wrong about ``labels``; a targeted attack climbs their negatives
 (for DLR, its targeted form). Nothing is averaged over the batch, so no sample weighs on another.
+The terms that TRADES and MART train on are here too.
 """
 
 from __future__ import annotations
@@ -106,6 +107,52 @@ def towards(loss: LossName, logits: Tensor, labels: Tensor, targets: Tensor) -> 
     if loss == "margin" or logits.shape[1] < 4:
         return difference
     return difference / _targeted_scale(logits)
+
+
+def divergence(clean: Tensor, attacked: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the softmax of attacked logits from that of clean ones.
+
+    What TRADES (Zhang et al. 2019) adds to the cross-entropy, and what its attack climbs.
+
+    Examples
+    --------
+    >>> import torch
+    >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986]]))
+    tensor([0.1438])
+    """
+    p, q = clean.log_softmax(1), attacked.log_softmax(1)
+    return (p.exp() * (p - q)).sum(1)
+
+
+def boosted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy plus ``-log(1 - p)`` of the likeliest wrong class: MART's first term.
+
+    Wang et al. (2020), equation 8; ``1 - p`` is at least 1e-4, as in the authors' code.
+
+    Examples
+    --------
+    >>> import torch
+    >>> boosted_cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
+    tensor([1.3863])
+    """
+    wrong = _largest_other(logits.softmax(1), labels)
+    return cross_entropy(logits, labels) - (1 - wrong).clamp_min(1e-4).log()
+
+
+def doubted_divergence(clean: Tensor, attacked: Tensor, labels: Tensor) -> Tensor:
+    """`divergence` times how little the model trusts the label on clean inputs: MART's second term.
+
+    Wang et al. (2020), equation 10.
+
+    Examples
+    --------
+    >>> import torch
+    >>> logits = torch.tensor([[0.0, 1.0986]])
+    >>> doubted_divergence(torch.zeros(1, 2), logits, torch.tensor([1]))
+    tensor([0.0719])
+    """
+    trust = clean.softmax(1).gather(1, labels[:, None]).squeeze(1)
+    return divergence(clean, attacked) * (1 - trust)
 
 
 def _targeted_scale(logits: Tensor) -> Tensor:

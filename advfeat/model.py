@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from advfeat import checks, threat
 
@@ -21,6 +22,10 @@ Layer: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor] | None
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 # Modules that failed on channels_last inputs (an x.view in them, say) get contiguous ones.
 _contiguous_only: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Weights that training put in channels_last, and that go back where the module fails on it.
+_in_channels_last: weakref.WeakKeyDictionary[nn.Module, list[nn.Parameter]] = (
+    weakref.WeakKeyDictionary()
+)
 # Size at which a row's gradient goes backward through a float16 model, which holds 6e-8 to 65504.
 _HALF_SCALE = 64.0
 
@@ -179,6 +184,7 @@ class Network:
                 if "view size is not compatible" not in str(error):
                     raise
                 _contiguous_only.add(self._module)
+                _reformat(_in_channels_last.pop(self._module, []), torch.contiguous_format)
                 return function(inputs.contiguous())
 
     def _memory_format(self, inputs: Tensor) -> torch.memory_format:
@@ -222,6 +228,95 @@ def attackable(
     # Not in the user's inference mode: its tensors could not enter a gradient.
     with torch.inference_mode(False), torch.no_grad(), _frozen(module, train=train):
         yield Network(module, _affordable(precision, module), layer, compile)
+
+
+class Trainee(nn.Module):
+    """A module as training calls it: the logits of several batches in one pass, for DDP counts it.
+
+    Made by `trainable`.
+    """
+
+    def __init__(self, network: Network) -> None:
+        super().__init__()
+        self.module = network._module
+        self._network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``(N, C)`` of each batch, with a gradient, in float32 (or float64)."""
+        network = self._network
+        return tuple(
+            network._logits(
+                batch.contiguous(memory_format=network._memory_format(batch)),
+                network.low_precision,
+            )
+            for batch in inputs
+        )
+
+
+@contextmanager
+def trainable(
+    module: nn.Module, *, precision: Precision = "float32", compiled: bool = False
+) -> Iterator[Trainee]:
+    """Put a module in training mode, yield its `Trainee`, and leave its flags as they were.
+
+    A module that is in training mode keeps its frozen parts. Weights of convolutions are in
+    channels_last meanwhile, the fastest format on the CPU and on CUDA.
+    """
+    flags = [(m, m.training) for m in module.modules()]
+    weights = [p for p in module.parameters() if p.ndim == 4 and p.is_contiguous()]
+    if not module.training:
+        module.train()
+    try:
+        if module not in _contiguous_only:
+            _reformat(weights, torch.channels_last)
+            _in_channels_last[module] = weights
+        called: Any = torch.compile(module) if compiled else module
+        yield Trainee(Network(called, _affordable(precision, module)))
+    finally:
+        for m, flag in flags:
+            m.training = flag
+        _reformat(weights, torch.contiguous_format)
+        _in_channels_last.pop(module, None)
+
+
+def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Trainee:
+    """`Trainee` of a copy that learns nothing but BatchNorm statistics, where ``like`` does."""
+    for own, other in zip(module.modules(), like.modules(), strict=True):
+        own.training = other.training and isinstance(own, _BatchNorm)
+    module.requires_grad_(False)
+    _in_channels_last[module] = [p for p in module.parameters() if p.ndim == 4]
+    return Trainee(Network(module, _affordable(precision, module)))
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back the values of all buffers: a pass that is not to count in BatchNorm statistics."""
+    values = [(b, b.clone()) for b in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in values:
+            buffer.data.copy_(value)
+
+
+def refuse_wrapped(module: nn.Module) -> None:
+    """Refuse a module that is distributed already: training does that itself."""
+    names = {base.__name__ for m in module.modules() for base in type(m).__mro__}
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "model: a DistributedDataParallel; pass the module inside, model.module: "
+            "training wraps it itself where torch.distributed is initialised"
+        )
+    if names & {"FullyShardedDataParallel", "FSDPModule"}:
+        raise TypeError(
+            "model: sharded by FSDP, and an attack would gather all weights at every step; pass "
+            "the plain module: training makes it data parallel (DDP)"
+        )
+
+
+def _reformat(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from advfeat import checks, losses, plots, threat
+from advfeat import checks, losses, plots
 from advfeat.analysis._features import named_models, stacked, table
 from advfeat.attacks import PGD, Batch
-from advfeat.construct import construct, indexed
+from advfeat.attacks._attack import argmax_hits
+from advfeat.construct import Making, construct, numbered
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import Network, logits_of
+from advfeat.nonrobust import Towards
 from advfeat.store import ConstructedDataset
 from advfeat.threat import Bounds, Norm
 
@@ -227,28 +229,34 @@ def just_bugs(
         targeted=True, loss=bugs, bounds=bounds,
     )  # fmt: skip
 
-    def begin(net: Network, batch: Batch) -> Batch:
+    def choose(net: Network, batch: Batch) -> Tensor:
         classes = net.class_count(batch.inputs) // (1 + len(others))
         checks.class_range(int(batch.labels.max()), classes)
         if shift % classes == 0:
             checks.fail("shift", shift, f"with {classes} classes every target equals its label")
-        return batch._replace(labels=(batch.labels + shift) % classes)
+        return (batch.labels + shift) % classes
 
-    def describe(net: Network, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Tensor]:
-        own = net.logits(images).chunk(1 + len(others), 1)[0]
-        return {
-            "labels": attacked.labels,
-            "source_labels": batch.labels,
-            "success": own.argmax(1) == attacked.labels,
-            "size": threat.size(images - batch.inputs, norm),
-        }
-
-    made = construct(
-        side_by_side, indexed(data, batch_size), attack, begin, describe, method="just bugs",
-        settings={"shift": shift, "others": len(others), "loss": "just bugs"}, progress=progress,
-    )  # fmt: skip
+    making = Making(batch_size, "float32", progress, None, "float32")
+    settings: dict[str, object] = {"shift": shift, "others": len(others), "loss": "just bugs"}
+    recipe = _JustBugs("just bugs", attack, choose, settings)
+    recipe.models = 1 + len(others)
+    made = construct(side_by_side, numbered(data, making), recipe, making)
     made.manifest["model"] = type(model).__name__
     return made
+
+
+class _JustBugs(Towards):
+    """Targets for the first of several models that are side by side."""
+
+    models = 1
+
+    def describe(
+        self, net: Network, batch: Batch, attacked: Batch, images: Tensor
+    ) -> dict[str, Tensor]:
+        """As for any target, but success is the first model's."""
+        own = net.logits(images).chunk(self.models, 1)[0]
+        success = argmax_hits(own, attacked.labels, targeted=True)
+        return super().describe(net, batch, attacked, images) | {"success": success}
 
 
 class _SideBySide(nn.Module):

@@ -7,6 +7,8 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 
+collect_ignore = ["benchmarks"]  # scripts, to be run by hand
+
 
 @pytest.fixture(scope="session", autouse=True)
 def ground_one_thread():

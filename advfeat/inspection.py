@@ -93,7 +93,9 @@ def inspect(dataset: ConstructedDataset) -> Inspection:
             key = hashlib.blake2b(image.data, digest_size=16).digest()
             seen[key] = seen.get(key, 0) + 1
     has = dataset.fields.keys()
-    counts, edges = np.histogram(dataset.field("size"), _BINS) if "size" in has else (None, None)
+    # In float64: bins between norms that differ by rounding alone have no width in float32.
+    sizes = dataset.field("size").double() if "size" in has else None
+    counts, edges = (None, None) if sizes is None else np.histogram(sizes, _BINS)
     own = dataset.labels == dataset.field("source_labels") if "source_labels" in has else None
 
     def mean(name: str) -> float | None:

@@ -136,3 +136,13 @@ def test_a_set_from_noise_has_no_controls(control):
     made = build("D_R", start="noise")
     with pytest.raises(ValueError, match="start='images'"):
         control(made, dataset(), seed=0)
+
+
+def test_norms_that_differ_by_rounding_have_a_histogram():
+    low = np.float32(0.5)
+    fields = {
+        "images": np.eye(2, 4, dtype=np.float32),
+        "labels": np.array([0, 1]),
+        "size": np.array([low, np.nextafter(low, np.float32(1))]),
+    }
+    assert sum(inspect(af.ConstructedDataset(fields, {"method": "any"})).size_counts) == 2

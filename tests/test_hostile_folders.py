@@ -237,7 +237,7 @@ def test_a_full_disk(tmp_path):
         build("D_rand", disk / "set", data=rows, model=model)
         assert len(af.ConstructedDataset.open(disk / "set")) == 30
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @as_root

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 
-ROWS, BATCH, STEPS = 64, 32, 300
+ROWS, BATCH, STEPS = 48, 24, 200
 
 
 def main() -> None:

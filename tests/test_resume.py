@@ -269,11 +269,16 @@ SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_resume import Failing, build, finished
-def slowly():
-    if finished({folder!r}):
-        print("under way", flush=True)
-        time.sleep(3)
-build("D_rand", {folder!r}, data=Failing(21, slowly))
+class Watched(Failing):
+    told = False
+    def __getitem__(self, row):
+        # Whichever row is read when the first ones are finished: rows are read ahead.
+        if not self.told and finished({folder!r}):
+            self.told = True
+            print("under way", flush=True)
+            time.sleep(3)
+        return self.data[row]
+build("D_rand", {folder!r}, data=Watched(-1, None))
 """
 
 

@@ -78,23 +78,25 @@ def test_pgd_training_reaches_what_a_plain_loop_reaches(digits):
                 af.adversarial_fit(
                     model, batches, eps=0.15, norm="linf", epochs=4, precision=precision, **LEARNING
                 )
-        found = [af.robust_accuracy(m, held, eps=0.15, norm="linf") for m in (ours, low, plain)]
+        found = [
+            af.robust_accuracy(m, held, eps=0.15, norm="linf", seed=0) for m in (ours, low, plain)
+        ]
         figures.append([[float(r.standard), float(r)] for r in found])
     ours, low, plain = torch.tensor(figures).mean(0)
-    assert plain[1] > 0.4  # it learned something to compare
+    assert plain[1] > 0.3  # it learned something to compare
     assert (ours - plain).abs().max() < 0.015
     assert (low - plain).abs().max() < 0.015
 
 
 def test_trades_trades_accuracy_for_robustness(digits):
     train, held = digits
-    settings = {"eps": 0.25, "norm": "linf", "objective": "trades", "steps": 4, **LEARNING}
+    settings = {"eps": 0.15, "norm": "linf", "objective": "trades", "steps": 4, **LEARNING}
     figures = []
     for seed in range(3):
         models = [mlp(seed), mlp(seed)]
         for model, beta in zip(models, (0.5, 20.0), strict=True):
             af.adversarial_fit(model, train, beta=beta, epochs=6, batch_size=64, **settings)
-        found = [af.robust_accuracy(m, held, eps=0.25, norm="linf") for m in models]
+        found = [af.robust_accuracy(m, held, eps=0.15, norm="linf", seed=0) for m in models]
         figures.append([[float(r.standard), float(r)] for r in found])
     little, much = torch.tensor(figures).mean(0)
     assert much[0] < little[0] - 0.005

@@ -21,8 +21,9 @@ def tilted(dimensions=3, seed=0):
 
 
 def negative_log_likelihood(points, model):
-    normal = torch.distributions.MultivariateNormal(model.mean, model.covariance)
-    return -normal.log_prob(points)
+    """But for what does not depend on the points."""
+    centred = points - model.mean
+    return (centred @ torch.linalg.inv(model.covariance) * centred).sum(1) / 2
 
 
 # --- Theorem 1 ---

@@ -82,6 +82,21 @@ def test_a_curved_feature_is_attacked_to_its_extremes():
         torch.testing.assert_close(found.gamma[:, label], gamma, atol=1e-5, rtol=0)
 
 
+def test_a_step_that_makes_matters_worse_counts_for_nothing():
+    generator = torch.Generator().manual_seed(0)
+    x = 0.1 + 0.3 * torch.rand(40, 1, generator=generator)
+    y = torch.arange(40) % 2
+    found = analysis.usefulness(
+        nn.Linear(1, 2), TensorDataset(x, y), layer=torch.square, eps=4.0, norm="l2", steps=1,
+        bounds=WIDE, seed=0, resamples=5,
+    )  # fmt: skip
+    # The one step, of 1, leads past the minimum to a higher value: the input itself is the lowest.
+    low, high = x.square().double(), (x + 1).square().double()
+    rho, gamma = by_definition(low, low, high, y, 1)
+    torch.testing.assert_close(found.rho[:, 1], rho, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.gamma[:, 1], gamma, atol=1e-5, rtol=0)
+
+
 def test_the_box_limits_the_attack():
     x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     data = TensorDataset(x, torch.tensor([0, 0, 1, 1]))

@@ -39,7 +39,7 @@ def table(seconds: dict[str, float], reference: str, notes: dict[str, str] | Non
     notes = notes or {}
     lines = [f"| | time / {reference} | |", "|---|---|---|"]
     for name, value in seconds.items():
-        lines.append(f"| {name} | {value / seconds[reference]:.2f} | {notes.get(name, '')} |")
+        lines.append(f"| {name} | {value / seconds[reference]:.3f} | {notes.get(name, '')} |")
     return "\n".join(lines)
 
 

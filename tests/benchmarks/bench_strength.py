@@ -1,11 +1,12 @@
 """What the `standard` and the `fast` ensemble leave standing, on models of four kinds.
 
-python tests/benchmarks/bench_strength.py [--thirdparty DIR] [--images 200] [--seeds 0 1]
+python tests/benchmarks/bench_strength.py [--thirdparty DIR] [--images 200] [--seeds 0 1] [--peer]
 
 Four models are trained on scikit-learn's digits: a standard, an l2-robust, an linf-robust and one
 by TRADES. DIR holds cifar_cnn_a_adv.pt, images.npy and labels.npy, a classifier from the
 verification literature whose robust accuracy at linf 2/255 is between 44.0 (certified) and
-50.5 (the reference AutoAttack).
+50.5 (the reference AutoAttack). With --peer torchattacks' AutoAttack (the first seed) takes the place
+of `standard`, in linf and l2, the norms it has.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchattacks
 from side_by_side import machine
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -115,21 +117,49 @@ def compare(
         print(f"| {name} | {norm} {eps:.4g} | {clean} | {' | '.join(cells)} |", flush=True)
 
 
+def torchattacks_leaves(
+    model: nn.Module, data: TensorDataset, norm: str, eps: float, seed: int
+) -> float:
+    names = {"linf": "Linf", "l2": "L2"}
+    attack = torchattacks.AutoAttack(model, norm=names[norm], eps=eps, n_classes=10, seed=seed)
+    x, y = data.tensors
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    adversarial = attack(x, y)
+    with torch.no_grad():
+        return float((right & (model(adversarial).argmax(1) == y)).float().mean())
+
+
+def compare_with_peer(
+    name: str, model: nn.Module, data: TensorDataset, balls: dict[str, float], seeds: list[int]
+) -> None:
+    for norm in ("linf", "l2"):
+        eps = balls[norm]
+        fast = [af.robust_accuracy(model, data, eps=eps, norm=norm, seed=s) for s in seeds]
+        theirs = [torchattacks_leaves(model, data, norm, eps, s) for s in seeds[:1]]
+        cells = (" ".join(f"{100 * value:.1f}" for value in found) for found in (theirs, fast))
+        clean = f"{100 * fast[0].standard:.1f}"
+        print(f"| {name} | {norm} {eps:.4g} | {clean} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--thirdparty", type=Path)
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--peer", action="store_true", help="torchattacks in place of standard")
     options = parser.parse_args()
     models, test = own_models()
     rows = TensorDataset(*(tensor[: options.images] for tensor in test.tensors))
     print(machine())
     print(f"\n{options.images} images; seeds {options.seeds}\n")
-    print("| model | ball | clean | standard | fast |\n|---|---|---|---|---|", flush=True)
+    compared = "torchattacks" if options.peer else "standard"
+    print(f"| model | ball | clean | {compared} | fast |\n|---|---|---|---|---|", flush=True)
+    run = compare_with_peer if options.peer else compare
     if options.thirdparty:
-        compare("third-party CNN", *third_party(options.thirdparty), THIRD, options.seeds)
+        run("third-party CNN", *third_party(options.thirdparty), THIRD, options.seeds)
     for name, model in models.items():
-        compare(name, model, rows, DIGITS, options.seeds)
+        run(name, model, rows, DIGITS, options.seeds)
 
 
 if __name__ == "__main__":

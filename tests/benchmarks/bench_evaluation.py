@@ -14,6 +14,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import foolbox
@@ -120,7 +121,9 @@ def compare_pgd(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) 
     compare(f"PGD-20, linf 8/255, {name}, {len(x)} images", cases, "torchattacks PGD", rounds)
 
 
-def compare_autoattack(name: str, model: nn.Module, x: Tensor, y: Tensor) -> None:
+def compare_autoattack(
+    name: str, model: nn.Module, x: Tensor, y: Tensor, versions: list[str]
+) -> None:
     def theirs() -> float:
         attack = torchattacks.AutoAttack(model, norm="Linf", eps=EPS, version="standard", seed=0)
         return resisting(model, x, y, attack)
@@ -132,13 +135,10 @@ def compare_autoattack(name: str, model: nn.Module, x: Tensor, y: Tensor) -> Non
             model, data, attack=attack, precision=precision, batch_size=BATCH, progress=False
         )
 
-    cases = {
-        "torchattacks AutoAttack": theirs,
-        "advfeat standard, float32": lambda: ours("standard", "float32"),
-        "advfeat standard, bfloat16": lambda: ours("standard", "bfloat16"),
-        "advfeat fast, float32": lambda: ours("fast", "float32"),
-        "advfeat fast, bfloat16": lambda: ours("fast", "bfloat16"),
-    }
+    cases: dict[str, Callable[[], float]] = {"torchattacks AutoAttack": theirs}
+    for version in versions:
+        for precision in ("float32", "bfloat16"):
+            cases[f"advfeat {version}, {precision}"] = partial(ours, version, precision)
     title = f"AutoAttack, linf 8/255, {name}, {len(x)} images"
     compare(title, cases, "torchattacks AutoAttack", rounds=0)
 
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--autoattack", type=int, default=0, help="images for it; slow")
+    parser.add_argument("--versions", nargs="*", default=["fast", "standard"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.art:
@@ -170,7 +171,7 @@ def main() -> None:
     compare_pgd("standard model", standard, x, y, options.rounds)
     compare_pgd("robust model", robust, x, y, options.rounds)
     if count := options.autoattack:
-        compare_autoattack("robust model", robust, x[:count], y[:count])
+        compare_autoattack("robust model", robust, x[:count], y[:count], options.versions)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ python tests/benchmarks/bench_strength.py [--thirdparty DIR] [--images 200] [--s
 Four models are trained on scikit-learn's digits: a standard, an l2-robust, an linf-robust and one
 by TRADES. DIR holds cifar_cnn_a_adv.pt, images.npy and labels.npy, a classifier from the
 verification literature whose robust accuracy at linf 2/255 is between 44.0 (certified) and
-50.5 (the reference AutoAttack). With --peer torchattacks' AutoAttack (the first seed) takes the place
-of `standard`, in linf and l2, the norms it has.
+50.5 (the reference AutoAttack). With --peer torchattacks' AutoAttack (the first seed) takes the
+place of `standard`, in linf and l2, the norms it has.
 """
 
 from __future__ import annotations

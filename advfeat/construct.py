@@ -27,6 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 from advfeat import checks, ranks, seeding, store, threat
 from advfeat._version import __version__
 from advfeat.attacks import Attack, Batch, Inversion
+from advfeat.attacks._attack import joined, taken
 from advfeat.loading import Data, Rows, Source, prefetched, with_progress
 from advfeat.model import Layer, Network, Precision, attackable, device_of, unwrapped
 from advfeat.store import Array, ConstructedDataset, Dtype, Folder
@@ -227,7 +228,7 @@ class _Maker:
                 batch = self._checked(rows)
                 attacked = self._recipe.begin(net, batch)
                 fresh = [batch, attacked, attack.init(net, attacked)]
-                pool = [_joined(*pair) for pair in zip(pool, fresh, strict=True)] if pool else fresh
+                pool = [joined(*pair) for pair in zip(pool, fresh, strict=True)] if pool else fresh
             if not pool:
                 return
             for _ in range(_LOOK):
@@ -235,9 +236,9 @@ class _Maker:
             finished = attack.finished(pool[2])
             leaving, staying = finished.nonzero().squeeze(1), (~finished).nonzero().squeeze(1)
             if len(leaving) * _PORTIONS >= size or (len(leaving) and not more):
-                batch, attacked, state = (_taken(part, leaving) for part in pool)
+                batch, attacked, state = (taken(part, leaving) for part in pool)
                 yield batch, attacked, attack.result(state)
-                pool = [_taken(part, staying) for part in pool] if len(staying) else []
+                pool = [taken(part, staying) for part in pool] if len(staying) else []
 
     def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Array]:
         net, recipe, bounds = self._net, self._recipe, self._recipe.attack.bounds
@@ -279,17 +280,6 @@ class _Maker:
     def _moved(self, inputs: Tensor) -> Tensor:
         moved = self._net.prepare(inputs.to(self._device, non_blocking=True))
         return moved.clamp_(*self._recipe.attack.bounds)
-
-
-def _taken(rows: Any, chosen: Tensor) -> Any:
-    """These rows of a NamedTuple of tensors."""
-    return type(rows)(*(field if field is None else field[chosen] for field in rows))
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """The rows of two NamedTuples of tensors."""
-    pairs = zip(first, second, strict=True)
-    return type(first)(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
 
 
 def _on_host(found: dict[str, Tensor]) -> dict[str, Array]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advfeat.attacks import Attack, Batch
-from advfeat.attacks._attack import argmax_hits
+from advfeat.attacks._attack import argmax_hits, joined, taken
 from advfeat.model import Network
 
 # The pool is refilled when this share of it is free: a row's start can cost a forward pass, and
@@ -55,8 +55,8 @@ def _standing(
 ) -> Iterator[Verdict]:
     """Pass on the rows that resisted, and set the others aside."""
     for verdict in verdicts:
-        fooled = _rows(verdict, verdict.success.nonzero().squeeze(1))
-        resisted = _rows(verdict, (~verdict.success).nonzero().squeeze(1))
+        fooled = taken(verdict, verdict.success.nonzero().squeeze(1))
+        resisted = taken(verdict, (~verdict.success).nonzero().squeeze(1))
         if len(fooled.ids):
             settled.append(fooled._replace(attack=torch.full_like(fooled.ids, place)))
         if len(resisted.ids):
@@ -89,7 +89,7 @@ def survivors(
         free = pool_size - len(ids)
         if free >= _REFILL * pool_size and (batch := queue.take(free)) is not None:
             fresh = attack.init(net, batch)
-            state = fresh if state is None else _joined(state, fresh)
+            state = fresh if state is None else joined(state, fresh)
             ids = torch.cat([ids.to(batch.ids.device), batch.ids])
         if len(ids) == 0:
             return
@@ -100,8 +100,8 @@ def survivors(
             done = attack.finished(state)
         if bool(done.any()):
             leaving, staying = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
-            yield _verdict(attack, _rows(state, leaving), ids[leaving])
-            state, ids = _rows(state, staying), ids[staying]
+            yield _verdict(attack, taken(state, leaving), ids[leaving])
+            state, ids = taken(state, staying), ids[staying]
 
 
 class _Queue:
@@ -139,11 +139,3 @@ def _settled_in_float32(attack: Attack, net: Network, state: Any, done: Tensor) 
 def _verdict(attack: Attack, state: Any, ids: Tensor) -> Verdict:
     result, nobody = attack.result(state), torch.full_like(ids, RESISTED)
     return Verdict(ids, state.inputs, state.labels, result, state.success, state.value, nobody)
-
-
-def _rows(state: Any, rows: Tensor) -> Any:
-    return type(state)(*(field[rows] for field in state))
-
-
-def _joined(first: Any, second: Any) -> Any:
-    return type(first)(*(torch.cat(pair) for pair in zip(first, second, strict=True)))

@@ -24,6 +24,17 @@ class Batch(NamedTuple):
     start: Tensor | None = None  # (N, ...) first iterate, where it is not the inputs
 
 
+def taken(rows: Any, chosen: Tensor) -> Any:
+    """These rows of a NamedTuple of tensors: a state, or a batch."""
+    return type(rows)(*(field if field is None else field[chosen] for field in rows))
+
+
+def joined(first: Any, second: Any) -> Any:
+    """The rows of two NamedTuples of tensors."""
+    pairs = zip(first, second, strict=True)
+    return type(first)(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
+
+
 class Attack(ABC):
     """Base of all attacks; a subclass is a frozen dataclass of its settings.
 

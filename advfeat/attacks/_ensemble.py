@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from advfeat import checks, seeding
 from advfeat.attacks._apgd import APGD
-from advfeat.attacks._attack import Attack, argmax_hits, checked_batch
+from advfeat.attacks._attack import Attack, argmax_hits, checked_batch, taken
 from advfeat.attacks._fab import FAB
 from advfeat.attacks._square import Square
 from advfeat.model import Precision, attackable
@@ -116,7 +116,7 @@ class AutoAttack:
             for attack in attacks:
                 if len(standing) == 0:
                     break
-                rows = type(batch)(*(field[standing] for field in batch[:3]))
+                rows = taken(batch, standing)
                 found[standing] = attack.result(attack.run(net, attack.init(net, rows)))
                 fooled = argmax_hits(net.logits(found[standing]), rows.labels, False)
                 standing = standing[~fooled]

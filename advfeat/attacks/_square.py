@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii, settled_logits
+from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii, settled_logits, taken
 from advfeat.model import Network
 from advfeat.threat import Bounds, Norm
 
@@ -115,7 +115,7 @@ class Square(Attack):
             if 8 * int(done.sum()) >= len(rows):
                 pairs = zip(state, active, strict=True)
                 state = SquareState(*(whole.index_copy(0, rows, part) for whole, part in pairs))
-                rows, active = rows[~done], SquareState(*(field[~done] for field in active))
+                rows, active = rows[~done], taken(active, ~done)
                 if len(rows) == 0:
                     break
         return state

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from advfeat import checks, engine
 from advfeat.attacks import PGD, Attack, AutoAttack, Batch, checked_batch
-from advfeat.attacks._attack import check_given
+from advfeat.attacks._attack import check_given, taken
 from advfeat.attacks._ensemble import seeded
 from advfeat.loading import Data, Source, with_progress
 from advfeat.model import Network, Precision, attackable, device_of
@@ -323,7 +323,7 @@ class CleanPass:
         """The rows on which the model is right."""
         for batch, right in self.read(net):
             if bool(right.any()):
-                yield Batch(*(field[right] for field in batch[:3]))
+                yield taken(batch, right)
 
     @property
     def index(self) -> Tensor:

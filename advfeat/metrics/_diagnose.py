@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding
 from advfeat.attacks import APGD, PGD, Attack, Batch, Square, checked_batch
+from advfeat.attacks._attack import joined, taken
 from advfeat.attacks._ensemble import seeded
 from advfeat.loading import Data, Source
 from advfeat.model import Network, attackable, device_of
@@ -207,14 +209,14 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
         fields = (rows.inputs[kept], rows.labels[kept], rows.ids[kept])
         batch = checked_batch(net, *fields, bounds)
         right = (net.logits(batch.inputs).argmax(1) == batch.labels).nonzero().squeeze(1)
-        found.append([field[right] for field in batch[:3]])
+        found.append(taken(batch, right))
         seen += len(batch.ids)
         if seen >= samples:
             break
-    batch = Batch(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-    if not len(batch.ids):
+    right_rows: Batch = functools.reduce(joined, found)
+    if not len(right_rows.ids):
         checks.fail("data", f"{seen} samples", "the model is right on none of them")
-    return batch
+    return right_rows
 
 
 def _without_gradient(net: Network, batch: Batch) -> Tensor:

@@ -291,11 +291,14 @@ def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Train
 @contextmanager
 def buffers_kept(module: nn.Module) -> Iterator[None]:
     """Put back the values of all buffers: a pass that is not to count in BatchNorm statistics."""
-    values = [(b, b.clone()) for b in module.buffers()]
+    # An expanded buffer (stride 0) cannot be written to, by anyone.
+    values = [(b, b.clone()) for b in module.buffers() if 0 not in b.stride()]
     try:
         yield
     finally:
         for buffer, value in values:
+            # Through .data: a counted write would break a graph the user holds. Always, for
+            # BatchNorm does not count its own.
             buffer.data.copy_(value)
 
 
@@ -369,14 +372,13 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
     flags = [(m, m.training) for m in module.modules()]
     wanted = [(p, p.requires_grad) for p in module.parameters()]
     owned = [(m, m._buffers.copy()) for m in module.modules()]
-    # An expanded buffer (stride 0) cannot be written to, by anyone.
-    values = [(b, b.clone()) for b in module.buffers() if 0 not in b.stride()]
     try:
         for m, _ in flags:
             m.training = m.training and train
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        yield
+        with buffers_kept(module):
+            yield
     finally:
         for m, flag in flags:
             m.training = flag
@@ -385,10 +387,6 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
         for owner, own in owned:
             owner._buffers.clear()
             owner._buffers.update(own)
-        for buffer, value in values:
-            # Through .data: a counted write would break a graph the user holds. Always, for
-            # BatchNorm does not count its own.
-            buffer.data.copy_(value)
 
 
 def _affordable(precision: Precision, module: nn.Module) -> Precision:

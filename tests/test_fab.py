@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toys import DUAL, NORMS, ORDER, SHAPES, WIDE, batch, curved, linear, predicted, sizes
 
 import advfeat as af
 from advfeat import engine
@@ -13,44 +14,6 @@ from advfeat.attacks import checked_batch
 from advfeat.attacks._fab import FAB, FABState, fab
 from advfeat.attacks._minimum_norm import to_hyperplane
 from advfeat.model import attackable
-
-NORMS = ("l1", "l2", "linf")
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
-DUAL = {"l1": np.inf, "l2": 2, "linf": 1}
-WIDE = (-100.0, 100.0)
-FEATURES = 12
-SHAPES = [(12,), (3, 4), (3, 2, 2)]
-
-
-def linear(classes=2, dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(FEATURES, classes, dtype=dtype))
-
-
-def curved(classes=4, dtype=torch.float64):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Flatten(), nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, classes)
-    ).to(dtype)
-    for parameter in net.parameters():
-        parameter.data *= 3
-    return net
-
-
-def batch(count=8, shape=(FEATURES,), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, *shape, generator=generator, dtype=dtype)
-
-
-def predicted(model, x):
-    with torch.no_grad():
-        return model(x).argmax(1)
-
-
-def sizes(x_adv, x, norm):
-    delta = (x_adv.double() - x.double()).flatten(1).numpy()
-    return np.linalg.norm(delta, ORDER[norm], axis=1)
-
 
 # --- The smallest move to a hyperplane within a box, from textbook arguments ---
 

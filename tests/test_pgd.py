@@ -9,30 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from toys import FEATURES, NORMS, ORDER, curved, linear
 
 import advfeat as af
 from advfeat import seeding, threat
 
-NORMS = ("l1", "l2", "linf")
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
-FEATURES = 12
 SHAPES = [(1, (12,)), (3, (3, 4)), (8, (3, 2, 2))]
 EPS = {"l1": 3.0, "l2": 1.0, "linf": 0.3}
-
-
-def linear(classes=2, dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(FEATURES, classes, dtype=dtype))
-
-
-def curved(classes=4, dtype=torch.float64):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Flatten(), nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, classes)
-    ).to(dtype)
-    for parameter in net.parameters():
-        parameter.data *= 3
-    return net
 
 
 class Wavy(nn.Module):

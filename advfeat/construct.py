@@ -492,8 +492,8 @@ def _manifest(model: nn.Module, source: Source, recipe: Recipe, making: Making) 
         "attack": type(attack).__name__,
         "settings": _plain({**own, **chosen, **recipe.settings(model)}),
         "rows": len(source),
-        "model": {"class": type(unwrapped(model)).__name__, "sha256": _model_fingerprint(model)},
-        "data": {"sha256": _data_fingerprint(source)},
+        "model": {"class": type(unwrapped(model)).__name__, "sha256": model_fingerprint(model)},
+        "data": {"sha256": data_fingerprint(source)},
         "versions": {
             "advfeat": __version__,
             "torch": torch.__version__,
@@ -502,7 +502,7 @@ def _manifest(model: nn.Module, source: Source, recipe: Recipe, making: Making) 
     }
 
 
-def _model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module) -> str:
     """Digest of the modules' kinds and settings and of all parameters and buffers."""
     module = unwrapped(model)
     kinds = [
@@ -513,7 +513,7 @@ def _model_fingerprint(model: nn.Module) -> str:
     return _digest([*kinds, *tensors, *tensors.values()])
 
 
-def _data_fingerprint(source: Source) -> str:
+def data_fingerprint(source: Source) -> str:
     """Digest of the row numbers and of rows spread evenly over all of them."""
     rows = source.indices
     spread = rows[:: -(-len(rows) // _LOOKED_AT)]

@@ -212,6 +212,14 @@ def training_batches(
             yield Portion(*rows, torch.arange(rank, len(chunk), ranks), len(chunk))
 
 
+def batch_count(data: Data, batch_size: int | None) -> int:
+    """Batches of an epoch of `training_batches`, counting a last one that may be too small."""
+    if isinstance(data, DataLoader) or _is_stream(data):
+        _refuse_endless(data)
+        return len(data)  # type: ignore[arg-type]
+    return -(-len(Source(data)) // (batch_size or 128))
+
+
 def row_count(data: Data) -> int | None:
     """Rows of an epoch, where that is known without reading it; a loader's to a batch."""
     if isinstance(data, DataLoader):

@@ -161,6 +161,39 @@ def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[st
     return figure
 
 
+def trainings(histories: Mapping[str, Sequence[Mapping[str, float]] | Any]) -> Figure:
+    """Loss and accuracy on the training batches over the epochs of several trainings.
+
+    Parameters
+    ----------
+    histories
+        For each model what `advfeat.fit` returned, or its ``rows``.
+
+    Examples
+    --------
+    >>> from advfeat import plots
+    >>> rows = [{"epoch": 1, "loss": 2.0, "accuracy": 0.3}]
+    >>> [axes.get_ylabel() for axes in plots.trainings({"mine": rows}).axes]
+    ['loss', 'accuracy on training batches (%)']
+    """
+    if not histories:
+        checks.fail("histories", histories, "nothing to draw")
+    figure = new_figure(9.5, 3.8)
+    panels = figure.subplots(1, 2)
+    for (name, history), style in zip(histories.items(), styles(), strict=False):
+        rows = getattr(history, "rows", history)
+        epochs = [row["epoch"] for row in rows]
+        for axes, quantity, scale in zip(panels, ("loss", "accuracy"), (1, 100), strict=True):
+            values = [scale * row[quantity] for row in rows]
+            axes.plot(epochs, values, label=name, markersize=4, **style)
+    panels[0].set(xlabel="epoch", ylabel="loss")
+    panels[1].set(xlabel="epoch", ylabel="accuracy on training batches (%)", ylim=(0, 102))
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
 def robustness_curves(
     distances: Mapping[str, Any], *, norm: str = "", largest: float | None = None
 ) -> Figure:

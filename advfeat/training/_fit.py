@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from advfeat import checks, seeding
 from advfeat.attacks import PGD
 from advfeat.attacks._attack import check_given
-from advfeat.loading import Data, Source, row_count, split
+from advfeat.loading import Data, Source, batch_count, row_count, split
 from advfeat.model import Precision, refuse_wrapped
 from advfeat.threat import Bounds, Norm
 from advfeat.training._checkpoint import Folder, refuse_another_run
@@ -75,7 +75,8 @@ def fit(
     schedule
         A scheduler, or a callable that makes one from the optimiser. Stepped every epoch (every
         batch for OneCycleLR and CyclicLR). By default the rate falls by ten at one third and two
-        thirds of the epochs, as in the paper (50 and 100 of 150).
+        thirds of the epochs, as in the paper (50 and 100 of 150). ``"one_cycle"`` is torch's
+        OneCycleLR over all epochs with its peak at ``lr``: the one for short runs.
     batch_size
         Rows to a step for a dataset, over all ranks; default 128. A last batch of a single row is
         left out. A loader has its own.
@@ -453,7 +454,7 @@ def _plan(
         batch_size=batch_size,
         augment=augment,
         optimizer=made,
-        scheduler=made_scheduler(made, schedule, epochs),
+        scheduler=made_scheduler(made, schedule, epochs, lambda: batch_count(data, batch_size)),
         precision=precision,
         options=options,
         guarded=guarded,

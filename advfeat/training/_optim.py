@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import (
 
 from advfeat import checks
 
-Schedule: TypeAlias = "LRScheduler | Callable[[Optimizer], LRScheduler]"
+Schedule: TypeAlias = "LRScheduler | Callable[[Optimizer], LRScheduler] | Literal['one_cycle']"
 OptimizerLike: TypeAlias = "Optimizer | Callable[[Any], Optimizer]"
 
 
@@ -46,11 +46,20 @@ def made_optimizer(
     return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def made_scheduler(optimizer: Optimizer, schedule: Schedule | None, epochs: int) -> LRScheduler:
-    """The schedule given, one made by the callable given, or the paper's."""
+def made_scheduler(
+    optimizer: Optimizer, schedule: Schedule | None, epochs: int, steps: Callable[[], int]
+) -> LRScheduler:
+    """The schedule given, one made by the callable given, or the paper's.
+
+    ``steps`` counts the optimiser's steps in an epoch.
+    """
     if schedule is None:
         third, two_thirds = max(1, epochs // 3), max(1, 2 * epochs // 3)
         return MultiStepLR(optimizer, sorted({third, two_thirds}), 0.1)
+    if isinstance(schedule, str):
+        checks.one_of("schedule", schedule, ("one_cycle",))
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, peaks, total_steps=epochs * steps())
     if not isinstance(schedule, LRScheduler):
         checks.function("schedule", schedule)
         schedule = schedule(optimizer)

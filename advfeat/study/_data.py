@@ -1,0 +1,78 @@
+"""The datasets of a study, as its stages need them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from advfeat import checks
+from advfeat.loading import Data, Source
+from advfeat.metrics import Accuracy
+from advfeat.model import attackable, device_of
+from advfeat.store import ConstructedDataset
+
+
+def dataset_of(argument: str, data: Data) -> Dataset[Any]:
+    """A map-style dataset, or what a loader covers of its own, in the order of its rows."""
+    source = Source(data)
+    if source.is_stream:
+        checks.fail(
+            argument, type(data).__name__, "rows are fetched by number; pass a map-style dataset"
+        )
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    if source.indices == list(range(len(dataset))):
+        return dataset  # type: ignore[no-any-return]
+    return Subset(dataset, source.indices)
+
+
+def first(data: Dataset[Any], rows: int) -> Dataset[Any]:
+    """The first rows, all where there are fewer."""
+    return Subset(data, range(min(rows, len(data))))  # type: ignore[arg-type]
+
+
+def resident(made: ConstructedDataset, model: nn.Module) -> Dataset[Any]:
+    """The set on the model's own GPU, where that has room: nothing is to be copied or waited for.
+
+    It may take a quarter of the memory that is free.
+    """
+    device = device_of(model)
+    if device.type == "cuda":
+        bytes_needed = 4 * made.fields["images"].size
+        if 4 * bytes_needed <= torch.cuda.mem_get_info(device)[0]:
+            return TensorDataset(made.images.to(device), made.labels.to(device))
+    return made
+
+
+def digits(share: Accuracy) -> str:
+    """Outcomes as text, a digit a row."""
+    return "".join("1" if right else "0" for right in share.correct.tolist())
+
+
+def share(outcomes: str) -> Accuracy:
+    """The accuracy behind outcomes as text."""
+    return Accuracy.of(torch.tensor([digit == "1" for digit in outcomes]))
+
+
+class Moved(Dataset[tuple[Tensor, Tensor]]):
+    """True inputs, labels moved on by one class: what D_det pretends."""
+
+    def __init__(self, data: Dataset[Any], model: nn.Module) -> None:
+        self._source = Source(data)
+        example = self._source.rows(self._source.indices[:1], device_of(model)).inputs
+        with attackable(model) as net:
+            self._classes = net.class_count(net.prepare(example))
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        numbers = [self._source.indices[row] for row in rows]
+        found = self._source.rows(numbers, torch.device("cpu"))
+        return list(zip(found.inputs, (found.labels + 1) % self._classes, strict=True))

@@ -1,6 +1,6 @@
 """The paper in miniature, on scikit-learn's digits: real 8x8 images, no download.
 
-    python examples/quickstart.py [--seed 0] [--out quickstart.png]
+    python examples/quickstart.py [--seed 0] [--out quickstart.png] [--report quickstart.html]
 
 A scaled-down version of "Adversarial Examples Are Not Bugs, They Are Features" (Ilyas et al. 2019):
 digits in place of CIFAR-10, a small CNN in place of ResNet-50. Measured results over several seeds,
@@ -11,28 +11,21 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 
-import advfeat as af
+from advfeat import study
 
 parser = argparse.ArgumentParser(description="The paper in miniature, on digits")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", default="quickstart.png", help="where the figure goes")
+parser.add_argument("--report", help="where a report in HTML goes, with samples of every set")
 parser.add_argument("--validate", action="store_true", help="test on 240 held out of 1437")
 options = parser.parse_args()
-seed, began = options.seed, time.perf_counter()
+began = time.perf_counter()
 
 # Pixels in [0, 1]. Every choice below was made on held-out training images: two splits of 1197 and
 # 240, one of them that of --validate. The test images are looked at once, at the end.
@@ -47,15 +40,9 @@ learn, judge = (
 train = TensorDataset(images[learn], labels[learn])
 test = TensorDataset(images[judge], labels[judge])
 
-EPS = 0.5  # robust accuracy is measured in this l2 ball
-TRAINING_EPS = 1.0  # the robust model learns in this one
-TARGETED_EPS = 1.0  # D_det and D_rand move within this one
-BATCH = 64
 
-
-def network(number: int) -> nn.Module:
-    """A small CNN with weights of its own."""
-    torch.manual_seed(1000 * seed + number)
+def network() -> nn.Module:
+    """A small CNN."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1, bias=False),
         nn.BatchNorm2d(32),
@@ -86,86 +73,49 @@ def shift_each(x: Tensor) -> Tensor:
     return padded[rows, 0, (dy + eight)[:, :, None], (dx + eight)[:, None, :]][:, None]
 
 
-def one_cycle(lr: float, epochs: int) -> Callable[[Optimizer], LRScheduler]:
-    return lambda optimizer: OneCycleLR(optimizer, lr, total_steps=epochs * -(-len(train) // BATCH))
-
-
-# 1. A standard model, and one trained on adversarial examples.
-standard = network(1)
-af.fit(
-    standard, train, epochs=15, batch_size=BATCH, schedule=one_cycle(0.1, 15),
-    augment=shift_batch, seed=seed,
+inverted, targeted = {"steps": 50, "step_size": 0.1}, {"eps": 1.0, "steps": 20}
+each, together = {"epochs": 20, "augment": shift_each}, {"epochs": 20}
+recipe = study.Recipe(
+    standard={
+        "epochs": 15, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle", "augment": shift_batch
+    },
+    robust={"eps": 1.0, "steps": 3, "step_size": 0.5, "epochs": 25, "augment": shift_each},
+    sets={
+        "D_R": inverted,
+        "D_NR": inverted,
+        "D_rand": targeted,
+        "D_det": targeted,
+        "D_det control": targeted,  # from the robust model
+    },
+    fresh={
+        "D_R": each,
+        "D_NR": each,
+        "D_rand": {**together, "lr": 0.02},
+        "D_det": together,
+        "D_det control": together,
+    },
+    measured={"steps": 20},
 )  # fmt: skip
-robust = network(2)
-af.adversarial_fit(
-    robust, train, eps=TRAINING_EPS, norm="l2", steps=3, step_size=TRAINING_EPS / 2, epochs=25,
-    batch_size=BATCH, schedule=one_cycle(0.1, 25), augment=shift_each, seed=seed,
-)  # fmt: skip
 
-# 2. Five sets, made from these models and the training images. In the last four every image is
-# within TARGETED_EPS of the original and labelled as the class it was moved towards.
-d_r = af.construct_robust_dataset(robust, train, steps=50, step_size=0.1, seed=seed)
-d_nr = af.construct_nonrobust_dataset(standard, train, steps=50, step_size=0.1, seed=seed)
-d_det = af.construct_det_dataset(standard, train, eps=TARGETED_EPS, steps=20)
-d_rand = af.construct_rand_dataset(standard, train, eps=TARGETED_EPS, steps=20, seed=seed)
-control = af.construct_det_dataset(robust, train, eps=TARGETED_EPS, steps=20)
+# Two models, five sets made from them, a fresh model on each set, all measured on true test images.
+found = study.run(
+    network, train, test, eps=0.5, norm="l2", at=[0.5], recipe=recipe, seed=options.seed
+)
+print(found.table("markdown"))
+print(f"\nseed {options.seed}, {len(test)} test images, {time.perf_counter() - began:.0f} s")
 
-# 3. A fresh model on each set, trained in the standard way, and the table: on real test images
-# with their true labels.
-sets = {
-    "D_R": (d_r, 0.1, shift_each, "robust features suffice for robustness"),
-    "D_NR": (d_nr, 0.1, shift_each, "accurate without robust features"),
-    "D_rand": (d_rand, 0.02, shift_batch, "non-robust features generalise"),
-    "D_det": (d_det, 0.1, shift_batch, "... even against the robust ones"),
-    "D_det control": (control, 0.1, shift_batch, "from the robust model: they do not"),
+meaning = {
+    "standard": "accurate, not robust",
+    "robust": "adversarial training",
+    "D_R": "robust features suffice for robustness",
+    "D_NR": "accurate without robust features",
+    "D_rand": "non-robust features generalise",
+    "D_det": "... even against the robust ones",
+    "D_det control": "from the robust model: they do not",
 }
-models = {"standard": standard, "robust": robust}
-meaning = {"standard": "accurate, not robust", "robust": "adversarial training"}
-for name, (dataset, lr, shift, says) in sets.items():
-    models[name], meaning[name] = network(3), says
-    af.fit(
-        models[name], dataset, epochs=20, batch_size=BATCH, schedule=one_cycle(lr, 20),
-        augment=shift, seed=seed,
-    )  # fmt: skip
-
-measured = {
-    name: af.robust_accuracy(model, test, eps=EPS, norm="l2", steps=20)
-    for name, model in models.items()
-}
-print(f"| trained on | accuracy | robust accuracy, l2 {EPS} | what it shows |")
-print("|---|---|---|---|")
-for name, result in measured.items():
-    clean = f"{100 * result.standard:.1f}"
-    print(f"| {name} | {clean} | {100 * result:.1f} | {meaning[name]} |")
-print(f"\nseed {seed}, {len(test)} test images, {time.perf_counter() - began:.0f} s")
-
-# 4. The figure: what was measured, and what the sets look like.
-figure = plt.figure(figsize=(9.5, 7), layout="constrained")
-panels = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.1, 1])
-axes = panels[0, 0].subplots()
-places = torch.arange(len(measured)).numpy()
-heights = [[100 * r.standard for r in measured.values()], [100 * r for r in measured.values()]]
-axes.bar(places - 0.2, heights[0], 0.38, label="accuracy", color="#56B4E9", edgecolor="black")
-axes.bar(
-    places + 0.2, heights[1], 0.38, label=f"robust accuracy, l2 {EPS}", color="#D55E00",
-    edgecolor="black", hatch="//",
-)  # fmt: skip
-for height, offset in zip(heights, (-0.2, 0.2), strict=True):
-    for place, value in zip(places, height, strict=True):
-        axes.text(place + offset, value + 1.5, f"{value:.0f}", ha="center", fontsize=9)
-axes.axhline(10, color="black", linewidth=0.8, linestyle=":", label="chance")
-axes.set_xticks(places, list(measured))
-axes.set(ylim=(0, 118), ylabel="% of test images", xlabel="trained on")
-axes.legend(ncols=3, loc="upper center", frameon=False)
-
-columns: dict[str, Dataset[Any]] = {"original": train}
-columns |= {name: entry[0] for name, entry in sets.items()}
-grid = panels[1, 0].subplots(2, len(columns))
-for column, (name, shown) in enumerate(columns.items()):
-    for axis, row in zip(grid[:, column], (3, 4), strict=True):  # two training images
-        picture, label = shown[row]
-        axis.imshow(picture[0], cmap="gray", vmin=0, vmax=1)
-        axis.set(xticks=[], yticks=[], xlabel=f"label {int(label)}")
-    grid[0, column].set_title(name, fontsize=10)
-figure.savefig(options.out, dpi=110)
+print("\n".join(f"{name:14}{says}" for name, says in meaning.items()))
+found.plot().savefig(options.out, dpi=110)
 print(f"figure: {options.out}")
+if options.report:
+    found.save_report(options.report)
+    print(f"report: {options.report}")

@@ -144,7 +144,7 @@ class Recipe:
         plain = {"augment": None, "epochs": 16, "lr": 0.1}
         return cls(
             standard={"epochs": 12, "lr": 0.2, "schedule": "one_cycle", "augment": augment},
-            robust={"steps": 3, "step_size": eps / 2, "epochs": 8},
+            robust={"steps": 3, "step_size": eps / 2, "epochs": 7},
             sets={
                 "D_R": inversion,
                 "D_NR": inversion,
@@ -153,8 +153,6 @@ class Recipe:
                 "D_det control": targeted,
             },
             fresh={
-                "D_R": {"epochs": 16},
-                "D_NR": {"epochs": 16},
                 "D_rand": {**plain, "lr": 0.02},
                 "D_det": plain,
                 "D_det control": plain,

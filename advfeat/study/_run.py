@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -145,18 +145,22 @@ def run(
         seed=seed,
     )
     todo = work.order()
-    wanted = list(todo if stages is None else stages)
-    for name in wanted:
-        checks.one_of("stages", name, tuple(todo))
-    for name in wanted:
+    for name in work.needed(todo if stages is None else stages):
         began = time.perf_counter()
-        todo[name]()
+        todo[name].work()
         if on_stage is not None and work.stages.is_first:
             on_stage(name, time.perf_counter() - began)
     study = Study(work)
     if work.stages.folder is not None and work.stages.is_first:
         study.save_report(work.stages.folder / "report.html")
     return study
+
+
+class Stage(NamedTuple):
+    """A piece of the study, and the stages that it starts from."""
+
+    work: Callable[[], object]
+    after: list[str]
 
 
 @dataclass(kw_only=True)
@@ -201,18 +205,37 @@ class Work:
         """Of the models."""
         return ["standard", "robust", *self.recipe.sets]
 
-    def order(self) -> dict[str, Callable[[], object]]:
+    @property
+    def leaking(self) -> list[str]:
+        """The sets that robust features may leak into (Goh)."""
+        return [name for name in self.recipe.sets if name in TARGETED]
+
+    def order(self) -> dict[str, Stage]:
         """The paper, stage by stage."""
-        sets = list(self.recipe.sets)
+        sets = self.recipe.sets
         return {
-            "train standard": partial(self.trained, "standard"),
-            "train robust": partial(self.trained, "robust"),
-            **{f"make {name}": partial(self.made, name) for name in sets},
-            **{f"train on {name}": partial(self.trained, name) for name in sets},
-            **{f"measure {name}": partial(self.measured, name) for name in self.names},
-            "transfer": self.transferred,
-            "leakage": self.leaked,
+            "train standard": Stage(partial(self.trained, "standard"), []),
+            "train robust": Stage(partial(self.trained, "robust"), []),
+            **{f"make {n}": Stage(partial(self.made, n), [training(SOURCES[n])]) for n in sets},
+            **{f"train on {n}": Stage(partial(self.trained, n), [f"make {n}"]) for n in sets},
+            **{f"measure {n}": Stage(partial(self.measured, n), [training(n)]) for n in self.names},
+            "transfer": Stage(self.transferred, [training(n) for n in self.names]),
+            "leakage": Stage(self.leaked, [f"make {n}" for n in self.leaking]),
         }
+
+    def needed(self, stages: Iterable[str]) -> list[str]:
+        """These stages and what they need, in order."""
+        order, found = self.order(), set[str]()
+
+        def add(stage: str) -> None:
+            checks.one_of("stages", stage, tuple(order))
+            for before in order[stage].after:
+                add(before)
+            found.add(stage)
+
+        for stage in stages:
+            add(stage)
+        return [stage for stage in order if stage in found]
 
     # --- Stages: each is done once, and gives what it found as plain values ---
 
@@ -272,10 +295,9 @@ class Work:
 
     def leaked(self) -> dict[str, Any]:
         """How much of the targeted sets provably robust linear features explain."""
-        sets = [name for name in self.recipe.sets if name in ("D_rand", "D_det")]
-        settings = {"sets": [self._behind_set(name) for name in sets]}
+        settings = {"sets": [self._behind_set(name) for name in self.leaking]}
         found: dict[str, Any] = self._once(
-            "leakage", settings, lambda: {name: self._leak(name) for name in sets}, alone=True
+            "leakage", settings, lambda: {n: self._leak(n) for n in self.leaking}, alone=True
         )
         return found
 

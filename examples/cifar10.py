@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from advfeat import study
+from advfeat.training import Options
 
 parser = argparse.ArgumentParser(description="The paper on CIFAR-10")
 parser.add_argument("--data", type=Path, required=True)
@@ -108,42 +110,56 @@ def resnet18() -> nn.Module:
     return ResNet(64, (2, 2, 2, 2))  # 11 M weights
 
 
+def recipe(options: argparse.Namespace) -> study.Recipe:
+    chosen = study.Recipe.paper()
+    if options.budget == "small":
+        chosen = study.Recipe.short(eps=0.5, rows=16_000)
+    if options.device.startswith("cuda"):
+        compiled = {**chosen.standard, "options": Options(compile=True)}
+        chosen = replace(chosen, standard=compiled, measured={"compile": True})
+    return chosen if options.epochs is None else chosen.with_epochs(options.epochs)
+
+
+def run(
+    options: argparse.Namespace, stages: list[str] | None
+) -> tuple[study.Study, TensorDataset, TensorDataset]:
+    """The study, and training and test images, on the device from the beginning."""
+    small, arrays = options.budget == "small", read(options.data)
+
+    def part(name: str, count: int) -> TensorDataset:
+        count = options.rows or count
+        images = torch.tensor(arrays[f"x_{name}"][:count]).to(options.device).float() / 255
+        labels = torch.tensor(arrays[f"y_{name}"][:count], dtype=torch.int64)
+        return TensorDataset(images, labels.to(options.device))
+
+    train = part("train", 25_000 if small else 50_000)
+    test = part("test", 2_000 if small else 10_000)
+    found = study.run(
+        small_resnet if small else resnet18,
+        train,
+        test,
+        eps=0.5,
+        norm="l2",
+        recipe=recipe(options),
+        out=options.out,
+        stages=stages,
+        seed=options.seed,
+        precision=options.precision,
+        device=options.device,
+        on_stage=lambda name, seconds: print(f"{name}: {seconds:.0f} s", flush=True),
+    )
+    return found, train, test
+
+
 def main() -> None:
     options = parser.parse_args()
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
         if options.device == "cuda":
             torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    small = options.budget == "small"
-    used = {"train": 25_000 if small else 50_000, "test": 2_000 if small else 10_000}
-    arrays = read(options.data)
-    sets = {}
-    for part, count in used.items():
-        count = options.rows or count
-        images = torch.tensor(arrays[f"x_{part}"][:count]).to(options.device).float() / 255
-        labels = torch.tensor(arrays[f"y_{part}"][:count].astype(np.int64)).to(options.device)
-        sets[part] = TensorDataset(images, labels)
-    found = study.run(
-        small_resnet if small else resnet18,
-        sets["train"],
-        sets["test"],
-        eps=0.5,
-        norm="l2",
-        recipe=recipe(small, options.epochs),
-        out=options.out,
-        stages=options.stages,
-        seed=options.seed,
-        precision=options.precision,
-        device=options.device,
-        on_stage=lambda name, seconds: print(f"{name}: {seconds:.0f} s", flush=True),
-    )
+    found, _, _ = run(options, options.stages)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"\n{found.table('markdown')}\n\nreport: {options.out / 'report.html'}")
-
-
-def recipe(small: bool, epochs: int | None) -> study.Recipe:
-    chosen = study.Recipe.short(eps=0.5, rows=16_000) if small else study.Recipe.paper()
-    return chosen if epochs is None else chosen.with_epochs(epochs)
 
 
 if __name__ == "__main__":

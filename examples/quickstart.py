@@ -2,6 +2,8 @@
 
     python examples/quickstart.py [--seed 0] [--out quickstart.png] [--report quickstart.html]
 
+Writes a figure of the accuracies, and a report with samples of every set, settings and times.
+
 A scaled-down version of "Adversarial Examples Are Not Bugs, They Are Features" (Ilyas et al. 2019):
 digits in place of CIFAR-10, a small CNN in place of ResNet-50. Measured results over several seeds,
 and which of the paper's statements hold here, are in docs/results.md.
@@ -22,7 +24,7 @@ from advfeat import study
 parser = argparse.ArgumentParser(description="The paper in miniature, on digits")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", default="quickstart.png", help="where the figure goes")
-parser.add_argument("--report", help="where a report in HTML goes, with samples of every set")
+parser.add_argument("--report", default="quickstart.html", help="where the report goes")
 parser.add_argument("--validate", action="store_true", help="test on 240 held out of 1437")
 options = parser.parse_args()
 began = time.perf_counter()
@@ -115,7 +117,5 @@ meaning = {
 }
 print("\n".join(f"{name:14}{says}" for name, says in meaning.items()))
 found.plot().savefig(options.out, dpi=110)
-print(f"figure: {options.out}")
-if options.report:
-    found.save_report(options.report)
-    print(f"report: {options.report}")
+found.save_report(options.report)
+print(f"figure: {options.out}, report: {options.report}")

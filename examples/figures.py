@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,6 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from torch.utils.data import Subset, TensorDataset
 
 import advfeat as af
@@ -102,21 +99,17 @@ def shifted(x: Tensor) -> Tensor:
     return padded[rows, 0, (dy + eight)[:, :, None], (dx + eight)[:, None, :]][:, None]
 
 
-def recipe(data: Any, epochs: int, lr: float = 0.1) -> dict[str, Any]:
+def recipe(epochs: int) -> dict[str, Any]:
     """The options of every training here: one cycle of the rate, batches of 64, small shifts."""
-
-    def one_cycle(optimizer: Optimizer) -> LRScheduler:
-        return OneCycleLR(optimizer, lr, total_steps=epochs * math.ceil(len(data) / 64))
-
     return {
-        "epochs": epochs, "batch_size": 64, "schedule": one_cycle, "augment": shifted,
-        "seed": seed, "progress": False,
+        "epochs": epochs, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle",
+        "augment": shifted, "seed": seed, "progress": False,
     }  # fmt: skip
 
 
 def fitted(name: str, data: Any, number: int, epochs: int = 20) -> nn.Module:
     model = network(name, number)
-    af.fit(model, data, **recipe(data, epochs))
+    af.fit(model, data, **recipe(epochs))
     return model
 
 
@@ -125,7 +118,7 @@ def robustly_fitted(data: Any, eps: float, number: int, epochs: int = 25) -> nn.
         return fitted("CNN", data, number)
     model = network("CNN", number)
     af.adversarial_fit(
-        model, data, eps=eps, norm="l2", steps=3, step_size=eps / 2, **recipe(data, epochs)
+        model, data, eps=eps, norm="l2", steps=3, step_size=eps / 2, **recipe(epochs)
     )
     return model
 
@@ -145,7 +138,7 @@ held_out = Subset(train, range(200))
 standard, robust = network("CNN", 1), network("CNN", 2)
 history = af.adversarial_fit(
     robust, Subset(train, range(200, len(train))), eps=MOVED, norm="l2", steps=3,
-    step_size=MOVED / 2, validation=held_out, **recipe(range(200, len(train)), 25),
+    step_size=MOVED / 2, validation=held_out, **recipe(25),
 )  # fmt: skip
 show("curves", history.rows[-1], plots.curves(history))
 standard, robust = fitted("CNN", train, 1), robustly_fitted(train, MOVED, 2)

@@ -78,7 +78,7 @@ class Study:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self.settings: dict[str, Any] = work.identity()
+        self.settings = work.identity
         records = {name: work.stages.record(name) for name in work.order()}
         done = {name: record for name, record in records.items() if record is not None}
         self.seconds: dict[str, float] = {name: each["seconds"] for name, each in done.items()}

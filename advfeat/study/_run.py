@@ -198,7 +198,8 @@ class Work:
         self.seed = self.stages.seed(self.seed)
         self._models: dict[str, nn.Module] = {}
         self._sets: dict[str, ConstructedDataset] = {}
-        self.stages.begin(self.identity())
+        self.identity = self._identity()
+        self.stages.begin(self.identity)
 
     @property
     def names(self) -> list[str]:
@@ -386,7 +387,7 @@ class Work:
 
     # --- What was asked, for the folder to recognise ---
 
-    def identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """What all stages share."""
         untrained = self._fresh("standard").cpu()
         found: dict[str, Any] = _plain(

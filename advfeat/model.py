@@ -205,12 +205,12 @@ class Network:
         forwards = folding.folded(self._module)
         if not forwards:
             return {}
-        rows = inputs.detach()[:2]
+        row = inputs.detach()[:1]
         devices = [inputs.device] if inputs.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
-            own = logits_of(self._call(function, rows, low_precision=False))
+            own = logits_of(self._call(function, row, low_precision=False))
             with folding.answering(forwards):
-                found = logits_of(self._call(function, rows, low_precision=False))
+                found = logits_of(self._call(function, row, low_precision=False))
         if not (isinstance(own, Tensor) and isinstance(found, Tensor)):
             return {}
         apart, size = (found - own).abs().max(), own.abs().max()
@@ -286,7 +286,7 @@ class Trainee(nn.Module):
 
 @contextmanager
 def trainable(
-    module: nn.Module, *, precision: Precision = "float32", compiled: bool = False
+    module: nn.Module, *, precision: Precision = "float32", compile: bool = False
 ) -> Iterator[Trainee]:
     """Put a module in training mode, yield its `Trainee`, and leave its flags as they were.
 
@@ -301,7 +301,7 @@ def trainable(
         if module not in _contiguous_only:
             _reformat(weights, torch.channels_last)
             _in_channels_last[module] = weights
-        called: Any = torch.compile(module) if compiled else module
+        called: Any = torch.compile(module) if compile else module
         yield Trainee(Network(called, _affordable(precision, module)))
     finally:
         for m, flag in flags:

@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--peer", action="store_true", help="torchattacks in place of standard")
+    parser.add_argument("--only", nargs="+", help="of the four own models")
     parser.add_argument("--norms", nargs="+", default=["linf", "l2", "l1"])
     parser.add_argument("--art", type=Path, help="where ART is; ART in place of standard")
     options = parser.parse_args()
@@ -200,8 +201,8 @@ def main() -> None:
     digits, third = ({n: balls[n] for n in options.norms} for balls in (DIGITS, THIRD))
     if options.thirdparty:
         run("third-party CNN", *third_party(options.thirdparty), third, options.seeds)
-    for name, model in models.items():
-        run(name, model, rows, digits, options.seeds)
+    for name in options.only or models:
+        run(name, models[name], rows, digits, options.seeds)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from advfeat import checks, threat
+from advfeat import checks, folding, threat
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 Layer: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor] | None
@@ -26,6 +26,8 @@ _contiguous_only: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _in_channels_last: weakref.WeakKeyDictionary[nn.Module, list[nn.Parameter]] = (
     weakref.WeakKeyDictionary()
 )
+# A folded BatchNorm may differ by rounding, as a share of the largest output; bfloat16 has 4e-3.
+_ROUNDING = 1e-3
 # Size at which a row's gradient goes backward through a float16 model, which holds 6e-8 to 65504.
 _HALF_SCALE = 64.0
 
@@ -50,8 +52,11 @@ class Network:
         precision: Precision = "float32",
         layer: Layer = None,
         compile: bool = False,
+        fold: bool = False,
     ) -> None:
         self._module = module
+        self._fold = fold
+        self._folded: dict[object, folding.Forwards] = {}  # by the function that is called
         self._logits_call = _Compiled(module) if compile else module
         self._layer = layer
         tensors = itertools.chain(module.parameters(), module.buffers())
@@ -174,8 +179,14 @@ class Network:
     ) -> object:
         if self._dtype is not None and not low_precision:
             inputs = inputs.to(self._dtype)
+        if self._fold and low_precision and function not in self._folded:
+            self._folded[function] = self._checked_folding(function, inputs)
+        forwards = self._folded.get(function, {}) if low_precision else {}
         # Set either way: the user's own autocast does not decide the attack's precision.
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=low_precision):
+        with (
+            folding.answering(forwards),
+            torch.autocast(inputs.device.type, torch.bfloat16, enabled=low_precision),
+        ):
             if inputs.is_contiguous():
                 return function(inputs)
             try:
@@ -186,6 +197,24 @@ class Network:
                 _contiguous_only.add(self._module)
                 _reformat(_in_channels_last.pop(self._module, []), torch.contiguous_format)
                 return function(inputs.contiguous())
+
+    def _checked_folding(
+        self, function: Callable[[Tensor], object], inputs: Tensor
+    ) -> folding.Forwards:
+        """Forwards with BatchNorms folded in, if the function then gives the same in float32."""
+        forwards = folding.folded(self._module)
+        if not forwards:
+            return {}
+        row = inputs.detach()[:1]
+        devices = [inputs.device] if inputs.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            own = logits_of(self._call(function, row, low_precision=False))
+            with folding.answering(forwards):
+                found = logits_of(self._call(function, row, low_precision=False))
+        if not (isinstance(own, Tensor) and isinstance(found, Tensor)):
+            return {}
+        apart, size = (found - own).abs().max(), own.abs().max()
+        return forwards if bool(apart <= _ROUNDING * size) else {}
 
     def _memory_format(self, inputs: Tensor) -> torch.memory_format:
         fits = inputs.ndim == 4 and self._has_convolution
@@ -211,7 +240,8 @@ def attackable(
         Any module; a DataParallel or DistributedDataParallel wrapper is taken off.
     precision
         ``"bfloat16"`` takes gradients under autocast where the hardware computes in bfloat16, and
-        warns and stays in float32 where it does not.
+        warns and stays in float32 where it does not. BatchNorm is then folded into the
+        convolution before it, where that is sure to give the same.
     layer
         Where `Network.features` looks: a module's name or the module (its output), a callable
         of the inputs, or None for the input of the Linear that is called last.
@@ -227,7 +257,8 @@ def attackable(
     layer = find_layer(module, layer)
     # Not in the user's inference mode: its tensors could not enter a gradient.
     with torch.inference_mode(False), torch.no_grad(), _frozen(module, train=train):
-        yield Network(module, _affordable(precision, module), layer, compile)
+        fold = not (train or compile)  # a compiler does it itself
+        yield Network(module, _affordable(precision, module), layer, compile, fold)
 
 
 class Trainee(nn.Module):
@@ -255,7 +286,7 @@ class Trainee(nn.Module):
 
 @contextmanager
 def trainable(
-    module: nn.Module, *, precision: Precision = "float32", compiled: bool = False
+    module: nn.Module, *, precision: Precision = "float32", compile: bool = False
 ) -> Iterator[Trainee]:
     """Put a module in training mode, yield its `Trainee`, and leave its flags as they were.
 
@@ -270,7 +301,7 @@ def trainable(
         if module not in _contiguous_only:
             _reformat(weights, torch.channels_last)
             _in_channels_last[module] = weights
-        called: Any = torch.compile(module) if compiled else module
+        called: Any = torch.compile(module) if compile else module
         yield Trainee(Network(called, _affordable(precision, module)))
     finally:
         for m, flag in flags:

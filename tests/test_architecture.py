@@ -20,7 +20,7 @@ FLOORS = [
     {"threat"},
     {"losses"},
     {"checks"},
-    {"seeding", "ranks"},
+    {"seeding", "ranks", "folding"},
     {"plots"},
     {"model"},
     {"loading"},

@@ -72,7 +72,7 @@ class AutoAttack:
                 )
             return (
                 APGD(**ball, steps=20, returns="first"),
-                APGD(**ball, steps=40, loss="dlr", targets=4, returns="first"),
+                APGD(**ball, steps=50, loss="dlr", targets=4, returns="first"),
                 FAB(**ball, steps=10, targets=4).until_fooled(),
             )
         targets, restarts = (5, 5) if sparse else (9, 1)

@@ -115,7 +115,7 @@ class Run:
         """All epochs that are left; the model is then as it is to be used."""
         plan, options = self._plan, self._plan.options
         total = row_count(plan.data)
-        with trainable(plan.model, precision=plan.precision, compiled=options.compile) as trainee:
+        with trainable(plan.model, precision=plan.precision, compile=options.compile) as trainee:
             if options.ema:
                 self._average = Average(plan.model, options.ema, plan.precision)
             if plan.guarded:

@@ -24,7 +24,7 @@ import advfeat as af
 from advfeat.attacks import Batch, Inversion
 from advfeat.model import Precision, attackable
 
-BATCH, STEPS, ROUNDS = 32, 50, 3
+BATCH, STEPS, ROUNDS = 32, 100, 2
 EPS, STEP_SIZE = 0.5, 0.1
 
 

@@ -1,6 +1,6 @@
 """Robust accuracy beside foolbox, torchattacks and ART: time and verdict on the same work.
 
-python tests/benchmarks/bench_evaluation.py CIFAR.npz --cache DIR [--art DIR] [--autoattack]
+python tests/benchmarks/bench_evaluation.py CIFAR.npz --cache DIR [--art DIR] [--autoattack N]
 
 CIFAR.npz holds x_train, y_train, x_test, y_test (uint8, N x 32 x 32 x 3). Two small ResNets, a
 standard and an linf-robust one, are trained once and kept in DIR. ART pins old packages: install
@@ -11,7 +11,9 @@ one process; robust accuracies are of the same images.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -105,8 +107,10 @@ def compare(title: str, cases: dict[str, Callable[[], float]], reference: str, r
 
         return go
 
-    seconds = side_by_side({n: recorded(n, run) for n, run in cases.items()}, rounds)
-    notes = {n: f"{100 * v:.1f}% robust" for n, v in verdicts.items()}
+    # One thread: its own seconds, which a busy machine disturbs less.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds = side_by_side({n: recorded(n, run) for n, run in cases.items()}, rounds, clock)
+    notes = {n: f"{100 * v:.1f}% robust, {seconds[n]:.1f} s" for n, v in verdicts.items()}
     print(f"\n{title}\n\n{table(seconds, reference, notes)}", flush=True)
 
 
@@ -121,12 +125,52 @@ def compare_pgd(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) 
     compare(f"PGD-20, linf 8/255, {name}, {len(x)} images", cases, "torchattacks PGD", rounds)
 
 
+def torchattacks_at_100(model: nn.Module) -> Callable[..., Tensor]:
+    """torchattacks' AutoAttack, its four attacks with the published number of steps."""
+    ball = {"norm": "Linf", "eps": EPS, "seed": 0}
+    return torchattacks.MultiAttack(
+        [
+            torchattacks.APGD(model, **ball, steps=100, loss="ce"),
+            torchattacks.APGDT(model, **ball, steps=100, n_classes=10),
+            torchattacks.FAB(model, **ball, steps=100, multi_targeted=True, n_classes=10),
+            torchattacks.Square(model, **ball, n_queries=5000),
+        ]
+    )
+
+
+def reference(model: nn.Module) -> Callable[..., Tensor]:
+    from autoattack import AutoAttack as Reference
+
+    attack = Reference(model, norm="Linf", eps=EPS, seed=0, verbose=False, device="cpu")
+    return lambda x, y: attack.run_standard_evaluation(x, y, bs=BATCH)
+
+
+def art_autoattack(model: nn.Module) -> Callable[..., Tensor]:
+    """ART's own choice of attacks: APGD and DLR-APGD of 5 restarts, DeepFool, Square of 5."""
+    sys.modules.setdefault("multiprocess", multiprocessing)  # imported for several processes only
+    from art.attacks.evasion import AutoAttack as Theirs
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0, 1), device_type="cpu"
+    )
+    attack = Theirs(classifier, eps=EPS, eps_step=2 * EPS, batch_size=BATCH)
+    return lambda x, y: torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+
+PEERS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
+    "torchattacks AutoAttack": lambda model: torchattacks.AutoAttack(model, eps=EPS, seed=0),
+    "torchattacks, 100 steps": torchattacks_at_100,
+    "reference AutoAttack": reference,
+    "ART AutoAttack": art_autoattack,
+}
+
+
 def compare_autoattack(
-    name: str, model: nn.Module, x: Tensor, y: Tensor, versions: list[str]
+    name: str, model: nn.Module, x: Tensor, y: Tensor, versions: list[str], peers: list[str]
 ) -> None:
-    def theirs() -> float:
-        attack = torchattacks.AutoAttack(model, norm="Linf", eps=EPS, version="standard", seed=0)
-        return resisting(model, x, y, attack)
+    def theirs(peer: str) -> float:
+        return resisting(model, x, y, PEERS[peer](model))
 
     def ours(version: str, precision: str) -> float:
         attack = AutoAttack(eps=EPS, norm="linf", version=version, seed=0)
@@ -135,12 +179,11 @@ def compare_autoattack(
             model, data, attack=attack, precision=precision, batch_size=BATCH, progress=False
         )
 
-    cases: dict[str, Callable[[], float]] = {"torchattacks AutoAttack": theirs}
+    cases: dict[str, Callable[[], float]] = {peer: partial(theirs, peer) for peer in peers}
     for version in versions:
         for precision in ("float32", "bfloat16"):
             cases[f"advfeat {version}, {precision}"] = partial(ours, version, precision)
-    title = f"AutoAttack, linf 8/255, {name}, {len(x)} images"
-    compare(title, cases, "torchattacks AutoAttack", rounds=0)
+    compare(f"AutoAttack, linf 8/255, {name}, {len(x)} images", cases, peers[0], rounds=0)
 
 
 def main() -> None:
@@ -148,30 +191,34 @@ def main() -> None:
     parser.add_argument("cifar", type=Path)
     parser.add_argument("--cache", type=Path, default=Path("."))
     parser.add_argument("--art", type=Path)
-    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--reference", type=Path, help="a clone of github.com/fra31/auto-attack")
+    parser.add_argument("--images", type=int, default=512, help="images for PGD-20; 0: leave it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--autoattack", type=int, default=0, help="images for it; slow")
     parser.add_argument("--versions", nargs="*", default=["fast", "standard"])
+    parser.add_argument("--models", nargs="*", default=["standard", "robust"])
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["torchattacks AutoAttack"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.art:
         sys.path.append(str(options.art))
         import art  # noqa: F401
+    sys.path.append(str(options.reference))
     torch.manual_seed(0)
-    x, y = test_images(options.cifar, options.images)
-    standard = standard_model(options.cifar, options.cache)
-    robust = robust_model(options.cifar, options.cache)
-    for model in (standard, robust):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)  # the peers would take weight gradients too
+    x, y = test_images(options.cifar, max(options.images, options.autoattack))
+    trained = {"standard": standard_model, "robust": robust_model}
+    models = {name: trained[name](options.cifar, options.cache) for name in options.models}
     print(machine())
-    print(
-        f"clean: standard {af.accuracy(standard, [(x, y)])}, robust {af.accuracy(robust, [(x, y)])}"
-    )
-    compare_pgd("standard model", standard, x, y, options.rounds)
-    compare_pgd("robust model", robust, x, y, options.rounds)
+    for name, model in models.items():
+        model.requires_grad_(False)  # the peers would take weight gradients too
+        print(f"clean: {name} {af.accuracy(model, [(x, y)])}")
+    if count := options.images:
+        for name, model in models.items():
+            compare_pgd(f"{name} model", model, x[:count], y[:count], options.rounds)
     if count := options.autoattack:
-        compare_autoattack("robust model", robust, x[:count], y[:count], options.versions)
+        for name, model in models.items():
+            rows = x[:count], y[:count]
+            compare_autoattack(f"{name} model", model, *rows, options.versions, options.peers)
 
 
 if __name__ == "__main__":

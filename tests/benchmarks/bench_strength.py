@@ -6,13 +6,19 @@ Four models are trained on scikit-learn's digits: a standard, an l2-robust, an l
 by TRADES. DIR holds cifar_cnn_a_adv.pt, images.npy and labels.npy, a classifier from the
 verification literature whose robust accuracy at linf 2/255 is between 44.0 (certified) and
 50.5 (the reference AutoAttack). With --peer torchattacks' AutoAttack (the first seed) takes the
-place of `standard`, in linf and l2, the norms it has.
+place of `standard`, in linf and l2, the norms it has. With --art DIR so does ART's, DIR being where
+it is installed (`pip install --no-deps --target DIR adversarial-robustness-toolbox six`).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -117,26 +123,55 @@ def compare(
         print(f"| {name} | {norm} {eps:.4g} | {clean} | {' | '.join(cells)} |", flush=True)
 
 
-def torchattacks_leaves(
-    model: nn.Module, data: TensorDataset, norm: str, eps: float, seed: int
-) -> float:
+Peer: TypeAlias = Callable[[nn.Module, Tensor, Tensor, str, float, int], Tensor]
+
+
+def by_torchattacks(
+    model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, seed: int
+) -> Tensor:
     names = {"linf": "Linf", "l2": "L2"}
     attack = torchattacks.AutoAttack(model, norm=names[norm], eps=eps, n_classes=10, seed=seed)
+    return attack(x, y)
+
+
+def by_art(model: nn.Module, x: Tensor, y: Tensor, norm: str, eps: float, seed: int) -> Tensor:
+    """ART's own choice: APGD and DLR-APGD of 5 restarts, DeepFool, Square of 5 restarts."""
+    sys.modules.setdefault("multiprocess", multiprocessing)  # imported for several processes only
+    from art.attacks.evasion import AutoAttack as Theirs
+    from art.estimators.classification import PyTorchClassifier
+
+    np.random.seed(seed)  # noqa: NPY002 - what ART draws from
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type="cpu"
+    )
+    order = {"linf": np.inf, "l2": 2}[norm]
+    attack = Theirs(classifier, norm=order, eps=eps, eps_step=2 * eps, batch_size=len(x))
+    return torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
+
+
+def left_by(
+    peer: Peer, model: nn.Module, data: TensorDataset, norm: str, eps: float, seed: int
+) -> float:
     x, y = data.tensors
+    adversarial = peer(model, x, y, norm, eps, seed)
     with torch.no_grad():
-        right = model(x).argmax(1) == y
-    adversarial = attack(x, y)
-    with torch.no_grad():
-        return float((right & (model(adversarial).argmax(1) == y)).float().mean())
+        right = (model(x).argmax(1) == y) & (model(adversarial).argmax(1) == y)
+    return float(right.float().mean())
 
 
 def compare_with_peer(
-    name: str, model: nn.Module, data: TensorDataset, balls: dict[str, float], seeds: list[int]
+    peer: Peer,
+    name: str,
+    model: nn.Module,
+    data: TensorDataset,
+    balls: dict[str, float],
+    seeds: list[int],
 ) -> None:
-    for norm in ("linf", "l2"):
-        eps = balls[norm]
+    for norm, eps in balls.items():
+        if norm == "l1":
+            continue  # torchattacks has none
         fast = [af.robust_accuracy(model, data, eps=eps, norm=norm, seed=s) for s in seeds]
-        theirs = [torchattacks_leaves(model, data, norm, eps, s) for s in seeds[:1]]
+        theirs = [left_by(peer, model, data, norm, eps, s) for s in seeds[:1]]
         cells = (" ".join(f"{100 * value:.1f}" for value in found) for found in (theirs, fast))
         clean = f"{100 * fast[0].standard:.1f}"
         print(f"| {name} | {norm} {eps:.4g} | {clean} | {' | '.join(cells)} |", flush=True)
@@ -148,18 +183,26 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--peer", action="store_true", help="torchattacks in place of standard")
+    parser.add_argument("--only", nargs="+", help="of the four own models")
+    parser.add_argument("--norms", nargs="+", default=["linf", "l2", "l1"])
+    parser.add_argument("--art", type=Path, help="where ART is; ART in place of standard")
     options = parser.parse_args()
     models, test = own_models()
     rows = TensorDataset(*(tensor[: options.images] for tensor in test.tensors))
     print(machine())
     print(f"\n{options.images} images; seeds {options.seeds}\n")
-    compared = "torchattacks" if options.peer else "standard"
+    compared, run = "standard", compare
+    if options.art:
+        sys.path.append(str(options.art))
+        compared, run = "ART", partial(compare_with_peer, by_art)
+    elif options.peer:
+        compared, run = "torchattacks", partial(compare_with_peer, by_torchattacks)
     print(f"| model | ball | clean | {compared} | fast |\n|---|---|---|---|---|", flush=True)
-    run = compare_with_peer if options.peer else compare
+    digits, third = ({n: balls[n] for n in options.norms} for balls in (DIGITS, THIRD))
     if options.thirdparty:
-        run("third-party CNN", *third_party(options.thirdparty), THIRD, options.seeds)
-    for name, model in models.items():
-        run(name, model, rows, DIGITS, options.seeds)
+        run("third-party CNN", *third_party(options.thirdparty), third, options.seeds)
+    for name in options.only or models:
+        run(name, models[name], rows, digits, options.seeds)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[st
         if part is shares:
             axes.set_ylim(0, 102)
         if len(part) > 1 or part is shares:
-            axes.legend(frameon=False)
+            axes.legend(fontsize=9, framealpha=0.9)
         axes.grid(alpha=0.3)
     return figure
 

@@ -1,8 +1,8 @@
-"""Make notebooks/quickstart.ipynb from examples/quickstart.py, and run it.
+"""Make notebooks/quickstart.ipynb from examples/quickstart.py, and run it (minutes).
 
-    pip install nbformat nbclient ipykernel && python docs/notebook.py
+    pip install -e ".[examples]" nbformat nbclient ipykernel && python docs/notebook.py
 
-The docstring and the numbered comments become text, what is between them cells.
+The docstring and the comments between paragraphs become text, the code below each a cell.
 """
 
 import re
@@ -13,45 +13,38 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs/notebooks/quickstart.ipynb"
-# A cell has no command line, and shows its figure.
+# A cell has no command line, and shows its pictures in place of writing files.
 CHANGES = [
     ("parser.parse_args()", "parser.parse_args([])"),
-    ('import matplotlib as mpl\n\nmpl.use("Agg")\n', ""),
-    ('\nprint(f"figure: {options.out}")', ""),
-    ("figure.savefig(options.out, dpi=110)", "plt.show()"),
-    ('"""', "", 2),
+    ("found.plot().savefig(options.out, dpi=110)\n", "\n# The accuracies.\nfound.plot()\n"),
+    ("found.save_report(options.report)\n", "\n# Samples of every set.\nfound.plot('samples')\n"),
+    ('print(f"figure: {options.out}, report: {options.report}")\n', ""),
 ]
-STEP = re.compile(r"^# (\d\. .*(?:\n# .*)*)\n", re.M)
+PARAGRAPH = re.compile(r"\n\n((?:# .*\n)+)")
 
 
 def notebook() -> nbformat.NotebookNode:
-    source = (ROOT / "examples/quickstart.py").read_text()
-    docstring = source.split('"""')[1]
-    for old, new, *count in CHANGES:
-        assert old in source, old
-        source = source.replace(old, new, *count)
-    title, _, rest = docstring.partition("\n\n")
-    parts = STEP.split(source.replace(docstring, "", 1))
-    text = [f"# {title}\n\n{rest.split(']')[-1].strip()}"]
-    text += [_step(part.replace("\n# ", " ")) for part in parts[1::2]]
+    _, docstring, code = (ROOT / "examples/quickstart.py").read_text().split('"""', 2)
+    for old, new in CHANGES:
+        assert old in code, old
+        code = code.replace(old, new)
+    title, text = docstring.split("\n", 1)
+    about = text[text.index("A scaled-down") :].strip()  # after the command line
+    said = [f"# {title}\n\n{about}"]
+    first, *rest = PARAGRAPH.split(code)
+    said += [comment.replace("# ", "").strip() for comment in rest[::2]]
     cells = []
-    for said, done in zip(text, parts[::2], strict=True):
-        cells.append(nbformat.v4.new_markdown_cell(said))
+    for words, done in zip(said, [first + "\n%matplotlib inline", *rest[1::2]], strict=True):
+        cells.append(nbformat.v4.new_markdown_cell(words))
         cells.append(nbformat.v4.new_code_cell(done.strip()))
     for place, cell in enumerate(cells):
         cell.id = f"cell-{place}"  # not random: the same notebook from the same example
     return nbformat.v4.new_notebook(cells=cells)
 
 
-def _step(comment: str) -> str:
-    """Its first sentence as a heading, the rest below."""
-    heading, _, rest = comment.partition(". ")[2].partition(". ")
-    return f"## {heading.rstrip('.')}\n\n{rest}".strip()
-
-
 if __name__ == "__main__":
     made = notebook()
-    NotebookClient(made, timeout=3600).execute()
+    NotebookClient(made, timeout=3600, kernel_name="python3").execute()
     for cell in made.cells:
         cell.metadata.clear()  # the times of the run
     OUT.parent.mkdir(exist_ok=True)

@@ -38,7 +38,7 @@ for epoch in range(options.epochs):
         attacked = af.pgd(model, x[:half], y[:half], eps=eps, norm="l2", steps=5)
         loss = nn.functional.cross_entropy(model(torch.cat([attacked, x[half:]])), y)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     print(f"epoch {epoch + 1}: eps {eps:.2f}, loss of the last batch {loss.item():.3f}")
 

@@ -17,7 +17,7 @@ OUT = ROOT / "docs/notebooks/quickstart.ipynb"
 CHANGES = [
     ("parser.parse_args()", "parser.parse_args([])"),
     ("found.plot().savefig(options.out, dpi=110)\n", "\n# The accuracies.\nfound.plot()\n"),
-    ("found.save_report(options.report)\n", "\n# Samples of every set.\nfound.plot('samples')\n"),
+    ("found.save_report(options.report)\n", '\n# Samples of every set.\nfound.plot("samples")\n'),
     ('print(f"figure: {options.out}, report: {options.report}")\n', ""),
 ]
 PARAGRAPH = re.compile(r"\n\n((?:# .*\n)+)")

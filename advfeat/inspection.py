@@ -49,9 +49,7 @@ class Inspection:
             f"the bounds, {self.duplicates} duplicates",
         ]
         if self.size_counts is not None and self.size_edges is not None:
-            lines.append("size of the perturbation:")
-            edges = zip(self.size_edges, self.size_edges[1:], self.size_counts, strict=False)
-            lines += [f"    {low:.4g} to {high:.4g}: {count}" for low, high, count in edges]
+            lines += self._sizes(self.size_counts, self.size_edges)
         for name, value in (
             ("attack success", self.success),
             ("attack success before rounding", self.success_unrounded),
@@ -64,6 +62,16 @@ class Inspection:
             if value is not None:
                 lines.append(f"{name}: {value:.4g}")
         return "\n".join(lines)
+
+    @staticmethod
+    def _sizes(counts: tuple[int, ...], edges: tuple[float, ...]) -> list[str]:
+        """The histogram, or one line where all sizes agree to four digits, as on a ball's edge."""
+        if f"{edges[0]:.4g}" == f"{edges[-1]:.4g}":
+            return [f"size of the perturbation: {edges[-1]:.4g}"]
+        bins = zip(edges, edges[1:], counts, strict=False)
+        return ["size of the perturbation:"] + [
+            f"    {low:.4g} to {high:.4g}: {count}" for low, high, count in bins
+        ]
 
 
 def inspect(dataset: ConstructedDataset) -> Inspection:

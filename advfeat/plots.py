@@ -149,14 +149,17 @@ def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[st
         axes = figure.add_subplot(1, len(panels), place + 1)
         scale = 100 if part is shares else 1
         spelled = {
-            n.replace("_", " "): [scale * row.get(n, float("nan")) for row in rows] for n in part
+            n.replace("val_", "validation ").replace("_", " "): [
+                scale * row.get(n, float("nan")) for row in rows
+            ]
+            for n in part
         }
         lines(axes, epochs, spelled)
         axes.set(xlabel="epoch", ylabel="accuracy (%)" if part is shares else " / ".join(part))
         if part is shares:
             axes.set_ylim(0, 102)
         if len(part) > 1 or part is shares:
-            axes.legend(frameon=False)
+            axes.legend(fontsize=9, framealpha=0.9)
         axes.grid(alpha=0.3)
     return figure
 
@@ -377,5 +380,4 @@ def _legend_above(axes: Axes) -> None:
 
 
 def _list(values: Sequence[float] | Tensor) -> list[float]:
-    found: list[float] = torch.as_tensor(values).detach().cpu().tolist()
-    return found
+    return [float(value) for value in values]

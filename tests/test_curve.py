@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from advfeat.attacks import FAB, FMN
-from advfeat.metrics import robust_accuracy, robustness_curve
+from advfeat.metrics import RobustnessCurve, robust_accuracy, robustness_curve
 
 DUAL = {"l1": math.inf, "l2": 2, "linf": 1}
 WIDE = (-50.0, 50.0)
@@ -60,6 +60,15 @@ def test_it_falls_to_zero_and_is_read_off(robust, digits):
     below = (curve.distance <= curve.median).float().mean()
     assert 0.5 <= below <= 0.55
     assert curve.at(curve.median).total == 40
+    assert str(curve).startswith(f"40 samples, {int((curve.distance == 0).sum())} wrong")
+
+
+def test_the_plot_steps_down_where_samples_are():
+    curve = RobustnessCurve(torch.tensor([0.0, 0.2, 0.5, math.inf]), torch.arange(4), "l2")
+    (axes,) = curve.plot().axes
+    (line_,) = axes.lines
+    assert line_.get_ydata().tolist() == [75.0, 75.0, 50.0, 25.0, 25.0]
+    assert axes.get_xlabel().startswith("l2")
 
 
 def test_rows_keep_their_places_whatever_the_batches(standard, digits):

@@ -38,7 +38,13 @@ def test_every_number_by_hand():
     assert (found.size_edges[0], found.size_edges[-1]) == pytest.approx((0.1, 0.5))
     assert found.rounding is None
     text = str(found)
-    for told in ("5 rows", "3 classes of 0 to 3", "2 duplicates", "attack success: 0.6"):
+    for told in (
+        "5 rows",
+        "3 classes of 0 to 3",
+        "2 duplicates",
+        "attack success: 0.6",
+        " to 0.5: 1",
+    ):
         assert told in text
 
 
@@ -145,4 +151,6 @@ def test_norms_that_differ_by_rounding_have_a_histogram():
         "labels": np.array([0, 1]),
         "size": np.array([low, np.nextafter(low, np.float32(1))]),
     }
-    assert sum(inspect(af.ConstructedDataset(fields, {"method": "any"})).size_counts) == 2
+    found = inspect(af.ConstructedDataset(fields, {"method": "any"}))
+    assert sum(found.size_counts) == 2
+    assert str(found).endswith("\nsize of the perturbation: 0.5")

@@ -52,7 +52,7 @@ def test_curves_split_the_loss_from_the_accuracies():
     ]
     left, right = plots.curves(rows).axes
     assert left.lines[0].get_ydata().tolist() == pytest.approx([2, 1, 2 / 3])
-    assert [line.get_label() for line in right.lines] == ["accuracy", "val accuracy"]
+    assert [line.get_label() for line in right.lines] == ["accuracy", "validation accuracy"]
     assert right.lines[1].get_ydata().tolist() == pytest.approx([8, 16, 24])
     assert right.lines[0].get_linestyle() != right.lines[1].get_linestyle()
     (only,) = plots.curves(rows, quantities=["lr"]).axes

@@ -346,7 +346,7 @@ def test_a_history_is_plotted():
 def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"advfeat\[plots\]"):
-        History().plot()
+        History([{"epoch": 1, "loss": 0.5}]).plot()
 
 
 def test_the_bar_shows_losses_accuracies_and_images(capsys, monkeypatch):

@@ -5,17 +5,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks, engine, threat
+from advfeat import checks, engine, plots, threat
 from advfeat.attacks import FAB, FMN
 from advfeat.attacks._minimum_norm import MinimumNorm
 from advfeat.loading import Data, Source
 from advfeat.metrics._accuracy import Accuracy, CleanPass, places, tensor
 from advfeat.model import Precision, attackable
 from advfeat.threat import Bounds, Norm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,18 @@ class RobustnessCurve:
     def median(self) -> float:
         """Median distance: where robust accuracy crosses one half."""
         return float(self.distance.median())
+
+    def __str__(self) -> str:
+        """One line: samples, those wrong without an attack, and the median."""
+        wrong = int((self.distance == 0).sum())
+        return (
+            f"{len(self.distance)} samples, {wrong} wrong without an attack, "
+            f"median distance {self.median:.4g} in {self.norm}"
+        )
+
+    def plot(self) -> Figure:
+        """Share of samples that resist, over the radius."""
+        return plots.robustness_curves({"model": self}, norm=self.norm)
 
 
 def robustness_curve(

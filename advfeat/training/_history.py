@@ -7,9 +7,12 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from advfeat import checks
+from advfeat import checks, plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass
@@ -58,26 +61,9 @@ class History:
         else:
             checks.fail("path", str(path), "name a file that ends in .csv or .json")
 
-    def plot(self) -> Any:
-        """Loss and accuracies over the epochs, as a matplotlib figure."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError(
-                "History.plot needs matplotlib: pip install 'advfeat[plots]'"
-            ) from error
-        figure = Figure(figsize=(8, 3), layout="constrained")
-        axes = figure.subplots(1, 2)
-        for name in self._names():
-            if name == "loss" or "accuracy" in name:
-                points = [(row["epoch"], row[name]) for row in self.rows if name in row]
-                label = name.replace("val_", "validation ").replace("_", " ")
-                axes[int("accuracy" in name)].plot(*zip(*points, strict=True), label=label)
-        for axis, title in zip(axes, ("loss", "accuracy"), strict=True):
-            axis.set(xlabel="epoch", ylabel=title)
-        if axes[1].lines:
-            axes[1].legend()
-        return figure
+    def plot(self) -> Figure:
+        """Loss and accuracies over the epochs."""
+        return plots.curves(self)
 
     def _names(self) -> list[str]:
         """Every column, in the order in which they first appear."""

@@ -23,6 +23,7 @@ SAYS = {
     "attacks": "one file an attack",
     "loading": "any dataset or loader as numbered rows",
     "model": "the one border to the user's module",
+    "folding": "BatchNorm folded while frozen",
     "plots": "pictures of numbers and images",
     "seeding": "random numbers by sample",
     "ranks": "processes of a run",

@@ -310,7 +310,7 @@ CASES = {
     "weight decay": (lambda m: fit(m, weight_decay=-1), V, "weight_decay", "at least 0"),
     "optimizer a name": (lambda m: fit(m, optimizer="adam"), T, "optimizer", "callable"),
     "optimizer a class of none": (lambda m: fit(m, optimizer=list), T, "optimizer", "list"),
-    "schedule a name": (lambda m: fit(m, schedule="cosine"), T, "schedule", "callable"),
+    "schedule a name": (lambda m: fit(m, schedule="cosine"), V, "schedule", "one_cycle"),
     "schedule by a metric": (
         lambda m: fit(m, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau),
         V,
@@ -437,6 +437,6 @@ def test_a_bad_callback_is_refused_before_the_first_epoch():
     model, calls = network(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     for bad in ({"on_epoch": 5}, {"validation": (X, Y)}, {"schedule": "cosine"}):
-        with pytest.raises(TypeError):
+        with pytest.raises((TypeError, ValueError)):
             fit(model, **bad)
     assert not calls

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import FEATURES, NORMS, ORDER, curved, linear
+from toys import FEATURES, NORMS, batch, curved, linear, predicted, sizes
 
 import advfeat as af
 from advfeat import seeding, threat
@@ -29,24 +29,9 @@ class Wavy(nn.Module):
         return torch.sin(5 * self.inner(x))
 
 
-def batch(count=8, shape=(FEATURES,), dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, *shape, generator=generator, dtype=dtype)
-
-
-def predicted(model, x):
-    with torch.no_grad():
-        return model(x).argmax(1)
-
-
 def objective(model, x, y):
     with torch.no_grad():
         return F.cross_entropy(model(x), y, reduction="none")
-
-
-def sizes(x_adv, x, norm):
-    delta = (x_adv.double() - x.double()).flatten(1).numpy()
-    return np.linalg.norm(delta, ORDER[norm], axis=1)
 
 
 # --- The optimum of v . delta over ball and box, from textbook arguments ---

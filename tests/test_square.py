@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from toys import NORMS, predicted, sizes
 
 import advfeat as af
 from advfeat import engine, losses
@@ -15,8 +16,6 @@ from advfeat.attacks._attack import checked_batch
 from advfeat.attacks._square import Square, SquareState, square
 from advfeat.model import attackable
 
-NORMS = ("l1", "l2", "linf")
-ORDER = {"l1": 1, "l2": 2, "linf": np.inf}
 SHAPE = (3, 6, 6)
 EPS = {"l1": 4.0, "l2": 0.8, "linf": 0.08}
 
@@ -74,19 +73,9 @@ def batch(count=8, shape=SHAPE, dtype=torch.float32):
     return torch.rand(count, *shape, generator=generator, dtype=dtype)
 
 
-def predicted(model, x):
-    with torch.no_grad():
-        return model(x).argmax(1)
-
-
 def margins(model, x, y):
     with torch.no_grad():
         return losses.margin(model(x), y)
-
-
-def sizes(x_adv, x, norm):
-    delta = (x_adv.double() - x.double()).flatten(1).numpy()
-    return np.linalg.norm(delta, ORDER[norm], axis=1)
 
 
 def rows_of(state, rows):

@@ -436,7 +436,7 @@ def test_starts_are_refused_before_the_first_batch():
 def test_a_bad_callback_is_refused_before_the_first_epoch():
     model, calls = network(), []
     model.register_forward_hook(lambda *_: calls.append(1))
-    for bad in ({"on_epoch": 5}, {"validation": (X, Y)}, {"schedule": "cosine"}):
-        with pytest.raises((TypeError, ValueError)):
+    for bad in ({"on_epoch": 5}, {"validation": (X, Y)}, {"schedule": 5}):
+        with pytest.raises(TypeError):
             fit(model, **bad)
     assert not calls

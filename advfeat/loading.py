@@ -214,10 +214,10 @@ def training_batches(
 
 def batch_count(data: Data, batch_size: int | None) -> int:
     """Batches of an epoch of `training_batches`, counting a last one that may be too small."""
-    if isinstance(data, DataLoader) or _is_stream(data):
+    if isinstance(data, DataLoader):
         _refuse_endless(data)
-        return len(data)  # type: ignore[arg-type]
-    return -(-len(Source(data)) // (batch_size or 128))
+        return len(data)
+    return Source(data, batch_size).batch_count
 
 
 def row_count(data: Data) -> int | None:

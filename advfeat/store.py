@@ -690,13 +690,17 @@ def _complete(
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write it whole or not at all."""
-    partial = folder / f".{_MANIFEST}"
-    with partial.open("w") as file:
-        file.write(json.dumps(manifest, indent=2) + "\n")
+    write_whole(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of text whole or not at all, in the place of what was there."""
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    partial.rename(folder / _MANIFEST)
+    partial.replace(path)
 
 
 def _tensor(array: Array) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,11 @@ def digits(share: Accuracy) -> str:
 def share(outcomes: str) -> Accuracy:
     """The accuracy behind outcomes as text."""
     return Accuracy.of(torch.tensor([digit == "1" for digit in outcomes]))
+
+
+def plain(settings: Any) -> Any:
+    """As JSON has it: functions and other values of settings by their names."""
+    return json.loads(json.dumps(settings, default=lambda v: getattr(v, "__qualname__", str(v))))
 
 
 class Moved(Dataset[tuple[Tensor, Tensor]]):

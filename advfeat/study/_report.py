@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from advfeat._version import __version__
+from advfeat.store import write_whole
+from advfeat.study._data import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,9 +57,7 @@ def save(path: Path, study: Study, recipe: Recipe) -> None:
         + "</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page)
 
 
 def _summary(study: Study) -> str:
@@ -149,7 +149,7 @@ def _provenance(study: Study, recipe: Recipe) -> list[str]:
         f"{platform.system()} {device or platform.machine()}, {torch.get_num_threads()} threads"
     )
     settings = {**study.settings, "recipe": vars(recipe)}
-    text = json.dumps(settings, indent=1, default=lambda v: getattr(v, "__qualname__", str(v)))
+    text = json.dumps(plain(settings), indent=1)
     return [
         "<h2>Time</h2>",
         _table(["stage", "seconds"], rows),

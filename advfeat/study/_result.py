@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, plots
+from advfeat.analysis._features import table as aligned
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.store import ConstructedDataset
@@ -143,12 +144,7 @@ class Study:
         if format == "markdown":
             rule = ["---", *("---:" for _ in head[1:])]
             return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        return "\n".join(
-            line[0].ljust(widths[0])
-            + "".join("  " + cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))
-            for line in [head, *body]
-        )
+        return aligned(tuple(head), [tuple(line) for line in body])
 
     def plot(self, kind: Literal["accuracy", "samples", "curves"] = "accuracy") -> Figure:
         """Figure 2 of the paper: accuracy and robust accuracy of every model.

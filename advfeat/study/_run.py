@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import zlib
@@ -21,10 +20,10 @@ from advfeat.analysis import leakage
 from advfeat.attacks import PGD
 from advfeat.construct import data_fingerprint, model_fingerprint
 from advfeat.loading import Data, Source
-from advfeat.metrics import Accuracy, accuracy, robust_accuracy, transfer_matrix
+from advfeat.metrics import RobustAccuracy, accuracy, robust_accuracy, transfer_matrix
 from advfeat.model import Precision
 from advfeat.store import ConstructedDataset
-from advfeat.study._data import Moved, dataset_of, digits, first, resident
+from advfeat.study._data import Moved, dataset_of, digits, first, plain, resident
 from advfeat.study._recipe import SOURCES, TARGETED, Recipe
 from advfeat.study._result import Study
 from advfeat.study._stages import Stages
@@ -264,7 +263,8 @@ class Work:
         def measure() -> dict[str, str]:
             model = self.model(name)
             robust = [self._robust(model, radius) for radius in self.at]
-            clean = accuracy(model, self.test, progress=self.progress)
+            # Every robust accuracy has looked at the clean rows already.
+            clean = robust[0].standard if robust else accuracy(model, self.test)
             moved = accuracy(model, Moved(self.test, model), progress=self.progress)
             named = {f"{radius:g}": found for radius, found in zip(self.at, robust, strict=True)}
             shares = {"accuracy": clean, **named, "moved": moved}
@@ -362,7 +362,7 @@ class Work:
             raise TypeError(f"make_model: made {type(model).__name__}; expected a torch.nn.Module")
         return model if self.device is None else model.to(self.device)
 
-    def _robust(self, model: nn.Module, radius: float) -> Accuracy:
+    def _robust(self, model: nn.Module, radius: float) -> RobustAccuracy:
         settings = {
             "eps": radius,
             "norm": self.norm,
@@ -390,7 +390,7 @@ class Work:
     def _identity(self) -> dict[str, Any]:
         """What all stages share."""
         untrained = self._fresh("standard").cpu()
-        found: dict[str, Any] = _plain(
+        found: dict[str, Any] = plain(
             {
                 "eps": self.eps,
                 "norm": self.norm,
@@ -417,7 +417,7 @@ class Work:
         return {"name": name, **self.recipe.sets[name], "source": source}
 
     def _once(self, stage: str, settings: Any, work: Callable[[], Any], alone: bool = False) -> Any:
-        return self.stages.once(stage, _plain(settings), work, alone=alone)
+        return self.stages.once(stage, plain(settings), work, alone=alone)
 
     def _seed(self, part: str) -> int:
         return seeding.derive(self.seed, zlib.crc32(part.encode()))
@@ -426,11 +426,6 @@ class Work:
 def training(name: str) -> str:
     """Name of the stage that trains a model."""
     return f"train on {name}" if name in SOURCES else f"train {name}"
-
-
-def _plain(settings: Any) -> Any:
-    """As JSON has it: functions and other values of settings by their names."""
-    return json.loads(json.dumps(settings, default=lambda v: getattr(v, "__qualname__", str(v))))
 
 
 def _recipe(recipe: Recipe | str, eps: float) -> Recipe:

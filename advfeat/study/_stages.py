@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from advfeat import checks, ranks, seeding
+from advfeat.store import write_whole
 
 _STUDY = "study.json"
 
@@ -114,9 +115,7 @@ class Stages:
             return
         path = self.folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(json.dumps(value, indent=1) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:

@@ -65,8 +65,9 @@ def contents(folder):
 
 
 def finished(folder):
-    path = Path(folder) / "done.npy"
-    return int(np.load(path).sum()) if path.exists() else 0
+    # The manifest is written last: before it, the arrays are still being laid out.
+    begun = (Path(folder) / "manifest.json").exists()
+    return int(np.load(Path(folder) / "done.npy").sum()) if begun else 0
 
 
 class Stopped(Exception):  # noqa: N818

@@ -1,31 +1,44 @@
 """Constructing D_R and D_det against the bare limit, a plain float32 loop and torchattacks.
 
-OMP_NUM_THREADS=1 python tests/benchmarks/bench_construct.py [--compile]
+OMP_NUM_THREADS=1 python tests/benchmarks/bench_construct.py CIFAR.npz [--cache DIR] [--compile]
+
+D_R is made from the robust and D_det from the standard model of bench_evaluation.py, which are
+trained once and kept in DIR; the images are CIFAR-10's test images.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchattacks
+from cifar import robust_model, standard_model, test_images
 from resnet import SmallResNet
 from side_by_side import machine, side_by_side, table
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import advfeat as af
-from advfeat.attacks import Batch, Inversion
+from advfeat.attacks import Attack, Batch, Inversion
 from advfeat.model import Precision, attackable
 
-BATCH, STEPS, ROUNDS = 32, 100, 2
 EPS, STEP_SIZE = 0.5, 0.1
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("cifar", type=Path)
+parser.add_argument("--cache", type=Path, default=Path("."))
+parser.add_argument("--images", type=int, default=64)
+parser.add_argument("--steps", type=int, default=100)
+parser.add_argument("--rounds", type=int, default=2)
+parser.add_argument("--compile", action="store_true", help="D_det of torch.compile(model) as well")
 
 
 def bare(model: SmallResNet, x: Tensor, steps: int, precision: str, inversion: bool) -> None:
@@ -45,7 +58,7 @@ def features(model: SmallResNet, x: Tensor) -> Tensor:
 
 def share_of_limit(model: SmallResNet, x: Tensor, precision: Precision, inversion: bool) -> float:
     """Time of a bare step over that of a step of the loop: 1 is the limit."""
-    attack = (
+    attack: Attack = (
         Inversion(steps=1000, step_size=STEP_SIZE)
         if inversion
         else af.PGD(eps=EPS, norm="l2", steps=100, step_size=STEP_SIZE, targeted=True)
@@ -78,12 +91,14 @@ def gradient_of(loss: Tensor, x: Tensor, backward: bool) -> Tensor:
     return x.grad
 
 
-def plain_inversion(model: SmallResNet, x: Tensor, start: Tensor, backward: bool) -> Tensor:
+def plain_inversion(
+    model: SmallResNet, x: Tensor, start: Tensor, steps: int, backward: bool
+) -> Tensor:
     """As a user would write it."""
     with torch.no_grad():
         goal = features(model, x)
     made = start.clone()
-    for _ in range(STEPS):
+    for _ in range(steps):
         made = made.detach().requires_grad_()
         distance = (features(model, made) - goal).norm(dim=1).sum()
         gradient = gradient_of(distance, made, backward)
@@ -92,10 +107,10 @@ def plain_inversion(model: SmallResNet, x: Tensor, start: Tensor, backward: bool
     return made
 
 
-def plain_pgd(model: SmallResNet, x: Tensor, targets: Tensor, backward: bool) -> Tensor:
+def plain_pgd(model: SmallResNet, x: Tensor, targets: Tensor, steps: int, backward: bool) -> Tensor:
     """As a user would write it."""
     made = x.clone()
-    for _ in range(STEPS):
+    for _ in range(steps):
         made = made.detach().requires_grad_()
         loss = F.cross_entropy(model(made), targets, reduction="sum")
         gradient = gradient_of(loss, made, backward)
@@ -106,89 +121,105 @@ def plain_pgd(model: SmallResNet, x: Tensor, targets: Tensor, backward: bool) ->
     return made
 
 
-def main() -> None:
-    warnings.simplefilter("ignore")  # where the processor has no bfloat16, precision says so
-    torch.manual_seed(0)
-    model = SmallResNet()
-    x, y = torch.rand(BATCH, 3, 32, 32), torch.randint(0, 10, (BATCH,))
-    af.fit(model, TensorDataset(x, y), epochs=5, batch_size=32, seed=0)  # off its random start
-    model.eval()
-    trainable = copy.deepcopy(model)
-    model.requires_grad_(False)
-    compiled = torch.compile(model) if "--compile" in sys.argv else None
-    data, targets = TensorDataset(x, y), (y + 1) % 10
-    last: dict[str, Tensor] = {}
+def compare(
+    title: str,
+    model: SmallResNet,
+    x: Tensor,
+    inversion: bool,
+    makers: dict[str, Callable[[], Tensor]],
+    told: Callable[[Tensor], str],
+    options: argparse.Namespace,
+) -> None:
+    """Time all makers and the bare limits in turns, and tell what each has made."""
+    made: dict[str, Tensor] = {}
 
-    def run(name: str, make: Callable[[], Tensor]) -> Callable[[], None]:
-        def keep() -> None:
-            last[name] = make()
+    def keep(name: str, make: Callable[[], Tensor]) -> None:
+        made[name] = make()
 
-        return keep
+    fast = x.contiguous(memory_format=torch.channels_last)
+    cases: dict[str, Callable[[], object]] = {
+        f"bare {precision}": partial(bare, model, fast, options.steps, precision, inversion)
+        for precision in PRECISIONS
+    }
+    cases |= {name: partial(keep, name, make) for name, make in makers.items()}
+    seconds = side_by_side(cases, options.rounds, time.process_time)
+    print(f"\n{title}: {len(x)} images, {options.steps} steps\n")
+    print(
+        table(seconds, "plain float32 loop", {name: told(images) for name, images in made.items()})
+    )
+    for precision in PRECISIONS:
+        share = share_of_limit(model, x, precision, inversion)
+        print(f"\n{precision}: a step of the loop at {share:.3f} of the bare limit", flush=True)
 
-    def ours(inversion: bool, precision: str) -> Callable[[], Tensor]:
-        options = {"steps": STEPS, "step_size": STEP_SIZE, "precision": precision}
-        if inversion:
-            return lambda: af.construct_robust_dataset(model, data, seed=0, **options).images
-        return lambda: af.construct_det_dataset(model, data, eps=EPS, **options).images
 
-    def torchattacks_pgd() -> Tensor:
+def compare_inversion(
+    model: SmallResNet, x: Tensor, y: Tensor, options: argparse.Namespace
+) -> None:
+    trainable, data = copy.deepcopy(model).requires_grad_(), TensorDataset(x, y)
+    construct = partial(af.construct_robust_dataset, model, data, seed=0, step_size=STEP_SIZE)
+    start = x[construct(steps=1).field("start_index")]
+    with torch.no_grad():
+        goal = features(model, x)
+
+    def told(images: Tensor) -> str:
+        with torch.no_grad():
+            away, before = ((features(model, z) - goal).norm(dim=1).mean() for z in (images, start))
+        return f"mean distance {away:.4f} of {before:.4f}"
+
+    makers: dict[str, Callable[[], Tensor]] = {
+        f"advfeat {precision}": lambda p=precision: (
+            construct(steps=options.steps, precision=p).images
+        )
+        for precision in PRECISIONS
+    }
+    plain = partial(plain_inversion, x=x, start=start, steps=options.steps)
+    makers["plain float32 loop"] = partial(plain, model, backward=False)
+    makers["... with loss.backward()"] = partial(plain, trainable, backward=True)
+    compare("D_R, inversion", model, x, True, makers, told, options)
+
+
+def compare_targeted(model: SmallResNet, x: Tensor, y: Tensor, options: argparse.Namespace) -> None:
+    trainable, data = copy.deepcopy(model).requires_grad_(), TensorDataset(x, y)
+    targets, steps = (y + 1) % 10, options.steps
+    settings = {"eps": EPS, "steps": steps, "step_size": STEP_SIZE}
+
+    def by_torchattacks() -> Tensor:
         attack = torchattacks.PGDL2(
-            model, eps=EPS, alpha=STEP_SIZE, steps=STEPS, random_start=False
+            model, eps=EPS, alpha=STEP_SIZE, steps=steps, random_start=False
         )
         attack.set_mode_targeted_by_label(quiet=True)
         return attack(x, targets)
 
-    start = x[af.construct_robust_dataset(model, data, seed=0, steps=1).field("start_index")]
-    last_format = torch.channels_last
-    for title, inversion, others in (
-        (
-            "D_R, inversion",
-            True,
-            {
-                "plain float32 loop": lambda: plain_inversion(model, x, start, False),
-                "... with loss.backward()": lambda: plain_inversion(trainable, x, start, True),
-            },
-        ),
-        (
-            "D_det, targeted PGD",
-            False,
-            {
-                "plain float32 loop": lambda: plain_pgd(model, x, targets, False),
-                "... with loss.backward()": lambda: plain_pgd(trainable, x, targets, True),
-                "torchattacks.PGDL2": torchattacks_pgd,
-            },
-        ),
-    ):
-        cases: dict[str, Callable[[], object]] = {}
-        for precision in ("float32", "bfloat16"):
-            fast = x.contiguous(memory_format=last_format)
-            cases[f"bare {precision}"] = lambda p=precision, v=fast, i=inversion: bare(
-                model, v, STEPS, p, i
-            )
-            cases[f"advfeat {precision}"] = run(f"advfeat {precision}", ours(inversion, precision))
-        if compiled is not None and not inversion:
-            whole = partial(
-                af.construct_det_dataset, compiled, data, eps=EPS, steps=STEPS, step_size=STEP_SIZE
-            )
-            name = "advfeat bfloat16, torch.compile(model)"
-            cases[name] = run(name, lambda f=whole: f(precision="bfloat16").images)
-        cases |= {name: run(name, make) for name, make in others.items()}
-        seconds = side_by_side(cases, ROUNDS, time.process_time)
+    def ours(model: torch.nn.Module, precision: Precision) -> Tensor:
+        return af.construct_det_dataset(model, data, precision=precision, **settings).images
 
-        def note(images: Tensor, inversion: bool = inversion) -> str:
-            with torch.no_grad():
-                if inversion:
-                    away = (features(model, images) - features(model, x)).norm(dim=1)
-                    return f"mean distance {away.mean():.4f}"
-                return f"success {(model(images).argmax(1) == targets).float().mean():.4f}"
+    def told(images: Tensor) -> str:
+        with torch.no_grad():
+            share = (model(images).argmax(1) == targets).float().mean()
+        return f"success {100 * share:.1f}%"
 
-        print(f"\n{title}: {BATCH} images, {STEPS} steps\n")
-        print(table(seconds, "plain float32 loop", {n: note(v) for n, v in last.items()}))
-        precisions: tuple[Precision, ...] = ("float32", "bfloat16")
-        for precision in precisions:
-            share = share_of_limit(model, x, precision, inversion)
-            print(f"\n{precision}: a step of the loop at {share:.3f} of the bare limit", flush=True)
-        last.clear()
+    makers: dict[str, Callable[[], Tensor]] = {
+        f"advfeat {precision}": partial(ours, model, precision) for precision in PRECISIONS
+    }
+    if options.compile:
+        compiled = torch.compile(model)
+        makers["advfeat bfloat16, torch.compile(model)"] = partial(ours, compiled, "bfloat16")
+    plain = partial(plain_pgd, x=x, targets=targets, steps=steps)
+    makers["plain float32 loop"] = partial(plain, model, backward=False)
+    makers["... with loss.backward()"] = partial(plain, trainable, backward=True)
+    makers["torchattacks.PGDL2"] = by_torchattacks
+    compare("D_det, targeted PGD", model, x, False, makers, told, options)
+
+
+def main() -> None:
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")  # where the processor has no bfloat16, precision says so
+    x, y = test_images(options.cifar, options.images)
+    models = [make(options.cifar, options.cache) for make in (robust_model, standard_model)]
+    for model in models:
+        model.requires_grad_(False)  # torchattacks would take weight gradients too
+    compare_inversion(models[0], x, y, options)
+    compare_targeted(models[1], x, y, options)
     print("\n" + machine())
 
 

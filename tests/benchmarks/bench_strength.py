@@ -1,20 +1,21 @@
-"""What the `standard` and the `fast` ensemble leave standing, on models of four kinds.
+"""What the ensembles leave standing, beside torchattacks' and ART's, on models of several kinds.
 
-python tests/benchmarks/bench_strength.py [--thirdparty DIR] [--images 200] [--seeds 0 1] [--peer]
+python tests/benchmarks/bench_strength.py [--thirdparty DIR] [--images 400] [--seeds 0 1]
+    [--by standard fast torchattacks ART] [--art DIR]
 
 Four models are trained on scikit-learn's digits: a standard, an l2-robust, an linf-robust and one
 by TRADES. DIR holds cifar_cnn_a_adv.pt, images.npy and labels.npy, a classifier from the
 verification literature whose robust accuracy at linf 2/255 is between 44.0 (certified) and
-50.5 (the reference AutoAttack). With --peer torchattacks' AutoAttack (the first seed) takes the
-place of `standard`, in linf and l2, the norms it has. With --art DIR so does ART's, DIR being where
-it is installed (`pip install --no-deps --target DIR adversarial-robustness-toolbox six`).
+50.5 (the reference AutoAttack). Peers are run with the first seed, in linf and l2, the norms that
+they have. ART is looked for in --art, where it was installed by
+`pip install --no-deps --target DIR adversarial-robustness-toolbox six`.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchattacks
 from side_by_side import machine
 from sklearn.datasets import load_digits
@@ -64,34 +64,6 @@ def network(seed: int) -> nn.Module:
     )  # fmt: skip
 
 
-def trades(x: Tensor, y: Tensor, eps: float, beta: float = 6.0, epochs: int = 15) -> nn.Module:
-    """TRADES (Zhang et al. 2019), written plainly."""
-    model = network(3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(128):
-            images, labels = x[rows], y[rows]
-            model.eval()
-            with torch.no_grad():
-                clean = model(images).softmax(1)
-            attacked = images + 0.001 * torch.randn_like(images)
-            for _ in range(5):
-                leaf = attacked.requires_grad_()
-                apart = F.kl_div(model(leaf).log_softmax(1), clean, reduction="sum")
-                (gradient,) = torch.autograd.grad(apart, leaf)
-                moved = attacked.detach() + eps / 3 * gradient.sign()
-                attacked = (images + (moved - images).clamp(-eps, eps)).clamp(0, 1)
-            model.train()
-            logits = model(images)
-            apart = F.kl_div(
-                model(attacked).log_softmax(1), logits.softmax(1), reduction="batchmean"
-            )
-            optimizer.zero_grad()
-            (F.cross_entropy(logits, labels) + beta * apart).backward()
-            optimizer.step()
-    return model.eval()
-
-
 def own_models() -> tuple[dict[str, nn.Module], TensorDataset]:
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
@@ -105,22 +77,20 @@ def own_models() -> tuple[dict[str, nn.Module], TensorDataset]:
     af.adversarial_fit(
         linf, data, eps=0.1, norm="linf", steps=4, step_size=0.04, epochs=15, lr=0.05, seed=0
     )
-    models = {"standard": standard, "l2-robust": l2, "linf-robust": linf}
-    models["TRADES"] = trades(x[:1300], y[:1300], 0.1)
+    trades = network(3)
+    af.adversarial_fit(
+        trades, data, eps=0.1, norm="linf", objective="trades", steps=5, step_size=0.1 / 3,
+        epochs=15, lr=0.05, seed=0,
+    )  # fmt: skip
+    models = {"standard": standard, "l2-robust": l2, "linf-robust": linf, "TRADES": trades}
     return models, TensorDataset(x[1300:], y[1300:])
 
 
-def compare(
-    name: str, model: nn.Module, data: TensorDataset, balls: dict[str, float], seeds: list[int]
-) -> None:
-    for norm, eps in balls.items():
-        cells = []
-        for version in ("standard", "fast"):
-            attack = AutoAttack(eps=eps, norm=norm, version=version)
-            found = [af.robust_accuracy(model, data, attack=attack, seed=s) for s in seeds]
-            cells.append(" ".join(f"{100 * value:.1f}" for value in found))
-        clean = f"{100 * found[0].standard:.1f}"
-        print(f"| {name} | {norm} {eps:.4g} | {clean} | {' | '.join(cells)} |", flush=True)
+def by_us(
+    version: str, model: nn.Module, data: TensorDataset, norm: str, eps: float, seed: int
+) -> float:
+    attack = AutoAttack(eps=eps, norm=norm, version=version)
+    return float(af.robust_accuracy(model, data, attack=attack, seed=seed))
 
 
 Peer: TypeAlias = Callable[[nn.Module, Tensor, Tensor, str, float, int], Tensor]
@@ -159,50 +129,49 @@ def left_by(
     return float(right.float().mean())
 
 
-def compare_with_peer(
-    peer: Peer,
-    name: str,
-    model: nn.Module,
-    data: TensorDataset,
-    balls: dict[str, float],
-    seeds: list[int],
+OURS = {version: partial(by_us, version) for version in ("standard", "fast")}
+PEERS = {"torchattacks": partial(left_by, by_torchattacks), "ART": partial(left_by, by_art)}
+
+
+def compare(
+    name: str, model: nn.Module, data: TensorDataset, balls: dict[str, float], options: Namespace
 ) -> None:
     for norm, eps in balls.items():
-        if norm == "l1":
-            continue  # torchattacks has none
-        fast = [af.robust_accuracy(model, data, eps=eps, norm=norm, seed=s) for s in seeds]
-        theirs = [left_by(peer, model, data, norm, eps, s) for s in seeds[:1]]
-        cells = (" ".join(f"{100 * value:.1f}" for value in found) for found in (theirs, fast))
-        clean = f"{100 * fast[0].standard:.1f}"
-        print(f"| {name} | {norm} {eps:.4g} | {clean} | {' | '.join(cells)} |", flush=True)
+        cells = [f"{100 * af.accuracy(model, data):.1f}"]
+        for by in options.by:
+            if by in OURS:
+                found = [OURS[by](model, data, norm, eps, seed) for seed in options.seeds]
+                cells.append(" ".join(f"{100 * value:.2f}" for value in found))
+            elif norm == "l1":
+                cells.append("has none")
+            else:
+                cells.append(f"{100 * PEERS[by](model, data, norm, eps, options.seeds[0]):.2f}")
+        print(f"| {name} | {norm} {eps:.4g} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--thirdparty", type=Path)
-    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument(
+        "--images", type=int, default=400, help="of digits; the third party has 200"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--peer", action="store_true", help="torchattacks in place of standard")
-    parser.add_argument("--only", nargs="+", help="of the four own models")
+    parser.add_argument("--by", nargs="+", choices=[*OURS, *PEERS], default=[*OURS])
+    parser.add_argument("--only", nargs="*", help="of the four own models")
     parser.add_argument("--norms", nargs="+", default=["linf", "l2", "l1"])
-    parser.add_argument("--art", type=Path, help="where ART is; ART in place of standard")
+    parser.add_argument("--art", type=Path, help="where ART is")
     options = parser.parse_args()
-    models, test = own_models()
-    rows = TensorDataset(*(tensor[: options.images] for tensor in test.tensors))
-    print(machine())
-    print(f"\n{options.images} images; seeds {options.seeds}\n")
-    compared, run = "standard", compare
     if options.art:
         sys.path.append(str(options.art))
-        compared, run = "ART", partial(compare_with_peer, by_art)
-    elif options.peer:
-        compared, run = "torchattacks", partial(compare_with_peer, by_torchattacks)
-    print(f"| model | ball | clean | {compared} | fast |\n|---|---|---|---|---|", flush=True)
+    models, test = own_models()
+    rows = TensorDataset(*(tensor[: options.images] for tensor in test.tensors))
+    print(f"{machine()}\n\nfirst {len(rows)} test images of digits; seeds {options.seeds}\n")
+    print(f"| model | ball | clean | {' | '.join(options.by)} |\n{'|---' * (3 + len(options.by))}|")
     digits, third = ({n: balls[n] for n in options.norms} for balls in (DIGITS, THIRD))
     if options.thirdparty:
-        run("third-party CNN", *third_party(options.thirdparty), third, options.seeds)
-    for name in options.only or models:
-        run(name, models[name], rows, digits, options.seeds)
+        compare("third-party CNN", *third_party(options.thirdparty), third, options)
+    for name in models if options.only is None else options.only:
+        compare(name, models[name], rows, digits, options)
 
 
 if __name__ == "__main__":

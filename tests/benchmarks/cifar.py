@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from resnet import SmallResNet
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
 import advfeat as af
+from advfeat.training import crop_flip
 
 EPS = 8 / 255
 IMAGES, BATCH = 20_000, 128
@@ -26,14 +25,6 @@ def read(path: Path, part: str, count: int) -> tuple[Tensor, Tensor]:
 
 def test_images(path: Path, count: int) -> tuple[Tensor, Tensor]:
     return read(path, "test", count)
-
-
-def crop_and_flip(x: Tensor) -> Tensor:
-    """All images of a batch by the same crop, half of them mirrored."""
-    down, across = torch.randint(0, 9, (2,)).tolist()
-    x = F.pad(x, (4, 4, 4, 4))[:, :, down : down + 32, across : across + 32]
-    mirrored = (torch.rand(len(x), device=x.device) < 0.5)[:, None, None, None]
-    return torch.where(mirrored, x.flip(3), x)
 
 
 def standard_model(path: Path, cache: Path) -> nn.Module:
@@ -54,13 +45,14 @@ def _kept(file: Path, path: Path, epochs: int, robust: bool) -> nn.Module:
     options = {
         "epochs": epochs,
         "batch_size": BATCH,
-        "augment": crop_and_flip,
+        "augment": crop_flip,
         "seed": 0,
-        "schedule": lambda o: OneCycleLR(o, 0.1, total_steps=epochs * -(-IMAGES // BATCH)),
+        "schedule": "one_cycle",
+        "precision": "bfloat16",
     }
     if robust:
         ball = {"eps": EPS, "norm": "linf", "steps": 2, "step_size": EPS, "random_start": True}
-        af.adversarial_fit(model, data, **ball, **options, precision="bfloat16")
+        af.adversarial_fit(model, data, **ball, **options)
     else:
         af.fit(model, data, **options)
     torch.save(model.state_dict(), file)

@@ -32,7 +32,7 @@ options = parser.parse_args()
 seed, out, began = options.seed, Path(options.out), time.perf_counter()
 out.mkdir(parents=True, exist_ok=True)
 
-# The split, the radii and the recipes of examples/quickstart.py.
+# The split, the radii and the network ("CNN") of examples/quickstart.py.
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(digits.target)
@@ -68,7 +68,10 @@ def head(inputs: int, hidden: int) -> list[nn.Module]:
 
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    "CNN": lambda: nn.Sequential(*conv(1, 32), *conv(32, 64, 2), *head(1024, 128)),
+    "CNN": lambda: nn.Sequential(
+        *conv(1, 32), *conv(32, 64), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(1024, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 10),
+    ),
     "narrow CNN": lambda: nn.Sequential(*conv(1, 8), *conv(8, 16, 2), *head(256, 32)),
     "5x5 CNN": lambda: nn.Sequential(*conv(1, 32, 1, 5), *conv(32, 48, 2, 5), *head(768, 64)),
     "residual": lambda: nn.Sequential(
@@ -147,9 +150,7 @@ both = {"standard": standard, "robust": robust}
 # Sections 2 and 3: what is robust, and what a model learns from the constructed sets.
 few = Subset(test, range(200))
 for name, model in both.items():
-    useful = analysis.usefulness(
-        model, few, layer="7", units=range(64), eps=EPS, norm="l2", seed=seed
-    )
+    useful = analysis.usefulness(model, few, units=range(64), eps=EPS, norm="l2", seed=seed)
     show(f"usefulness_{name}", useful, useful.plot())
 
 d_r = af.construct_robust_dataset(robust, train, steps=100, seed=seed, progress=False)
@@ -238,7 +239,7 @@ aligned = analysis.alignment(both, test, eps=EPS, seed=seed)
 show("alignment", aligned, aligned.plot())
 for name, model in both.items():
     layers = analysis.layer_robustness(
-        model, few, layers=["2", "5", "8", "9"], eps=EPS, norm="l2", seed=seed
+        model, few, layers=["2", "5", "10", "11"], eps=EPS, norm="l2", seed=seed
     )
     show(f"layers_{name}", layers, layers.plot())
 

@@ -17,7 +17,7 @@ from advfeat.attacks._attack import argmax_hits
 from advfeat.construct import Making, construct, numbered
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
-from advfeat.model import Network, logits_of
+from advfeat.model import Network, Precision, logits_of
 from advfeat.nonrobust import Towards
 from advfeat.store import ConstructedDataset
 from advfeat.threat import Bounds, Norm
@@ -177,6 +177,7 @@ def just_bugs(
     step_size: float | None = None,
     bounds: Bounds = (0.0, 1.0),
     batch_size: int | None = None,
+    precision: Precision = "float32",
     progress: bool | None = None,
 ) -> ConstructedDataset:
     """Make adversarial examples that are bugs of one model: they should not transfer or teach.
@@ -192,7 +193,7 @@ def just_bugs(
         A map-style dataset, or a loader of one.
     others
         The f_i: models trained like it from other starts. With a handful the rest still transfers.
-    eps, norm, shift, steps, step_size, bounds, batch_size, progress
+    eps, norm, shift, steps, step_size, bounds, batch_size, precision, progress
         As in `advfeat.construct_det_dataset`.
 
     Returns
@@ -236,7 +237,7 @@ def just_bugs(
             checks.fail("shift", shift, f"with {classes} classes every target equals its label")
         return (batch.labels + shift) % classes
 
-    making = Making(batch_size, "float32", progress, None, "float32")
+    making = Making(batch_size, precision, progress, None, "float32")
     settings: dict[str, object] = {"shift": shift, "others": len(others), "loss": "just bugs"}
     recipe = _JustBugs("just bugs", attack, choose, settings)
     recipe.models = 1 + len(others)

@@ -99,3 +99,22 @@ def test_a_bad_radius_is_refused(eps):
     model, rows = line()
     with pytest.raises(ValueError, match="eps"):
         robustness_curve(model, rows, norm="l2", bounds=WIDE).at(eps)
+
+
+class Saturating(nn.Module):
+    """Class 1 looks near and never wins; class 2 is farther, and does."""
+
+    def forward(self, x):
+        near, far = 0.9 * torch.tanh(3 * x.sum(1)), 2 * (x[:, 0] - x[:, 1])
+        return torch.stack([torch.ones_like(near), near, far], 1)
+
+
+@pytest.mark.parametrize("norm", DUAL)
+def test_a_row_that_the_first_attack_finds_nothing_for_is_given_to_another(norm):
+    rows = TensorDataset(torch.full((2, 2), 0.2), torch.zeros(2, dtype=torch.int64))
+    alone = robustness_curve(Saturating(), rows, norm=norm, attack=FMN(norm=norm))
+    assert alone.distance.isinf().all()
+    found = robustness_curve(Saturating(), rows, norm=norm)
+    # x0 - x1 has to reach 1/2, and x1 can give 0.2 of it.
+    nearest = {"l1": 0.5, "l2": (0.3**2 + 0.2**2) ** 0.5, "linf": 0.3}[norm]
+    torch.testing.assert_close(found.distance, torch.full((2,), nearest), rtol=0.01, atol=0.0)

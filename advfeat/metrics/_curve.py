@@ -88,7 +88,8 @@ def robustness_curve(
     norm
         In which distances are measured.
     attack
-        Default `advfeat.attacks.FMN` with its own defaults (Pintor et al. 2021).
+        Default `advfeat.attacks.FMN` with its own defaults (Pintor et al. 2021), and
+        `advfeat.attacks.FAB` where that finds nothing: it aims at every class in turn.
 
     Returns
     -------
@@ -104,14 +105,16 @@ def robustness_curve(
     >>> float(curve.at(0.4)), float(curve.at(0.6))
     (1.0, 0.0)
     """
-    attack = FMN(norm=norm, bounds=bounds) if attack is None else attack
-    if not isinstance(attack, MinimumNorm) or attack.norm != norm or attack.eps is not None:
-        checks.fail("attack", attack, f"expected FMN or FAB in norm={norm!r}, without eps")
+    default = (FMN(norm=norm, bounds=bounds), FAB(norm=norm, bounds=bounds))
+    attacks: tuple[MinimumNorm, ...] = default if attack is None else (attack,)
+    for each in attacks:
+        if not isinstance(each, MinimumNorm) or each.norm != norm or each.eps is not None:
+            checks.fail("attack", each, f"expected FMN or FAB in norm={norm!r}, without eps")
     source = Source(data, batch_size)
-    clean = CleanPass(source, model, attack.bounds, "robustness curve", progress)
+    clean = CleanPass(source, model, attacks[0].bounds, "robustness curve", progress)
     ids, found = array("q"), array("f")
     with attackable(model, precision=precision) as net:
-        for verdict in engine.survivors(attack, net, clean.resisting(net), source.pool_size):
+        for verdict in engine.worst_case(attacks, net, clean.resisting(net), source.pool_size):
             distance = threat.size(verdict.adversarial - verdict.inputs, norm)
             distance = torch.where(verdict.success, distance, torch.inf)
             ids.extend(verdict.ids.tolist())

@@ -56,6 +56,7 @@ class Making:
     progress: bool | None
     out: Folder | None
     dtype: Dtype
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""
@@ -144,8 +145,8 @@ def construct(
         store.refuse_other(out, manifest)
         if store.is_finished(out):
             return ConstructedDataset.open(out)
-    precision, layer = making.precision, recipe.layer
-    with attackable(model, precision=precision, layer=layer) as net:
+    looked_at: Any = {"layer": recipe.layer, "compile": making.compile}
+    with attackable(model, precision=making.precision, **looked_at) as net:
         maker = _Maker(net, source, recipe, making.dtype, device_of(model))
         with _begun(maker, manifest, out, team) as growing, _stoppable(growing):
             left = [c for c in chunks if not growing.done[np.searchsorted(kept, c)].all()]

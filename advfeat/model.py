@@ -57,8 +57,10 @@ class Network:
         self._module = module
         self._fold = fold
         self._folded: dict[object, folding.Forwards] = {}  # by the function that is called
+        self._compile = compile
         self._logits_call = _Compiled(module) if compile else module
         self._layer = layer
+        self._at_layer: Callable[[Tensor], object] | None = None
         tensors = itertools.chain(module.parameters(), module.buffers())
         example = next((t for t in tensors if t.is_floating_point()), None)
         self.device = None if example is None else example.device
@@ -167,12 +169,19 @@ class Network:
         return _at_least_float32(output.flatten(1))
 
     def _layer_call(self, inputs: Tensor) -> object:
-        if self._layer is None:
-            self._layer = _input_of_last_linear(self._module, inputs[:1])
-        if isinstance(self._layer, nn.Module):
-            return _activations(self._module, self._layer, inputs)
-        assert not isinstance(self._layer, str)
-        return self._layer(inputs)
+        if self._at_layer is None:
+            self._at_layer = self._function_of_layer(inputs[:1])
+        return self._at_layer(inputs)
+
+    def _function_of_layer(self, example: Tensor) -> Callable[[Tensor], object]:
+        layer = self._layer
+        assert not isinstance(layer, str)
+        if layer is None:
+            last, calls = _last_linear(self._module, example)
+            return _Tap(self._module, last, compile=self._compile, calls=calls, before=True)
+        if isinstance(layer, nn.Module):
+            return _Tap(self._module, layer, compile=self._compile)
+        return _Compiled(layer) if self._compile else layer
 
     def _call(
         self, function: Callable[[Tensor], object], inputs: Tensor, low_precision: bool
@@ -249,7 +258,7 @@ def attackable(
         Keep the training flags (BatchNorm uses batch statistics, dropout is on) instead of
         evaluation mode. Buffers are restored all the same.
     compile
-        Compute logits by ``torch.compile``; warns and goes on without it where it fails.
+        Go through ``torch.compile``; warns and goes on without it where it fails.
     """
     checks.model(module)
     checks.one_of("precision", precision, checks.PRECISIONS)
@@ -449,7 +458,7 @@ class _Compiled:
     Without a compiler, or with a module that it cannot do, the module itself is called.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Callable[[Tensor], object]) -> None:
         self._module = module
         self._compiled: Callable[[Tensor], object] | None = torch.compile(module, dynamic=False)
 
@@ -460,7 +469,9 @@ class _Compiled:
         missing = (1 << (count - 1).bit_length()) - count
         padded = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])])
         try:
-            with warnings.catch_warnings():
+            # Without guards on hooks, code that was compiled for another layer would be run.
+            guards = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
+            with guards, warnings.catch_warnings():
                 # The compiler looks at every input's gradient, and torch warns of that.
                 warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor")
                 output = logits_of(self._compiled(padded))
@@ -477,19 +488,58 @@ class _Reached(Exception):  # noqa: N818 - not an error
     """Ends a forward pass at the layer that was asked for."""
 
 
-def _activations(module: nn.Module, layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Output of ``layer`` in a forward pass of ``module`` that ends there."""
-    found: list[Tensor] = []
+class _Tap:
+    """Activations at a layer: its output in its first call, or its input in its last.
 
-    def keep(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output)
-        raise _Reached
+    The forward pass ends there, unless it is compiled: a compiler leaves out by itself what
+    nobody looks at.
+    """
 
-    return _run_until(module, layer.register_forward_hook(keep), inputs, found)
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: nn.Module,
+        *,
+        compile: bool,
+        calls: int = 1,
+        before: bool = False,
+    ) -> None:
+        self._module, self._layer, self._calls, self._before = module, layer, calls, before
+        self._call = _Compiled(module) if compile else module
+        self._to_the_end = compile
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def keep(value: Tensor) -> None:
+            found.append(value)
+            if len(found) == self._calls and not self._to_the_end:
+                raise _Reached
+
+        if self._before:
+            handle = self._layer.register_forward_pre_hook(lambda _, given: keep(given[0]))
+        else:
+            handle = self._layer.register_forward_hook(lambda _, __, output: keep(output))
+        try:
+            self._call(inputs)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        if len(found) < self._calls and self._to_the_end:
+            # Code that the user had compiled before, perhaps, and that calls no hook.
+            warnings.warn("compile=True: goes on without, for the layer was lost", stacklevel=2)
+            self._call, self._to_the_end = self._module, False
+            return self(inputs)
+        if len(found) < self._calls:
+            checks.fail("layer", None, "a forward pass of the model did not reach this layer")
+        value = found[self._calls - 1]
+        # A compiled module is given more rows than these.
+        return value[: len(inputs)] if self._to_the_end else value
 
 
-def _input_of_last_linear(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
-    """Find the Linear that a forward pass calls last; return the function giving its input."""
+def _last_linear(module: nn.Module, example: Tensor) -> tuple[nn.Module, int]:
+    """Find the Linear that a forward pass calls last, and how often it is called."""
     called: list[nn.Module] = []
     handles = [
         m.register_forward_pre_hook(lambda m, _: called.append(m))
@@ -509,33 +559,4 @@ def _input_of_last_linear(module: nn.Module, example: Tensor) -> Callable[[Tenso
             "the model calls no nn.Linear, so its penultimate layer cannot be found; "
             "name one: layer='features'",
         )
-    last, calls = called[-1], sum(m is called[-1] for m in called)
-
-    def penultimate(inputs: Tensor) -> Tensor:
-        found: list[Tensor] = []
-
-        def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            found.append(arguments[0])
-            if len(found) == calls:
-                raise _Reached
-
-        return _run_until(module, last.register_forward_pre_hook(keep), inputs, found)
-
-    return penultimate
-
-
-def _run_until(
-    module: nn.Module,
-    handle: torch.utils.hooks.RemovableHandle,
-    inputs: Tensor,
-    found: list[Tensor],
-) -> Tensor:
-    try:
-        module(inputs)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    if not found:
-        checks.fail("layer", None, "a forward pass of the model did not reach this layer")
-    return found[-1]
+    return called[-1], sum(m is called[-1] for m in called)

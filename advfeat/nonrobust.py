@@ -34,6 +34,7 @@ def construct_nonrobust_dataset(
     patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
+    compile: bool = False,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -63,7 +64,7 @@ def construct_nonrobust_dataset(
         bounds=bounds,
         seed=seed,
         patience=patience,
-        making=Making(batch_size, precision, progress, out, dtype),
+        making=Making(batch_size, precision, progress, out, dtype, compile),
     )
 
 
@@ -79,6 +80,7 @@ def construct_det_dataset(
     bounds: Bounds = (0.0, 1.0),
     batch_size: int | None = None,
     precision: Precision = "float32",
+    compile: bool = False,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -102,7 +104,7 @@ def construct_det_dataset(
     steps, step_size
         Targeted PGD from the image, never stopped early: default 100 steps of ``eps / 5`` (0.1 in
         the paper).
-    bounds, batch_size, precision, progress, out, dtype
+    bounds, batch_size, precision, compile, progress, out, dtype
         As in `advfeat.construct_robust_dataset`.
 
     Returns
@@ -145,7 +147,7 @@ def construct_det_dataset(
         steps=steps,
         step_size=step_size,
         bounds=bounds,
-        making=Making(batch_size, precision, progress, out, dtype),
+        making=Making(batch_size, precision, progress, out, dtype, compile),
     )
 
 
@@ -162,6 +164,7 @@ def construct_rand_dataset(
     seed: int | torch.Generator | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
+    compile: bool = False,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -173,7 +176,8 @@ def construct_rand_dataset(
 
     Parameters
     ----------
-    model, data, eps, norm, steps, step_size, bounds, batch_size, precision, progress, out, dtype
+    model, data, eps, norm, steps, step_size, bounds, batch_size, precision, compile, \
+progress, out, dtype
         As in `construct_det_dataset`.
     exclude_label
         The paper draws the target uniformly from all classes, so that one image in C keeps its own
@@ -196,7 +200,7 @@ def construct_rand_dataset(
     (3, 0)
     """
     checks.seed(seed)
-    making = Making(batch_size, precision, progress, out, dtype)
+    making = Making(batch_size, precision, progress, out, dtype, compile)
     drawn = making.seed(seed)
 
     def choose(net: Network, batch: Batch) -> Tensor:

@@ -25,6 +25,7 @@ def construct_robust_dataset(
     patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
+    compile: bool = False,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -63,6 +64,9 @@ def construct_robust_dataset(
         Rows made together; by default the loader's, 128 for a dataset. Does not change the result.
     precision
         ``"bfloat16"`` takes gradients in bfloat16 where the hardware has it.
+    compile
+        Go through ``torch.compile``; warns and goes on without where it fails. Like another device
+        or batch size it changes a result by rounding, and is not a setting of the set.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
     out
@@ -114,5 +118,5 @@ def construct_robust_dataset(
         bounds=bounds,
         seed=seed,
         patience=patience,
-        making=Making(batch_size, precision, progress, out, dtype),
+        making=Making(batch_size, precision, progress, out, dtype, compile),
     )

@@ -115,8 +115,12 @@ def recipe(options: argparse.Namespace) -> study.Recipe:
     if options.budget == "small":
         chosen = study.Recipe.short(eps=0.5, rows=16_000)
     if options.device.startswith("cuda"):
-        compiled = {**chosen.standard, "options": Options(compile=True)}
-        chosen = replace(chosen, standard=compiled, measured={"compile": True})
+        chosen = replace(
+            chosen,
+            standard={**chosen.standard, "options": Options(compile=True)},
+            sets={name: {**given, "compile": True} for name, given in chosen.sets.items()},
+            measured={"compile": True},
+        )
     return chosen if options.epochs is None else chosen.with_epochs(options.epochs)
 
 

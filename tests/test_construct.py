@@ -1,7 +1,9 @@
 """D_R, D_NR, D_det and D_rand: rows, labels, pairing, provenance, and training on them."""
 
+import functools
 import importlib.metadata
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -435,3 +437,37 @@ def test_pairs_and_subsets_keep_rows_together(opened, tmp_path):
         found.subset(torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="data=2"):
         found.pairs(Subset(dataset(), [1, 2]))
+
+
+# --- Compilation ---
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("D_R", {}),
+        ("D_R", {"layer": "1"}),
+        ("D_NR", {"layer": lambda x: x.flatten(1).square()}),
+        ("D_det", {}),
+    ],
+)
+def test_a_compiled_model_makes_the_same_set(method, options, monkeypatch):
+    # The real compiler but for its last part, which takes seconds to write machine code.
+    compiler = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiler)
+    expected = made(method, dataset(11), batch_size=4, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "compile=True")  # it must not fall back here
+        found = made(method, dataset(11), batch_size=4, compile=True, **options)
+    torch.testing.assert_close(found.images, expected.images, atol=1e-5, rtol=0.0)
+    assert torch.equal(found.labels, expected.labels)
+    assert "compile" not in found.manifest["settings"]
+
+
+def test_one_model_is_compiled_for_several_layers(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model, data = network(), dataset(6)
+    for layer in ("1", None, "3", "1"):
+        expected = made("D_R", data, model, layer=layer)
+        found = made("D_R", data, model, layer=layer, compile=True)
+        torch.testing.assert_close(found.images, expected.images, atol=1e-5, rtol=0.0)

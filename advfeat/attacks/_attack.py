@@ -161,11 +161,17 @@ def argmax_hits(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     return predicted == labels if targeted else predicted != labels
 
 
-def settled_logits(net: Network, candidate: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """Logits, computed in low precision where that was asked for and nothing is claimed."""
+def settled_logits(
+    net: Network, candidate: Tensor, labels: Tensor, targeted: bool, counts: Tensor | None = None
+) -> Tensor:
+    """Logits, computed in low precision where that was asked for and nothing is claimed.
+
+    ``counts`` are the rows whose success would be claimed, bool ``(N,)``; by default all.
+    """
     logits = net.logits(candidate, low_precision=True)
     if net.low_precision:
-        rows = argmax_hits(logits, labels, targeted).nonzero().squeeze(1)
+        claimed = argmax_hits(logits, labels, targeted)
+        rows = (claimed if counts is None else claimed & counts).nonzero().squeeze(1)
         if len(rows):
             logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
     return logits

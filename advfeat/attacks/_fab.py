@@ -89,12 +89,17 @@ class FAB(MinimumNorm):
         number = (state.taken // self.steps).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, number[:, None]).squeeze(1)
         lead = lead_of(target, state.labels)
-        # Within a ball low precision will do, for only what fools the model has to be sure; a
-        # distance is known no better than the logits.
+        # Within a ball low precision will do, for only what fools the model there has to be sure;
+        # a distance is known no better than the logits.
         exact = self.eps is None
         look = evaluated if exact else Network.logits_gradient
         current = self._moved(state, look(net, state.current, lead))
-        logits = net.logits(current) if exact else settled_logits(net, current, state.labels, False)
+        if exact:
+            logits = net.logits(current)
+        else:
+            # What fools the model outside of the ball is on the way there, and no claim.
+            inside = self._close_enough(threat.size(current - state.inputs, self.norm))
+            logits = settled_logits(net, current, state.labels, False, inside)
         hits = self._fools(logits, state.labels)
         state = self._keep(state, current, hits)
         taken = state.taken + 1

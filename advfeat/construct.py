@@ -26,8 +26,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from advfeat import checks, ranks, seeding, store, threat
 from advfeat._version import __version__
-from advfeat.attacks import Attack, Batch, Inversion
+from advfeat.attacks import Attack, Batch
 from advfeat.attacks._attack import joined, taken
+from advfeat.attacks._inversion import Inversion
 from advfeat.loading import Data, Rows, Source, prefetched, with_progress
 from advfeat.model import Layer, Network, Precision, attackable, device_of, unwrapped
 from advfeat.store import Array, ConstructedDataset, Dtype, Folder

@@ -13,6 +13,8 @@ from torch import Tensor
 from advfeat import checks
 from advfeat.store import Array, ConstructedDataset, Folder, quantised, whole_folder
 
+__all__ = ["export_images", "export_released", "import_images", "import_released"]
+
 _IMAGES, _LABELS = "CIFAR_ims", "CIFAR_lab"
 _BATCH = 1000
 

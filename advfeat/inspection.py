@@ -14,6 +14,8 @@ from advfeat import checks, seeding, threat
 from advfeat.loading import Data, Source
 from advfeat.store import Array, ConstructedDataset
 
+__all__ = ["Inspection", "inspect", "moved_control", "noise_control"]
+
 _BATCH = 1024
 _BINS = 10
 

@@ -43,7 +43,7 @@ class Evaluation(NamedTuple):
 class Network:
     """A frozen module as attacks see it: logits, features and input gradients, batch first.
 
-    Made by `attackable`; not meant to outlive its ``with`` block.
+    Made for an attack, and handed to its ``init`` and ``step``; not meant to outlive the call.
     """
 
     def __init__(
@@ -105,13 +105,20 @@ class Network:
             return self._features(inputs, low_precision=False)
 
     def logits_gradient(self, inputs: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
-        """Gradient of a per-sample objective of the logits, by the inputs."""
+        """Gradient of a per-sample objective of the logits, by the inputs.
+
+        Returned as ``gradient`` (like ``inputs``), ``value`` (the objective, ``(N,)``) and
+        ``output`` (the logits, ``(N, C)``), in bfloat16's precision where the user asked for it.
+        """
         return self._gradient(inputs, self._logits, objective)
 
     def features_gradient(
         self, inputs: Tensor, objective: Callable[[Tensor], Tensor]
     ) -> Evaluation:
-        """Gradient of a per-sample objective of the layer's activations, by the inputs."""
+        """Gradient of a per-sample objective of the layer's activations, by the inputs.
+
+        Returned as ``gradient``, ``value`` and ``output`` (the activations, ``(N, F)``).
+        """
         return self._gradient(inputs, self._features, objective)
 
     def _gradient(

@@ -17,6 +17,8 @@ from advfeat.model import Layer, Network, Precision
 from advfeat.store import ConstructedDataset, Dtype, Folder
 from advfeat.threat import Bounds, Norm
 
+__all__ = ["construct_det_dataset", "construct_nonrobust_dataset", "construct_rand_dataset"]
+
 # Targets of a batch.
 Choose: TypeAlias = Callable[[Network, Batch], Tensor]
 

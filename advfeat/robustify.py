@@ -11,6 +11,8 @@ from advfeat.model import Layer, Precision
 from advfeat.store import ConstructedDataset, Dtype, Folder
 from advfeat.threat import Bounds
 
+__all__ = ["construct_robust_dataset"]
+
 
 def construct_robust_dataset(
     model: nn.Module,

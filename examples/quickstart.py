@@ -36,11 +36,9 @@ images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(digits.target)
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 images, labels = images[order], labels[order]
-learn, judge = (
-    (slice(1197), slice(1197, 1437)) if options.validate else (slice(1437), slice(1437, None))
-)
-train = TensorDataset(images[learn], labels[learn])
-test = TensorDataset(images[judge], labels[judge])
+begin, end = (1197, 1437) if options.validate else (1437, None)
+train = TensorDataset(images[:begin], labels[:begin])
+test = TensorDataset(images[begin:end], labels[begin:end])
 
 
 def network() -> nn.Module:

@@ -25,6 +25,6 @@ def test_the_names_are_these():
         "just_bugs", "layer_robustness", "leakage", "linear_usefulness", "mislabelled", "mistakes",
         "robust_dataset_cost", "spectrum", "tradeoff", "transfer", "usefulness",
     }  # fmt: skip
-    for name in results - {"Gaussian", "TransferPoint"}:
+    for name in results - {"Gaussian"}:
         assert callable(getattr(analysis, name).plot), name
         assert "__str__" in vars(getattr(analysis, name)), name

@@ -9,7 +9,8 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 from advfeat import analysis
-from advfeat.analysis import Transfer, TransferPoint
+from advfeat.analysis import Transfer
+from advfeat.analysis._transfer import TransferPoint
 from advfeat.metrics import Accuracy
 
 DET = functools.partial(af.construct_det_dataset, eps=0.3, steps=20, progress=False)

@@ -6,7 +6,8 @@ from torch import nn
 
 import advfeat as af
 from advfeat import engine, losses, threat
-from advfeat.attacks import APGD, AutoAttack, Batch, apgd, checked_batch
+from advfeat.attacks import APGD, AutoAttack, Batch, apgd
+from advfeat.attacks._attack import checked_batch
 from advfeat.model import attackable
 
 NORMS = ("l1", "l2", "linf")

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import advfeat as af
-from advfeat.attacks import FMN, Inversion, apgd, invert
+from advfeat.attacks import FMN, apgd, invert
+from advfeat.attacks._inversion import Inversion
 
 X, Y = torch.linspace(0, 1, 24).view(6, 4), torch.arange(6) % 3
 

@@ -9,10 +9,13 @@ import ast
 import importlib
 import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
+
+import advfeat
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -102,15 +105,21 @@ def test_no_output_was_left_out():
     assert not [page.name for page in PAGES if "OUTPUT:" in page.read_text()]
 
 
+PUBLIC = {"advfeat", *re.findall(r"^      - (advfeat\.\w+): api/", SITE, re.M)}
+
+
+def own_names(title):
+    """Public names of a module, without those that the top level has too."""
+    names = importlib.import_module(title).__all__
+    return [name for name in names if title == "advfeat" or name not in advfeat.__all__]
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/api").glob("*.md")), ids=lambda p: p.stem)
 def test_the_reference_has_every_public_name(page):
     title = page.read_text().split("\n", 1)[0].removeprefix("# ")
     module = importlib.import_module(title)
     shown = re.findall(rf"^::: {title}\.(\w+)$", page.read_text(), re.M)
-    own = getattr(module, "__all__", shown)
-    if title != "advfeat":
-        own = [name for name in own if name not in importlib.import_module("advfeat").__all__]
-    assert sorted(shown) == sorted(own)
+    assert sorted(shown) == sorted(own_names(title))
     for name in shown:
         assert getattr(module, name).__doc__, name
 
@@ -122,3 +131,73 @@ def test_every_room_is_on_the_map():
     drawn = (ROOT / "docs/figures/house.svg").read_text()
     missing = {room for room in rooms if f">{room}</text>" not in drawn}
     assert not missing, "add them to docs/house.py, and run it"
+
+
+@pytest.mark.parametrize("module", sorted(PUBLIC))
+def test_every_public_name_has_its_reason(module):
+    listed = (ROOT / "docs/architecture.md").read_text().split("## Public names\n")[1]
+    begin = "At the top level" if module == "advfeat" else f"In `{module}`"
+    table = listed.split(f"\n{begin}", 1)[1].split("|---|---|\n")[1].split("\n\n")[0]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()]
+    assert all(reason for _, reason in rows)
+    named = [name for names, _ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted(named) == sorted(own_names(module))
+
+
+@pytest.mark.parametrize(
+    "page",
+    [*(p for p in PAGES if blocks(p)), *sorted((ROOT / "examples").glob("*.py"))],
+    ids=lambda p: p.name,
+)
+def test_a_reader_needs_public_names_alone(page):
+    sources = blocks(page) if page.suffix == ".md" else [page.read_text()]
+    tree = ast.parse("\n".join(sources))
+    modules = {}  # by the names they have on the page
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {a.asname or a.name: a.name for a in node.names if "advfeat" in a.name}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "advfeat":
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in PUBLIC:
+                    modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                else:
+                    assert alias.name in importlib.import_module(node.module).__all__
+                    assert node.module in PUBLIC
+    assert set(modules.values()) <= PUBLIC
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            if module is not None and node.attr != "__version__":
+                assert node.attr in importlib.import_module(module).__all__, node.attr
+
+
+BADGE = re.compile(r"!\[([^\]]*)\]\(https://img\.shields\.io/badge/([^)?]+)[^)]*\)")
+
+
+def test_the_badges_are_true():
+    project = (ROOT / "pyproject.toml").read_text()
+    shown = {
+        text: [unquote(part.replace("--", "-")) for part in re.split(r"(?<!-)-(?!-)", badge)]
+        for text, badge in BADGE.findall((ROOT / "README.md").read_text())
+    }
+    python = re.search(r'^requires-python = ">=(.*)"$', project, re.M)[1]
+    torch_needed = re.search(r'^dependencies = .*"torch>=([\d.]+)"', project, re.M)[1]
+    assert shown.pop(f"Python {python} or later")[:2] == ["python", f">={python}"]
+    assert shown.pop(f"PyTorch {torch_needed} or later")[:2] == ["torch", f">={torch_needed}"]
+    assert shown.pop("licence: MIT")[:2] == ["licence", "MIT"]
+    assert "OSI Approved :: MIT License" in project
+    assert "MIT License" in (ROOT / "LICENSE").read_text()
+    assert shown.pop("types: mypy strict")[:2] == ["types", "mypy strict"]
+    assert re.search(r"^\[tool\.mypy\]\nstrict = true$", project, re.M)
+    assert "Typing :: Typed" in project
+    assert (ROOT / "advfeat/py.typed").exists()
+    assert shown.pop("lint: ruff")[:2] == ["lint", "ruff"]
+    assert "[tool.ruff.lint]\nselect" in project
+    assert all(f"\n{tool}" in (ROOT / ".ci/run").read_text() for tool in ("mypy\n", "ruff check"))
+    assert not shown, "a badge that nothing checks"
+
+
+def test_the_readme_is_short():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") < 150
+    assert "<!-- benchmark table -->" in readme

@@ -10,7 +10,7 @@ from toys import DUAL, NORMS, ORDER, SHAPES, WIDE, batch, curved, linear, predic
 
 import advfeat as af
 from advfeat import engine
-from advfeat.attacks import checked_batch
+from advfeat.attacks._attack import checked_batch
 from advfeat.attacks._fab import FAB, FABState, fab
 from advfeat.attacks._minimum_norm import to_hyperplane
 from advfeat.model import attackable

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from advfeat.attacks import Batch, Inversion, invert
+from advfeat.attacks import Batch, invert
+from advfeat.attacks._inversion import Inversion
 from advfeat.model import attackable
 
 

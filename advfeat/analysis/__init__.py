@@ -18,7 +18,7 @@ from advfeat.analysis._tradeoff import (
     robust_dataset_cost,
     tradeoff,
 )
-from advfeat.analysis._transfer import Transfer, TransferPoint, just_bugs, transfer
+from advfeat.analysis._transfer import Transfer, just_bugs, transfer
 from advfeat.analysis._usefulness import Usefulness, linear_usefulness, usefulness
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "Spectrum",
     "Tradeoff",
     "Transfer",
-    "TransferPoint",
     "Usefulness",
     "alignment",
     "filtered_accuracy",

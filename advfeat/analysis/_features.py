@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks
-from advfeat.attacks import PGD, Batch, checked_batch
+from advfeat.attacks import PGD, Batch
+from advfeat.attacks._attack import checked_batch
 from advfeat.loading import Data, Source
 from advfeat.model import Network, device_of
 from advfeat.threat import Bounds, Norm

@@ -59,7 +59,10 @@ class Transfer:
     Attributes
     ----------
     points
-        One for each architecture.
+        One for each architecture: its ``name``; ``learned``, its accuracy on true test data after
+        training on the constructed set; and its share of wrong answers on the test images that
+        were constructed on the source, ``of_fooled`` among those that the source had right and is
+        now fooled on, ``of_all`` among all.
     """
 
     points: tuple[TransferPoint, ...]

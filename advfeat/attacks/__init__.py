@@ -1,12 +1,13 @@
 """Attacks: each a frozen dataclass of settings and a plain function beside it."""
 
 from advfeat.attacks._apgd import APGD, apgd
-from advfeat.attacks._attack import Attack, Batch, checked_batch
+from advfeat.attacks._attack import Attack, Batch
 from advfeat.attacks._fab import FAB, fab
 from advfeat.attacks._fmn import FMN, fmn
-from advfeat.attacks._inversion import Inversion, invert
+from advfeat.attacks._inversion import Inversion, invert  # noqa: F401 - bench_construct.py
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
 from advfeat.attacks._square import Square, square
+from advfeat.model import Network
 
 # Above the single attacks, which it is made of.
 from advfeat.attacks._ensemble import AutoAttack  # isort: skip
@@ -20,10 +21,9 @@ __all__ = [
     "Attack",
     "AutoAttack",
     "Batch",
-    "Inversion",
+    "Network",
     "Square",
     "apgd",
-    "checked_batch",
     "fab",
     "fgsm",
     "fmn",

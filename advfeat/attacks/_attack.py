@@ -16,12 +16,24 @@ from advfeat.threat import Bounds
 
 
 class Batch(NamedTuple):
-    """What an attack starts from: checked, detached, float32 at least, within the bounds."""
+    """What an attack starts from: checked, detached, float32 at least, within the bounds.
 
-    inputs: Tensor  # (N, ...)
-    labels: Tensor  # (N,) int64, true labels or targets
-    ids: Tensor  # (N,) int64, each sample's own number: its random numbers follow from it
-    start: Tensor | None = None  # (N, ...) first iterate, where it is not the inputs
+    Attributes
+    ----------
+    inputs
+        ``(N, ...)``.
+    labels
+        ``(N,)`` int64, true labels or targets.
+    ids
+        ``(N,)`` int64, each sample's own number: its random numbers follow from it.
+    start
+        ``(N, ...)`` first iterate; None where that is the inputs.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    ids: Tensor
+    start: Tensor | None = None
 
 
 def taken(rows: Any, chosen: Tensor) -> Any:

@@ -2,13 +2,12 @@
 
 from advfeat.metrics._accuracy import Accuracy, RobustAccuracy, accuracy, robust_accuracy
 from advfeat.metrics._curve import RobustnessCurve, robustness_curve
-from advfeat.metrics._diagnose import Diagnosis, Finding, diagnose
+from advfeat.metrics._diagnose import Diagnosis, diagnose
 from advfeat.metrics._transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
     "Accuracy",
     "Diagnosis",
-    "Finding",
     "RobustAccuracy",
     "RobustnessCurve",
     "TransferMatrix",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, engine
-from advfeat.attacks import PGD, Attack, AutoAttack, Batch, checked_batch
-from advfeat.attacks._attack import check_given, taken
+from advfeat.attacks import PGD, Attack, AutoAttack, Batch
+from advfeat.attacks._attack import check_given, checked_batch, taken
 from advfeat.attacks._ensemble import seeded
 from advfeat.loading import Data, Source, with_progress
 from advfeat.model import Network, Precision, attackable, device_of

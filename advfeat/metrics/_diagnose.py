@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding
-from advfeat.attacks import APGD, PGD, Attack, Batch, Square, checked_batch
-from advfeat.attacks._attack import joined, taken
+from advfeat.attacks import APGD, PGD, Attack, Batch, Square
+from advfeat.attacks._attack import checked_batch, joined, taken
 from advfeat.attacks._ensemble import seeded
 from advfeat.loading import Data, Source
 from advfeat.model import Network, attackable, device_of
@@ -43,7 +43,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All checks of `diagnose`, by name."""
+    """All checks of `diagnose`, by name.
+
+    Attributes
+    ----------
+    findings
+        By the name of the check, also as ``diagnosis[name]``: its ``value``, the ``limit`` above
+        which it is ``suspicious``, its ``meaning``, and ``advice``.
+    """
 
     findings: dict[str, Finding]
 

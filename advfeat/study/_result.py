@@ -58,8 +58,10 @@ class Study:
     Attributes
     ----------
     measured
-        `Measured` of each model: ``"standard"``, ``"robust"``, and of those that learned from a set
-        by its name.
+        Each model on true test data: ``"standard"``, ``"robust"``, and those that learned from a
+        set by its name. ``standard`` is the accuracy, ``robust`` the robust accuracy at each
+        radius, ``moved`` the share of rows taken for the class after their own: for a model that
+        learned from D_det, what robust features have taught it.
     histories
         `advfeat.training.History` of each model's training.
     made

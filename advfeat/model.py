@@ -55,6 +55,7 @@ class Network:
         fold: bool = False,
     ) -> None:
         self._module = module
+        self._own: nn.Module = getattr(module, "_orig_mod", module)  # inside torch.compile's
         self._fold = fold
         self._folded: dict[object, folding.Forwards] = {}  # by the function that is called
         self._compile = compile
@@ -203,15 +204,16 @@ class Network:
             folding.answering(forwards),
             torch.autocast(inputs.device.type, torch.bfloat16, enabled=low_precision),
         ):
-            if inputs.is_contiguous():
+            # Images of one channel are contiguous in either format: then the weights decide.
+            if inputs.is_contiguous() and self._own not in _in_channels_last:
                 return function(inputs)
             try:
                 return function(inputs)
             except RuntimeError as error:
                 if "view size is not compatible" not in str(error):
                     raise
-                _contiguous_only.add(self._module)
-                _reformat(_in_channels_last.pop(self._module, []), torch.contiguous_format)
+                _contiguous_only.add(self._own)
+                _reformat(_in_channels_last.pop(self._own, []), torch.contiguous_format)
                 return function(inputs.contiguous())
 
     def _checked_folding(
@@ -234,7 +236,7 @@ class Network:
 
     def _memory_format(self, inputs: Tensor) -> torch.memory_format:
         fits = inputs.ndim == 4 and self._has_convolution
-        if fits and self._module not in _contiguous_only:
+        if fits and self._own not in _contiguous_only:
             return torch.channels_last
         return torch.contiguous_format
 
@@ -310,7 +312,7 @@ def trainable(
     channels_last meanwhile, the fastest format on the CPU and on CUDA.
     """
     flags = [(m, m.training) for m in module.modules()]
-    weights = [p for p in module.parameters() if p.ndim == 4 and p.is_contiguous()]
+    weights = [p for p in _kernels(module) if p.is_contiguous()]
     if not module.training:
         module.train()
     try:
@@ -331,7 +333,7 @@ def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Train
     for own, other in zip(module.modules(), like.modules(), strict=True):
         own.training = other.training and isinstance(own, _BatchNorm)
     module.requires_grad_(False)
-    _in_channels_last[module] = [p for p in module.parameters() if p.ndim == 4]
+    _in_channels_last[module] = _kernels(module)
     return Trainee(Network(module, _affordable(precision, module)))
 
 
@@ -362,6 +364,12 @@ def refuse_wrapped(module: nn.Module) -> None:
             "model: sharded by FSDP, and an attack would gather all weights at every step; pass "
             "the plain module: training makes it data parallel (DDP)"
         )
+
+
+def _kernels(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of convolutions; others of four dimensions may be meant to be viewed."""
+    own = (m.parameters(recurse=False) for m in module.modules() if isinstance(m, _CONVOLUTIONS))
+    return list(dict.fromkeys(p for part in own for p in part if p.ndim == 4))
 
 
 def _reformat(parameters: list[nn.Parameter], memory_format: torch.memory_format) -> None:

@@ -127,3 +127,49 @@ def test_any_model_learns_and_is_left_as_it_was(make, way):
     assert [p.stride() for p in model.parameters()] == strides
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(model.state_dict()[name], value) for name, value in still.items())
+
+
+class Digits(nn.Module):
+    """The classic of MNIST: its second convolution gives channels_last where weights are so."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 64, 3)
+
+    def forward(self, x):
+        x = self.conv2(self.conv1(x).relu()).relu()
+        return self.head(x.view(len(x), -1))
+
+
+class Placed(nn.Module):
+    """A weight of four dimensions that is no convolution's, and is viewed."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros(1, 4, 4, 4))
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.head(x.flatten(1) + self.place.view(1, -1))
+
+
+@pytest.mark.parametrize("options", [Options(), Options(ema=0.5)], ids=["plain", "average"])
+@pytest.mark.parametrize("make", [Digits, Placed], ids=lambda make: make.__name__)
+def test_a_view_that_channels_last_weights_do_not_allow(make, options):
+    model, rows = make(), TensorDataset(torch.rand(24, 1, 8, 8), torch.arange(24) % 3)
+    strides = [p.stride() for p in model.parameters()]
+    ball = {"eps": 0.05, "norm": "linf", "steps": 2}
+    af.adversarial_fit(model, rows, **ball, epochs=1, batch_size=12, options=options, seed=0)
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+@pytest.mark.parametrize("make", [Digits, Viewing], ids=lambda make: make.__name__)
+def test_a_compiled_model_that_channels_last_does_not_fit(make, monkeypatch):
+    monkeypatch.setattr(torch, "compile", torch._dynamo.optimize("eager"))
+    channels = 1 if make is Digits else 3
+    rows = TensorDataset(torch.rand(24, channels, 8, 8), torch.arange(24) % 3)
+    ball = {"eps": 0.05, "norm": "linf", "steps": 2}
+    af.adversarial_fit(
+        make(), rows, **ball, epochs=1, batch_size=12, options=Options(compile=True), seed=0
+    )

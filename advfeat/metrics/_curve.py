@@ -107,6 +107,7 @@ def robustness_curve(
     attack = FMN(norm=norm, bounds=bounds) if attack is None else attack
     if not isinstance(attack, MinimumNorm) or attack.norm != norm or attack.eps is not None:
         checks.fail("attack", attack, f"expected FMN or FAB in norm={norm!r}, without eps")
+    checks.own_bounds(bounds, attack.bounds)
     source = Source(data, batch_size)
     clean = CleanPass(source, model, attack.bounds, "robustness curve", progress)
     ids, found = array("q"), array("f")

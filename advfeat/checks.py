@@ -105,6 +105,12 @@ def bounds(value: object) -> None:
         fail("bounds", value, "low must be below high; are they reversed?")
 
 
+def own_bounds(given: Bounds, own: Bounds) -> None:
+    """Refuse bounds beside an attack that has others; the default says nothing."""
+    if given not in ((0.0, 1.0), own):
+        fail("bounds", given, f"the attack has its own, {own}; pass them to the attack")
+
+
 def eps(value: object) -> None:
     """Refuse a radius that is negative, not finite or not a number (or one number per sample)."""
     if isinstance(value, Tensor):

@@ -476,7 +476,9 @@ def _layer_name(model: nn.Module, layer: Layer) -> str:
     if layer is None or isinstance(layer, str):
         return layer or "input of the last Linear"
     if isinstance(layer, nn.Module):
-        names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        names: dict[nn.Module, str] = {
+            module: name for name, module in unwrapped(model).named_modules()
+        }
         return names.get(layer, "")  # a module of another model is refused by `attackable`
     return f"function {getattr(layer, '__qualname__', type(layer).__qualname__)}"
 

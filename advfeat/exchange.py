@@ -80,7 +80,8 @@ def import_images(folder: Folder) -> ConstructedDataset:
     folder
         Its folders are the classes: where all are named by numbers these are the labels,
         otherwise their alphabetical places are (as in torchvision's ``ImageFolder``). Images are of
-        one size; grey ones have one channel, others three. Needs pillow.
+        one size, of 8 bits; grey ones have one channel, others three. Names that begin with a dot
+        are left out. Needs pillow.
 
     Returns
     -------
@@ -96,12 +97,12 @@ def import_images(folder: Folder) -> ConstructedDataset:
     """
     image_module = _pillow()
     folder = Path(folder)
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
+    classes = [path for path in _visible(folder) if path.is_dir()]
     numbered = all(path.name.isdecimal() for path in classes)
     arrays: list[Array] = []
     labels: list[int] = []
     for place, of_class in enumerate(classes):
-        for path in sorted(of_class.iterdir()):
+        for path in _visible(of_class):
             arrays.append(_pixels(image_module, path))
             labels.append(int(of_class.name) if numbered else place)
             if arrays[-1].shape != arrays[0].shape:
@@ -157,16 +158,28 @@ def _tensors(path: Path) -> Tensor:
     parts = [found] if isinstance(found, Tensor) else found
     if not isinstance(parts, list) or not all(isinstance(part, Tensor) for part in parts):
         checks.fail("folder", str(path.parent), f"{path.name} is not a list of tensors")
-    return torch.cat(parts)
+    try:
+        return torch.cat(parts)
+    except (RuntimeError, ValueError) as error:  # none at all, or of different shapes
+        raise ValueError(
+            f"folder={str(path.parent)!r}: the tensors in {path.name} do not make one: {error}"
+        ) from error
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, by name, but for what file managers and notebooks leave there."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _pixels(image_module: Any, path: Path) -> Array:
     try:
         with image_module.open(path) as image:
             image.load()
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"it has more than 8 bits a channel (mode {image.mode})")
             pixels = np.array(image if image.mode == "L" else image.convert("RGB"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"folder: {str(path)!r} is no image: {error}") from error
+        raise ValueError(f"folder: {str(path)!r} is no image of 8 bits: {error}") from error
     channels: Array = np.moveaxis(np.atleast_3d(pixels), 2, 0)
     return channels
 

@@ -58,7 +58,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[1] < 3:
         return margin(logits, labels)
     top = logits.topk(3, dim=1).values
-    return margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
+    return margin(logits, labels) / _usable(top[:, 0] - top[:, 2])
 
 
 def margin_to_target(logits: Tensor, targets: Tensor) -> Tensor:
@@ -157,7 +157,12 @@ def doubted_divergence(clean: Tensor, attacked: Tensor, labels: Tensor) -> Tenso
 
 def _targeted_scale(logits: Tensor) -> Tensor:
     top = logits.topk(4, dim=1).values
-    return (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-12)
+    return _usable(top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """What can be divided by: 1 where a class is ruled out by minus infinity, as with too few."""
+    return torch.where(scale == torch.inf, 1.0, scale.clamp_min(1e-12))
 
 
 def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:

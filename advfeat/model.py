@@ -65,7 +65,7 @@ class Network:
         tensors = itertools.chain(module.parameters(), module.buffers())
         example = next((t for t in tensors if t.is_floating_point()), None)
         self.device = None if example is None else example.device
-        self._dtype = None if example is None else example.dtype
+        self.dtype = None if example is None else example.dtype
         self.low_precision = precision == "bfloat16"
         self._has_convolution = any(isinstance(m, _CONVOLUTIONS) for m in module.modules())
         self.classes: int | None = None
@@ -142,7 +142,7 @@ class Network:
     def _by_inputs(self, leaf: Tensor, output: Tensor, value: Tensor) -> Tensor | None:
         # A sum, never a mean: no sample's gradient depends on its batch.
         total = value.sum()
-        if self._dtype != torch.float16:
+        if self.dtype != torch.float16:
             return torch.autograd.grad(total, leaf, allow_unused=True)[0]
         # float16 holds neither the tiny gradient of a sure answer nor a huge one (pitfall 12):
         # every row enters the model at one size, and has its own back in float32.
@@ -194,8 +194,8 @@ class Network:
     def _call(
         self, function: Callable[[Tensor], object], inputs: Tensor, low_precision: bool
     ) -> object:
-        if self._dtype is not None and not low_precision:
-            inputs = inputs.to(self._dtype)
+        if self.dtype is not None and not low_precision:
+            inputs = inputs.to(self.dtype)
         if self._fold and low_precision and function not in self._folded:
             self._folded[function] = self._checked_folding(function, inputs)
         forwards = self._folded.get(function, {}) if low_precision else {}
@@ -272,6 +272,7 @@ def attackable(
     checks.model(module)
     checks.one_of("precision", precision, checks.PRECISIONS)
     module = unwrapped(module)
+    _refuse_inference_tensors(module)
     layer = find_layer(module, layer)
     # Not in the user's inference mode: its tensors could not enter a gradient.
     with torch.inference_mode(False), torch.no_grad(), _frozen(module, train=train):
@@ -426,10 +427,15 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
     """Freeze flags and parameters; put back flags, ``requires_grad`` and every buffer's value."""
     flags = [(m, m.training) for m in module.modules()]
     wanted = [(p, p.requires_grad) for p in module.parameters()]
-    owned = [(m, m._buffers.copy()) for m in module.modules()]
+    owned = [(m, dict(m._buffers.items())) for m in module.modules()]
+    recurrent = [(m, m.dropout) for m in module.modules() if isinstance(m, nn.RNNBase)]
     try:
         for m, _ in flags:
             m.training = m.training and train
+        for m, _ in recurrent:
+            # cuDNN goes backward in training mode alone, which is the same without dropout.
+            if not train and device_of(m).type == "cuda":
+                m.training, m.dropout = True, 0.0
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
         with buffers_kept(module):
@@ -437,11 +443,28 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
     finally:
         for m, flag in flags:
             m.training = flag
+        for m, dropout in recurrent:
+            m.dropout = dropout
         for parameter, flag in wanted:
             parameter.requires_grad_(flag)
         for owner, own in owned:
+            if isinstance(owner, torch.jit.ScriptModule):  # shows a view of its buffers
+                for name, buffer in own.items():
+                    setattr(owner, name, buffer)
+                continue
             owner._buffers.clear()
             owner._buffers.update(own)
+
+
+def _refuse_inference_tensors(module: nn.Module) -> None:
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_inference():
+            checks.fail(
+                "model",
+                name,
+                "made in torch.inference_mode, so it can enter no gradient; make the model, or "
+                "copy.deepcopy it, outside of that mode",
+            )
 
 
 def _affordable(precision: Precision, module: nn.Module) -> Precision:

@@ -580,7 +580,10 @@ def read_manifest(folder: Folder) -> dict[str, Any] | None:
     for name, field in fields.items():
         # A path for a name would lead out of the folder.
         if not (
-            name.isidentifier() and isinstance(field, dict) and {"dtype", "shape"} <= set(field)
+            name.isidentifier()
+            and isinstance(field, dict)
+            and isinstance(field.get("shape"), list)
+            and "dtype" in field
         ):
             checks.fail("folder", str(folder), f"{_MANIFEST} says nonsense of field {name!r}")
     return manifest

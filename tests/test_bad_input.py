@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import advfeat as af
 from advfeat.attacks import FMN, apgd, invert
 from advfeat.attacks._inversion import Inversion
+from advfeat.metrics import robustness_curve
 
 X, Y = torch.linspace(0, 1, 24).view(6, 4), torch.arange(6) % 3
 
@@ -264,6 +265,18 @@ CASES = {
     # robust accuracy
     "no ball": (lambda m: af.robust_accuracy(m, rows()), V, "eps, norm", "both are needed"),
     "no norm": (lambda m: robust(m, norm=None), V, "eps, norm", "both are needed"),
+    "bounds beside an attack": (
+        lambda m: robust(m, attack=ATTACK, bounds=(-1.0, 1.0)),
+        V,
+        "bounds",
+        "its own",
+    ),
+    "bounds beside a curve's attack": (
+        lambda m: robustness_curve(m, rows(), norm="l2", attack=FMN(norm="l2"), bounds=(-1.0, 1.0)),
+        V,
+        "bounds",
+        "its own",
+    ),
     "a ball beside an attack": (lambda m: robust(m, attack=ATTACK, eps=0.1), V, "eps, norm", "own"),
     "attack a name": (lambda m: robust(m, attack="pgd"), T, "attack", "PGD"),
     "attack a class": (lambda m: robust(m, attack=af.PGD), T, "attack", "PGD"),

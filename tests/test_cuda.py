@@ -221,3 +221,24 @@ def test_a_float16_model_is_attacked():
     sizes = (x_adv - x).flatten(1).norm(dim=1)
     assert (sizes > 0.4).all()
     assert (sizes <= 0.5 + 1e-6).all()
+
+
+def test_a_recurrent_model_is_attacked():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(5, 8, num_layers=2, dropout=0.5, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, copied = both(Recurrent().double())
+    x = torch.rand(6, 7, 5, dtype=torch.float64)
+    y = right_rows(model, x)
+    options = {"eps": 0.3, "norm": "l2", "steps": 5}
+    close(
+        af.pgd(copied, x.to(DEVICE), y.to(DEVICE), **options),
+        af.pgd(model, x, y, **options),
+    )

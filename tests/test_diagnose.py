@@ -46,12 +46,28 @@ def diagnosis(model, digits, **options):
         return diagnose(model, rows(digits), **(BALL | {"samples": 80, "seed": 0} | options))
 
 
+class Entangled(nn.Module):
+    """A model whose answer to a row depends on the rows beside it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)
+        return logits - 0.5 * logits.mean(0)
+
+
 TRAPS = {
     "quantised": (lambda m: Front(m, lambda x: torch.round(4 * x) / 4), "zero_gradients"),
     "signs": (lambda m: Front(m, lambda x: (torch.sign(x - 0.4) + 1) / 2), "zero_gradients"),
     "detached": (lambda m: Front(m, torch.detach), "zero_gradients"),
     "saturated": (lambda m: Scaled(m, 1000.0), "zero_gradients"),
     "random": (lambda m: Front(m, noisy), "random_predictions"),
+    "random and cold": (lambda m: Scaled(Front(m, noisy), 1e-5), "random_predictions"),
+    "entangled": (Entangled, "random_predictions"),
+    # The root of a black pixel has an infinite slope.
+    "roots": (lambda m: Front(m, lambda x: x.sqrt().square()), "zero_gradients"),
 }
 
 

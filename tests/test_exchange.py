@@ -138,3 +138,26 @@ def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"advfeat\[images\]"):
         export_images(example(), tmp_path / "set")
+
+
+def test_what_other_programs_leave_in_a_folder_is_no_class_and_no_image(tmp_path):
+    made = example(levels=True)
+    export_images(made, tmp_path / "set")
+    (tmp_path / "set" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "set" / f"{made.labels[0]}" / ".DS_Store").write_text("")
+    assert import_images(tmp_path / "set").labels.sort().values.tolist() == sorted(made.labels)
+
+
+def test_an_image_of_16_bits_is_refused_not_clipped(tmp_path):
+    (tmp_path / "0").mkdir()
+    Image.fromarray(np.full((2, 2), 40_000, np.uint16)).save(tmp_path / "0" / "a.png")
+    with pytest.raises(ValueError, match=r"folder: .*a\.png.*8 bits"):
+        import_images(tmp_path)
+
+
+@pytest.mark.parametrize("parts", [[], [torch.rand(2, 3, 4, 4), torch.rand(2, 3, 5, 4)]])
+def test_tensors_that_do_not_make_one_are_refused(parts, tmp_path):
+    export_released(example(), tmp_path / "set")
+    torch.save(parts, tmp_path / "set" / "CIFAR_ims")
+    with pytest.raises(ValueError, match=r"folder=.*CIFAR_ims"):
+        import_released(tmp_path / "set")

@@ -6,10 +6,23 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import DUAL, NORMS, ORDER, SHAPES, WIDE, batch, curved, linear, predicted, sizes
+from toys import (
+    DUAL,
+    NORMS,
+    ORDER,
+    SHAPES,
+    WIDE,
+    Masked,
+    batch,
+    curved,
+    linear,
+    predicted,
+    sizes,
+)
 
 import advfeat as af
 from advfeat import engine
+from advfeat.attacks import fab
 from advfeat.attacks._attack import checked_batch
 from advfeat.attacks._fmn import FMN, FMNState, fmn
 from advfeat.model import attackable
@@ -392,3 +405,13 @@ def test_images_in_channels_last_too():
 def test_bad_settings_are_refused(options, argument):
     with pytest.raises((ValueError, TypeError), match=f"^{argument}="):
         FMN(**options)
+
+
+@pytest.mark.parametrize("attack", [fmn, fab])
+def test_a_class_that_the_model_rules_out_changes_nothing(attack):
+    model, x = curved(3), batch()
+    y = predicted(model, x)
+    expected = attack(model, x, y, norm="l2", steps=20)
+    found = attack(Masked(model), x, y, norm="l2", steps=20)
+    assert (predicted(model, found) != y).all()
+    assert (sizes(found, x, "l2") <= 1.02 * sizes(expected, x, "l2")).all()

@@ -113,6 +113,14 @@ def test_a_field_that_leads_out_of_the_folder_is_not_read(folder):
     refused(folder, "secret")
 
 
+def test_a_field_of_no_shape_is_refused(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["fields"]["labels"]["shape"] = 5
+    path.write_text(json.dumps(manifest))
+    refused(folder, "manifest.json says nonsense of field 'labels'")
+
+
 # --- Foreign ---
 
 

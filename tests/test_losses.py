@@ -148,6 +148,16 @@ def test_classes_that_the_model_masks_do_no_harm():
     assert torch.isfinite(logits.grad).all()
 
 
+def test_the_scale_of_dlr_is_that_of_the_classes_that_are_not_masked():
+    # Divided by infinity, the ratio and its gradient would be zero.
+    logits = torch.tensor([[2.0, 1.0, float("-inf"), float("-inf")]], requires_grad=True)
+    label, target = torch.tensor([0]), torch.tensor([1])
+    for value in (losses.dlr(logits, label), losses.towards("dlr", logits, label, target)):
+        assert value.item() == -1.0
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        assert gradient.tolist() == [[-1.0, 1.0, 0.0, 0.0]]
+
+
 @pytest.mark.parametrize("loss", ALL)
 def test_a_row_has_the_same_value_alone_and_in_a_batch(loss):
     logits, labels = some_logits(9)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import advfeat as af
+from advfeat.attacks._attack import argmax_hits
 from advfeat.metrics import Accuracy, RobustAccuracy
 
 WIDE = (-100.0, 100.0)
@@ -281,3 +282,18 @@ def test_a_model_wrong_everywhere_has_accuracy_zero():
     rows = TensorDataset(torch.eye(3), torch.tensor([1, 2, 0]))
     found = af.robust_accuracy(nn.Identity(), rows, eps=0.1, norm="l2")
     assert (found, found.standard, found.total) == (0.0, 0.0, 3)
+
+
+def test_nan_among_logits_is_no_answer():
+    # Torch's argmax takes NaN for the largest, and so names the label now and then.
+    logits = torch.tensor([[torch.nan, torch.nan], [torch.nan, 0.0], [1.0, torch.nan], [1.0, 0.0]])
+    rows = TensorDataset(logits.nan_to_num(nan=-1.0), torch.zeros(4, dtype=torch.int64))
+
+    class Undefined(nn.Module):
+        def forward(self, x):
+            return torch.where(x < 0, torch.nan, x)
+
+    assert af.accuracy(Undefined(), rows).correct.tolist() == [False, False, False, True]
+    for targeted in (True, False):
+        hits = argmax_hits(logits, rows.tensors[1], targeted)
+        assert hits.tolist() == [not targeted] * 3 + [targeted]

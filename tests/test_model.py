@@ -227,6 +227,58 @@ def test_a_module_that_changes_its_buffers_gets_them_back(model, change, kind):
     before.assert_unchanged()
 
 
+class Counting(nn.Module):
+    """Can be scripted; writes to one buffer and exchanges another."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("count", torch.zeros(3))
+        self.register_buffer("latest", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.latest = x.detach().mean(0)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("kind", ["logits", "logits_gradient"])
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, batch(2, 6))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_module_gets_its_buffers_back(make, kind):
+    module = make(Counting())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with attackable(module) as net:
+        assert look(net, kind, net.prepare(batch(2, 6)))[0].shape[0] > 0
+    assert module.training
+    assert all(p.requires_grad for p in module.parameters())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_module_made_in_inference_mode_is_refused_and_left_alone():
+    with torch.inference_mode():
+        module = dense()
+    wanted = [p.requires_grad for p in module.parameters()]
+    with pytest.raises(ValueError, match=r"model='0.weight'.*inference_mode"), attackable(module):
+        pass
+    assert [p.requires_grad for p in module.parameters()] == wanted
+
+
+def test_recurrent_layers_on_cuda_are_in_training_mode_without_dropout(monkeypatch):
+    # cuDNN has no backward pass in evaluation mode. That it is CUDA is pretended.
+    monkeypatch.setattr("advfeat.model.device_of", lambda module: torch.device("cuda"))
+    module = nn.Sequential(nn.LSTM(6, 4, num_layers=2, dropout=0.5))
+    x = batch(2, 3, 6)
+    expected = module.eval()(x)[0][0]
+    module.train()
+    with attackable(module):
+        assert module[0].training
+        assert torch.equal(module(x)[0][0], expected)
+    assert module[0].training
+    assert module[0].dropout == 0.5
+
+
 def test_an_expanded_buffer_does_no_harm(model):
     # Several of its entries share one place in memory, so it cannot be written to.
     model.register_buffer("expanded", torch.ones(1).expand(5))

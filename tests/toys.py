@@ -40,3 +40,15 @@ def predicted(model, x):
 def sizes(x_adv, x, norm):
     delta = (x_adv.double() - x.double()).flatten(1).numpy()
     return np.linalg.norm(delta, ORDER[norm], axis=1)
+
+
+class Masked(nn.Module):
+    """A model that rules out one more class by a logit of minus infinity."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        logits = self.model(x)
+        return torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], 1)

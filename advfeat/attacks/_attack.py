@@ -168,9 +168,9 @@ def check_given(attack: object, eps: object, norm: object) -> None:
 
 
 def argmax_hits(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """Whether the attack has what it wants, bool ``(N,)``."""
-    predicted = logits.argmax(1)
-    return predicted == labels if targeted else predicted != labels
+    """Whether the attack has what it wants, bool ``(N,)``; NaN among logits is no class at all."""
+    says_label = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+    return says_label if targeted else ~says_label
 
 
 def settled_logits(

@@ -23,7 +23,9 @@ _CLOSER = 1 - 1e-6
 
 def rounding(logits: Tensor) -> Tensor:
     """By how much one logit has to lead another for the lead to be sure, ``(N,)``."""
-    return _ROUNDINGS * torch.finfo(logits.dtype).eps * logits.detach().abs().amax(1)
+    # A class that the model rules out by a logit of minus infinity is not rounded.
+    magnitude = logits.detach().abs().nan_to_num(nan=0.0, posinf=0.0)
+    return _ROUNDINGS * torch.finfo(logits.dtype).eps * magnitude.amax(1)
 
 
 def lead_of(targets: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from advfeat import checks, engine
 from advfeat.attacks import PGD, Attack, AutoAttack, Batch
-from advfeat.attacks._attack import check_given, checked_batch, taken
+from advfeat.attacks._attack import argmax_hits, check_given, checked_batch, taken
 from advfeat.attacks._ensemble import seeded
 from advfeat.loading import Data, Source, with_progress
 from advfeat.model import Network, Precision, attackable, device_of
@@ -135,6 +135,8 @@ def accuracy(
     Accuracy
         A float with ``count``, ``total``, ``correct``, ``index`` and ``interval``.
 
+    A row with NaN among its logits is wrong.
+
     Examples
     --------
     >>> import torch
@@ -187,7 +189,7 @@ def robust_accuracy(
         Measure by PGD with this many steps, from the clean input on the cross-entropy, in place
         of the default: quicker, and no more than an upper bound.
     bounds
-        The box ``(low, high)`` of valid inputs.
+        The box ``(low, high)`` of valid inputs; an ``attack`` has its own.
     seed
         Of attacks that have none of their own; None draws one number from torch's default
         generator where needed.
@@ -271,6 +273,7 @@ def _attacks(
         checks.fail("attack", attack, "no attack at all; for clean inputs use advfeat.accuracy")
     if any(one.bounds != flat[0].bounds for one in flat):
         checks.fail("attack", attack, "the attacks have different bounds")
+    checks.own_bounds(bounds, flat[0].bounds)
     return seeded([one.until_fooled() for one in flat], seed)
 
 
@@ -312,7 +315,7 @@ class CleanPass:
         """Every batch, checked and prepared, with whether the model is right on each row."""
         for rows in self._batches:
             batch = checked_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
-            right = net.logits(batch.inputs).argmax(1) == batch.labels
+            right = argmax_hits(net.logits(batch.inputs), batch.labels, targeted=True)
             self._index.extend(rows.ids.tolist())
             self._right.extend(right.tolist())
             if self._inputs is not None:

@@ -110,6 +110,7 @@ def robustness_curve(
     for each in attacks:
         if not isinstance(each, MinimumNorm) or each.norm != norm or each.eps is not None:
             checks.fail("attack", each, f"expected FMN or FAB in norm={norm!r}, without eps")
+        checks.own_bounds(bounds, each.bounds)
     source = Source(data, batch_size)
     clean = CleanPass(source, model, attacks[0].bounds, "robustness curve", progress)
     ids, found = array("q"), array("f")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding
 from advfeat.attacks import APGD, PGD, Attack, Batch, Square
-from advfeat.attacks._attack import checked_batch, joined, taken
+from advfeat.attacks._attack import argmax_hits, checked_batch, joined, taken
 from advfeat.attacks._ensemble import seeded
 from advfeat.loading import Data, Source
 from advfeat.model import Network, attackable, device_of
@@ -103,8 +103,8 @@ def diagnose(
         ``print`` it; ``diagnosis.suspicious`` are the names of checks that found something, which
         a warning gives too, with what to do.
 
-        ``random_predictions``: share of samples whose logits differ between two equal calls.
-        ``zero_gradients``: share whose loss has no gradient by the input.
+        ``random_predictions``: share of samples whose logits differ between two calls.
+        ``zero_gradients``: share whose loss has a zero gradient by the input, or NaN.
         ``black_box_wins``: share that Square fools and APGD, on either loss, does not.
         ``more_steps_help``: share that APGD fools by 100 steps from 2 starts and not by 25.
         ``large_eps_resists``: accuracy under PGD in a ball that covers the whole box.
@@ -170,15 +170,17 @@ def _findings(
                 "random_predictions",
                 _share(_changing(net, batch.inputs)),
                 0.0,
-                "samples whose logits change between two equal calls",
+                "samples whose logits change between two calls",
                 "the model is random: attack its average over many calls (an expectation over "
-                "transformations), and report the accuracy of the average",
+                "transformations), and report the accuracy of the average; or it looks at the rows "
+                "beside a row (BatchNorm without running statistics): no row has a result of its "
+                "own then",
             ),
             Finding(
                 "zero_gradients",
                 _share(_without_gradient(net, batch)),
                 0.01,
-                "samples whose cross-entropy has no gradient by the input",
+                "samples whose cross-entropy has a gradient of zero, or NaN, by the input",
                 "gradient attacks cannot move there: replace layers that are not differentiable "
                 "by a differentiable stand-in (BPDA); where the logits are huge, attack with "
                 "loss='dlr' or 'margin'; in any case with Square",
@@ -215,8 +217,8 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
         kept = slice(None, samples - seen)
         fields = (rows.inputs[kept], rows.labels[kept], rows.ids[kept])
         batch = checked_batch(net, *fields, bounds)
-        right = (net.logits(batch.inputs).argmax(1) == batch.labels).nonzero().squeeze(1)
-        found.append(taken(batch, right))
+        right = argmax_hits(net.logits(batch.inputs), batch.labels, targeted=True)
+        found.append(taken(batch, right.nonzero().squeeze(1)))
         seen += len(batch.ids)
         if seen >= samples:
             break
@@ -229,13 +231,20 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
 def _without_gradient(net: Network, batch: Batch) -> Tensor:
     objective = losses.climbed("cross_entropy", batch.labels, targeted=False)
     gradient = net.logits_gradient(batch.inputs, objective).gradient
-    return gradient.flatten(1).abs().amax(1) == 0
+    peak = gradient.flatten(1).abs().amax(1)
+    # One entry that is not finite is enough: no attack goes by such a gradient.
+    return (peak == 0) | ~peak.isfinite()
 
 
 def _changing(net: Network, inputs: Tensor) -> Tensor:
-    first, second = net.logits(inputs), net.logits(inputs)
+    first = net.logits(inputs)
+    # Each half by itself: a model that looks at the rows beside a row answers otherwise too.
+    second = torch.cat([net.logits(half) for half in inputs.chunk(2)])
+    finite = first.masked_fill(~first.isfinite(), 0.0)
+    size, spread = finite.abs().amax(1), finite.amax(1) - finite.amin(1)
     # Parallel sums differ by rounding; a random model differs by far more.
-    return ((first - second).abs() > 1e-4 * (1 + first.abs())).any(1)
+    rounding = 8 * torch.finfo(net.dtype or first.dtype).eps * size
+    return (first - second).abs().amax(1) > 1e-4 * spread + rounding
 
 
 def _share(rows: Tensor) -> float:

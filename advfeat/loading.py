@@ -50,9 +50,13 @@ class Portion(NamedTuple):
     place: Tensor  # (N,) int64, on the CPU: where each row stands in the batch of all ranks
     total: int  # rows of that batch
 
-    def parts(self, count: int) -> list[Portion]:
-        """Split into at most ``count`` parts of the same batch."""
-        pieces = (torch.tensor_split(field, min(count, len(self.ids))) for field in self[:4])
+    def parts(self, count: int, whole: int) -> list[Portion]:
+        """Split into parts no longer than those of ``whole`` rows in ``count`` parts.
+
+        So few rows that are left over stay together: BatchNorm cannot train on a single one.
+        """
+        longest = -(-whole // count)
+        pieces = (torch.tensor_split(field, -(-len(self.ids) // longest)) for field in self[:4])
         return [Portion._make((*fields, self.total)) for fields in zip(*pieces, strict=True)]
 
 
@@ -191,22 +195,26 @@ def training_batches(
     """One epoch of batches to train on: a loader as it is, a dataset shuffled by (seed, epoch).
 
     Of a dataset every rank has a part of the same batches that one rank would have; a loader gives
-    the rank's own rows. ``check`` looks at inputs and labels where they come from, before they are
-    moved: on the CPU that needs no waiting for the device.
+    the rank's own rows. A single row that is left over is left out. ``check`` looks at inputs and
+    labels where they come from, before they are moved: on the CPU that needs no waiting for the
+    device.
     """
     if isinstance(data, DataLoader) or _is_stream(data):
         if isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
             data.sampler.set_epoch(epoch)
         _refuse_endless(data)
+        largest = 0
         for rows in _numbered(data, device, check):  # type: ignore[arg-type]
             count = len(rows.ids)
-            yield Portion(*rows, rank + ranks * torch.arange(count), count * ranks)
+            largest = max(largest, count)
+            if count > 1 or largest == 1:
+                yield Portion(*rows, rank + ranks * torch.arange(count), count * ranks)
         return
     source = Source(data, batch_size)
     order = torch.randperm(len(source), generator=seeding.generator(seed, epoch))
     size = min(batch_size or 128, len(order))
     for chunk in torch.split(order, size):
-        # BatchNorm cannot train on a single sample that is left over.
+        # As for a loader: BatchNorm cannot train on a single sample that is left over.
         if len(chunk) >= 2 * ranks or (size == 1 and ranks == 1):
             rows = source.rows(chunk[rank::ranks].tolist(), device, check)
             yield Portion(*rows, torch.arange(rank, len(chunk), ranks), len(chunk))
@@ -312,10 +320,12 @@ def _rows(index: Tensor, batch: object, device: torch.device, check: Check | Non
         )
     if check is not None:
         check(inputs, labels)
+    # Towards the CPU a copy that does not wait is read before it is there.
+    away = device.type != "cpu"
     return Rows(
         index.to(device),
-        inputs.to(device, non_blocking=True),
-        labels.to(device, non_blocking=True),
+        inputs.to(device, non_blocking=away),
+        labels.to(device, non_blocking=away),
     )
 
 

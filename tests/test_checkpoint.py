@@ -1,6 +1,7 @@
 """A run that is cut and resumed ends as if it had never been."""
 
 import copy
+import os
 import random
 import signal
 import subprocess
@@ -386,3 +387,56 @@ def test_a_schedule_in_parts_is_resumed(tmp_path):
             history = af.fit(begun(), blobs(), **settings)
             rates[name] = [row["lr"] for row in history.rows]
     assert rates["whole"] == rates["cut"]
+
+
+def test_sigterm_while_the_last_epoch_is_measured_is_not_lost(tmp_path):
+    heard, steps, model = [], [], dropping()
+
+    def kill(module, *_):
+        if len(steps) == ROWS / 15 and not module.training:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model.register_forward_hook(kill)
+    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
+    try:
+        settings = SETTINGS | {"epochs": 1, "validation": blobs(9), "checkpoint": tmp_path}
+        standard(model, **settings, on_step=steps.append)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["finished"]
+
+
+def test_sigterm_does_not_save_broken_weights(tmp_path):
+    def on_step(row):
+        if row["step"] == 6:
+            with torch.no_grad():
+                model[0].weight.fill_(torch.nan)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model = dropping()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(FloatingPointError, match="step 6"):
+            standard(model, **SETTINGS, checkpoint=tmp_path, on_step=on_step)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_a_run_that_is_out_of_patience_is_over_though_killed_as_it_says_so(tmp_path):
+    def cut(row):
+        if row["epoch"] == 2:
+            raise Cut
+
+    still = {"lr": 1e-12, "validation": blobs(9), "options": Options(patience=1)}
+    settings = SETTINGS | still | {"checkpoint": tmp_path}
+    with pytest.raises(Cut):
+        standard(dropping(), **settings, on_epoch=cut)
+    assert len(standard(dropping(), **settings).rows) == 2
+
+
+def test_going_on_with_another_schedule_is_refused(tmp_path):
+    standard(dropping(), **SETTINGS, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"schedule='OneCycleLR': the run .* had 'MultiStepLR'"):
+        standard(dropping(), **SETTINGS, checkpoint=tmp_path, schedule="one_cycle")

@@ -554,3 +554,17 @@ def test_without_tqdm_no_bar_is_drawn_and_asking_for_one_says_what_to_install(mo
 def test_a_bar_changes_nothing_of_what_goes_by(progress):
     bar = with_progress([1, 2, 3], total=3, label="test", progress=progress)
     assert list(bar) == [1, 2, 3]
+
+
+def test_copies_towards_the_cpu_wait(monkeypatch):
+    # From a GPU, torch would copy into pinned memory that is read before it is filled.
+    waits, move = [], torch.Tensor.to
+
+    def watched(tensor, *args, non_blocking=False, **options):
+        waits.append(not non_blocking)
+        return move(tensor, *args, non_blocking=non_blocking, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    list(Source(tensors()).batches(torch.device("cpu")))
+    assert waits
+    assert all(waits)

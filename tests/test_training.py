@@ -214,6 +214,14 @@ def test_only_a_last_batch_of_a_single_row_is_left_out(count, batch_size, sizes)
     assert [len(b) for b in seen.batches] == sizes
 
 
+@pytest.mark.parametrize("wrap", [lambda loader: loader, list], ids=["loader", "list"])
+def test_a_single_row_that_is_left_over_by_a_loader_is_left_out(wrap):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    rows = blobs(17)
+    history = af.fit(model, wrap(DataLoader(rows, batch_size=8)), epochs=1, seed=0)
+    assert len(history.rows) == 1
+
+
 def still():
     """A model without input gradients, whose rows stay at their random starts."""
     model = linear()
@@ -315,6 +323,27 @@ def test_another_optimizer(wrap):
 
 
 # --- What is left alone ---
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    other = torch.optim.SGD(linear().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of its parameters is the model's"):
+        af.fit(linear(), blobs(), epochs=1, optimizer=other)
+
+
+def test_a_schedule_of_another_optimizer_is_refused():
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(ValueError, match="schedule='StepLR': it steps another optimizer"):
+        af.fit(model, blobs(), epochs=1, schedule=schedule)
+
+
+def test_parameters_that_the_optimizer_does_not_have_keep_no_gradients():
+    model = nn.Sequential(linear(), nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    af.fit(model, blobs(), epochs=2, optimizer=optimizer, seed=0)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_frozen_parameters_do_not_move():

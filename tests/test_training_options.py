@@ -117,6 +117,25 @@ def test_a_frozen_batchnorm_stays_frozen_in_the_average():
     assert torch.equal(model[1].running_mean, before)
 
 
+class Counting(nn.Module):
+    """A buffer that is no BatchNorm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return x
+
+
+def test_the_average_has_the_other_buffers_of_the_model():
+    model = nn.Sequential(Counting(), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    af.fit(model, blobs(50), epochs=2, batch_size=25, options=Options(ema=0.5), seed=0)
+    assert model[0].calls == 4
+
+
 def test_validation_measures_the_average():
     model, held = normed(), blobs(30)
     history = af.fit(
@@ -184,6 +203,13 @@ def test_accumulation_sends_no_more_rows_than_a_part_through_the_model():
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     af.fit(model, blobs(50), epochs=1, batch_size=25, options=Options(accumulate=3), seed=0)
     assert sizes == [1, 9, 8, 8, 9, 8, 8]
+
+
+def test_rows_left_over_are_not_split_further_than_a_whole_batch():
+    model, sizes = nn.Sequential(nn.BatchNorm1d(3), linear()), []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    af.fit(model, blobs(19), epochs=1, batch_size=8, options=Options(accumulate=2), seed=0)
+    assert sizes == [1, 4, 4, 4, 4, 3]
 
 
 # --- Validation and stopping ---
@@ -319,6 +345,10 @@ def test_on_step_hears_of_every_step():
     assert set(heard[0]) == {"epoch", "step", "loss", "accuracy", "lr"}
     mean = (heard[0]["loss"] + heard[1]["loss"]) / 2
     assert history.rows[0]["loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_small_learning_rate_is_not_printed_as_zero():
+    assert "2.0e-05" in str(History([{"epoch": 1, "lr": 2e-5}]))
 
 
 def test_a_history_is_saved_as_csv_and_json(tmp_path):

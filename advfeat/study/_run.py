@@ -150,8 +150,11 @@ def run(
         if on_stage is not None and work.stages.is_first:
             on_stage(name, time.perf_counter() - began)
     study = Study(work)
-    if work.stages.folder is not None and work.stages.is_first:
-        study.save_report(work.stages.folder / "report.html")
+    if work.stages.folder is not None:
+        for name in study.made:  # opened by all ranks, for the first one's report
+            work.dataset(name)
+        if work.stages.is_first:
+            study.save_report(work.stages.folder / "report.html")
     return study
 
 
@@ -271,7 +274,9 @@ class Work:
             return {key: digits(share) for key, share in shares.items()}
 
         settings = {**self.recipe.measured, "at": self.at, "model": self._behind_model(name)}
-        found: dict[str, str] = self._once(f"measure {name}", settings, measure, alone=True)
+        found: dict[str, str] = self._once(
+            f"measure {name}", settings, measure, lambda: self.model(name)
+        )
         return found
 
     def transferred(self) -> dict[str, Any]:
@@ -290,7 +295,10 @@ class Work:
 
         models = [self._behind_model(name) for name in self.names]
         found: dict[str, Any] = self._once(
-            "transfer", {**settings, "rows": rows, "models": models}, measure, alone=True
+            "transfer",
+            {**settings, "rows": rows, "models": models},
+            measure,
+            lambda: [self.model(name) for name in self.names],
         )
         return found
 
@@ -298,7 +306,10 @@ class Work:
         """How much of the targeted sets provably robust linear features explain."""
         settings = {"sets": [self._behind_set(name) for name in self.leaking]}
         found: dict[str, Any] = self._once(
-            "leakage", settings, lambda: {n: self._leak(n) for n in self.leaking}, alone=True
+            "leakage",
+            settings,
+            lambda: {n: self._leak(n) for n in self.leaking},
+            lambda: [self.dataset(n) for n in self.leaking],
         )
         return found
 
@@ -416,8 +427,16 @@ class Work:
         source = self._behind_model(SOURCES[name])
         return {"name": name, **self.recipe.sets[name], "source": source}
 
-    def _once(self, stage: str, settings: Any, work: Callable[[], Any], alone: bool = False) -> Any:
-        return self.stages.once(stage, plain(settings), work, alone=alone)
+    def _once(
+        self,
+        stage: str,
+        settings: Any,
+        work: Callable[[], Any],
+        alone_after: Callable[[], object] | None = None,
+    ) -> Any:
+        # Models and sets are everybody's, also where they are only read: a rank that asked for
+        # one alone would wait for the others for ever.
+        return self.stages.once(stage, plain(settings), work, alone_after=alone_after)
 
     def _seed(self, part: str) -> int:
         return seeding.derive(self.seed, zlib.crc32(part.encode()))

@@ -64,18 +64,25 @@ class Stages:
         return self._records.get(name)
 
     def once(
-        self, name: str, settings: Any, work: Callable[[], Any], *, alone: bool = False
+        self,
+        name: str,
+        settings: Any,
+        work: Callable[[], Any],
+        *,
+        alone_after: Callable[[], object] | None = None,
     ) -> Any:
         """The result of a stage, as JSON has it: the kept one, or that of doing the work now.
 
-        ``alone``: the first rank works, the others wait for it.
+        ``alone_after``: what all ranks do, before the first one works and the others wait for it.
         """
         found = self.record(name)
         if found is not None:
             self._refuse_other(_file(name), found["settings"], settings)
             return found["result"]
         began = time.perf_counter()
-        result = work() if self._team.rank == 0 or not alone else None
+        if alone_after is not None:
+            alone_after()
+        result = work() if self._team.rank == 0 or alone_after is None else None
         seconds = time.perf_counter() - began
         self._team.wait()
         record = {"settings": settings, "seconds": seconds, "result": result}

@@ -50,6 +50,8 @@ class Folder:
 
 def refuse_another_run(found: State, settings: State) -> None:
     """Refuse to go on, with other settings, from where a run had come to."""
+    # What was written before it was kept is not known.
+    found = {"schedule": settings["schedule"], **found}
     for name, value in settings.items():
         if found.get(name) != value:
             checks.fail(

@@ -79,7 +79,7 @@ def fit(
         OneCycleLR over all epochs with its peak at ``lr``: the one for short runs.
     batch_size
         Rows to a step for a dataset, over all ranks; default 128. A last batch of a single row is
-        left out. A loader has its own.
+        left out, of a loader too. A loader has its own.
     augment
         Called on each batch of inputs on the device, such as `advfeat.training.crop_flip`.
     precision
@@ -431,12 +431,14 @@ def _plan(
     if options.patience is not None and held is None:
         checks.fail("patience", options.patience, "needs validation, to say which epoch is best")
     made = made_optimizer(model, optimizer, lr, momentum, weight_decay)
+    scheduler = made_scheduler(made, schedule, epochs, lambda: batch_count(data, batch_size))
     settings = {
         "epochs": epochs,
         "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
         "optimizer": type(made).__name__,
+        "schedule": type(scheduler).__name__,
         "batch_size": batch_size,
         "precision": precision,
         "options": repr(options),
@@ -454,7 +456,7 @@ def _plan(
         batch_size=batch_size,
         augment=augment,
         optimizer=made,
-        scheduler=made_scheduler(made, schedule, epochs, lambda: batch_count(data, batch_size)),
+        scheduler=scheduler,
         precision=precision,
         options=options,
         guarded=guarded,

@@ -73,4 +73,7 @@ class History:
 def _cell(value: float | None) -> str:
     if value is None:
         return ""
-    return str(value) if isinstance(value, int) else f"{float(value):.4f}"
+    if isinstance(value, int):
+        return str(value)
+    # A small learning rate is not 0.
+    return f"{float(value):.1e}" if 0 < abs(value) < 1e-3 else f"{float(value):.4f}"

@@ -102,6 +102,7 @@ class Run:
         self._batches = 0  # taken in the epoch after
         self._step = 0  # batches in all epochs
         self._first_rate = 0.0  # of that epoch
+        self._largest = 0  # batch of that epoch
         self._totals = Totals(self._device)
         self._classes: int | None = None
         self._largest_label = -1
@@ -157,11 +158,13 @@ class Run:
         self._epoch, self._batches = self._epoch + 1, 0
         self._totals = Totals(self._device)
         self._record(row)
-        self._save()
-        over = self._epoch == plan.epochs
-        if self._is_to_stop(row):
-            self._save(finished=True)
-            return True
+        # Written before on_epoch is asked: killed in there, a run out of patience is still over.
+        over = self._epoch == plan.epochs or self._is_out_of_patience()
+        self._save(finished=over)
+        if self._is_told_to_stop(row) and not over:
+            over = True
+            self._save(finished=over)
+        self._end_if_told(saved=True)
         return over
 
     def _take_steps(self, trainee: Trainee, called: Called, bar: Bar) -> None:
@@ -170,8 +173,9 @@ class Run:
         if skipped == 0:
             self._lesson.begin_epoch()
         self._order = self._loader_generator_state()
-        last: Portion | None = None
+        self._largest, last = 0, None
         for number, rows in enumerate(self._portions(), 1):
+            self._largest = max(self._largest, len(rows.ids))
             if number <= skipped:
                 if number == skipped:
                     assert plan.found is not None
@@ -210,7 +214,7 @@ class Run:
         for _ in range(self._lesson.rounds):
             examples = [
                 self._lesson.example(trainee.module, part, self._step)
-                for part in rows.parts(options.accumulate)
+                for part in rows.parts(options.accumulate, self._largest)
             ]
             if options.awp:
                 with buffers_kept(plan.model):
@@ -222,7 +226,7 @@ class Run:
             if options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, options.clip_norm)
             plan.optimizer.step()
-            plan.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             if self._average is not None:
                 seen = [example.inputs for example in examples]
                 self._average.update(plan.model, self._step, seen)
@@ -232,7 +236,7 @@ class Run:
         self, called: Called, examples: list[Example], total: int
     ) -> tuple[Tensor, Tensor]:
         """Gradient of the mean loss of a batch, its examples one after another."""
-        self._plan.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         loss, right = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
         for example in examples:
             with self._synchronised(called, example is examples[-1]):
@@ -244,6 +248,11 @@ class Run:
             loss += losses.detach().sum()
             right += (logits[-1].detach().argmax(1) == example.labels).sum()
         return loss, right
+
+    def _forget_gradients(self) -> None:
+        # The model's as well: an optimiser may have only some of its parameters.
+        self._plan.optimizer.zero_grad(set_to_none=True)
+        self._plan.model.zero_grad(set_to_none=True)
 
     @staticmethod
     def _synchronised(called: Called, last: bool) -> AbstractContextManager[None]:
@@ -311,12 +320,13 @@ class Run:
             elif self._plan.options.patience is not None:
                 self._best = copy.deepcopy(self._judged().state_dict())
 
-    def _is_to_stop(self, row: Row) -> bool:
-        plan, patience = self._plan, self._plan.options.patience
+    def _is_told_to_stop(self, row: Row) -> bool:
+        plan = self._plan
         told = plan.on_epoch is not None and self._ranks.first and plan.on_epoch(row) is False
-        if self._ranks.firsts(told, self._device):
-            return True
-        best = self._history.best
+        return self._ranks.firsts(told, self._device)
+
+    def _is_out_of_patience(self) -> bool:
+        patience, best = self._plan.options.patience, self._history.best
         return patience is not None and best is not None and self._epoch - best >= patience
 
     def _figures(self, rows: Portion) -> Row:
@@ -448,10 +458,13 @@ class Run:
         generator = self._loader_generator()
         return None if generator is None else generator.get_state()
 
-    def _end_if_told(self) -> None:
+    def _end_if_told(self, saved: bool = False) -> None:
         """Save and end where SIGTERM came; several ranks go on from the last whole epoch."""
         if self._termination.noticed:
-            if self._ranks.count == 1:
+            if self._ranks.count == 1 and not saved:
+                # A run that has diverged unseen is not to replace the last good checkpoint.
+                self._refuse_divergence()
+                self._refuse_broken_weights()
                 self._save()
             self._termination.pass_on()
 

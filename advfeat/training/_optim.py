@@ -31,6 +31,13 @@ def made_optimizer(
     """The optimiser given, one made by the callable given, or SGD."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if isinstance(optimizer, Optimizer):
+        own = {id(p) for p in model.parameters()}
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            checks.fail(
+                "optimizer",
+                type(optimizer).__name__,
+                "none of its parameters is the model's; was it made for a copy of the model?",
+            )
         return optimizer
     if not parameters:
         checks.fail("model", type(model).__name__, "no parameter requires a gradient: all frozen?")
@@ -63,6 +70,12 @@ def made_scheduler(
     if not isinstance(schedule, LRScheduler):
         checks.function("schedule", schedule)
         schedule = schedule(optimizer)
+    if schedule.optimizer is not optimizer:
+        checks.fail(
+            "schedule",
+            type(schedule).__name__,
+            "it steps another optimizer; pass that one too: optimizer=",
+        )
     if isinstance(schedule, ReduceLROnPlateau):
         checks.fail("schedule", "ReduceLROnPlateau", "it needs a metric; step it in on_epoch")
     return schedule

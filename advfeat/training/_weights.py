@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from advfeat import model as border
 from advfeat.model import Precision
@@ -21,9 +20,8 @@ class Average:
         self.module = copy.deepcopy(module)
         self._called = border.averaging(self.module, module, precision)
         self._decay = decay
-        self._has_statistics = any(
-            m.training and isinstance(m, _BatchNorm) for m in self.module.modules()
-        )
+        # What the average learns from batches itself; any other buffer is the module's.
+        self._learning = [m for m in self.module.modules() if m.training]
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int, batches: Iterable[tuple[Tensor, ...]]) -> None:
@@ -31,26 +29,27 @@ class Average:
         weight = 1 - min(self._decay, (1 + step) / (10 + step))
         for own, other in zip(self.module.parameters(), module.parameters(), strict=True):
             own.lerp_(other, weight)
-        if self._has_statistics:
+        learned = {id(buffer) for m in self._learning for buffer in m.buffers()}
+        for mine, its in zip(self.module.buffers(), module.buffers(), strict=True):
+            if id(mine) not in learned:
+                mine.copy_(its)
+        if learned:
             for inputs in batches:
                 self._called(*inputs)
-            return
-        for mine, its in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(its)
 
 
 @contextmanager
 def perturbed(parameters: Iterable[nn.Parameter], share: float) -> Iterator[None]:
     """Weights moved along their gradients by a share of their own norm (Wu et al. 2020)."""
     kept = []
-    with torch.no_grad():
-        for p in parameters:
-            # Biases and BatchNorm's scales stay, as in the paper.
-            if p.grad is not None and p.ndim > 1:
-                kept.append((p, p.clone()))
-                tiny = torch.finfo(p.dtype).tiny
-                p.add_(p.grad * (share * p.norm() / p.grad.norm().clamp_min(tiny)))
     try:
+        with torch.no_grad():
+            for p in parameters:
+                # Biases and BatchNorm's scales stay, as in the paper.
+                if p.grad is not None and p.ndim > 1:
+                    kept.append((p, p.clone()))
+                    tiny = torch.finfo(p.dtype).tiny
+                    p.add_(p.grad * (share * p.norm() / p.grad.norm().clamp_min(tiny)))
         yield
     finally:
         with torch.no_grad():

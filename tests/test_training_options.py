@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import advfeat as af
+from advfeat.attacks import Square
 from advfeat.training import History, Options, crop_flip
 
 
@@ -459,3 +460,9 @@ def test_an_augmentation_that_leaves_the_box_is_refused_in_the_first_batch():
         af.adversarial_fit(
             linear(), blobs(), eps=0.1, norm="l2", epochs=1, augment=lambda x: 4 * x - 2
         )
+
+
+def test_an_attack_that_training_cannot_drive_is_refused():
+    attack = Square(eps=0.1, norm="linf")
+    with pytest.raises(TypeError, match=r"attack=Square.*PGD or FGSM"):
+        af.adversarial_fit(linear(), blobs(), attack=attack, epochs=1)

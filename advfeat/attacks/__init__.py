@@ -4,7 +4,7 @@ from advfeat.attacks._apgd import APGD, apgd
 from advfeat.attacks._attack import Attack, Batch
 from advfeat.attacks._fab import FAB, fab
 from advfeat.attacks._fmn import FMN, fmn
-from advfeat.attacks._inversion import Inversion, invert  # noqa: F401 - bench_construct.py
+from advfeat.attacks._inversion import invert
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
 from advfeat.attacks._square import Square, square
 from advfeat.model import Network

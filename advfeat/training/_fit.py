@@ -271,6 +271,8 @@ checkpoint, on_step, on_epoch, options, seed, progress
         attack = _attack(eps, norm, method, steps, step_size, random_start, bounds)
     else:
         check_given(attack, eps, norm)
+        if not isinstance(attack, PGD):
+            raise TypeError(f"attack={attack!r}: training takes PGD or FGSM")
     _refuse_combination(objective, method, attack, eps, steps, mix, beta, options)
     beta = _BETA.get(objective, 0.0) if beta is None else beta
     plan = _plan(

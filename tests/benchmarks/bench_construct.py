@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import advfeat as af
-from advfeat.attacks import Attack, Batch, Inversion
+from advfeat.attacks import Attack, Batch
+from advfeat.attacks._inversion import Inversion
 from advfeat.model import Precision, attackable
 
 EPS, STEP_SIZE = 0.5, 0.1

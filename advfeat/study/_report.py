@@ -32,7 +32,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; } pre { overflow-x: auto; background: #f4f4f4; padding: 1rem; }
+img { max-width: 100%; min-width: 640px; height: auto; }
+pre { overflow-x: auto; background: #f4f4f4; padding: 1rem; }
 .note { color: #555; }
 """
 
@@ -183,4 +184,5 @@ def _picture(alternative: str, draw: Callable[[], Figure]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
+    return f'<div class="wide">{image}</div>'

@@ -257,3 +257,21 @@ def test_bad_parameters_are_refused(arguments, named):
 def test_only_two_dimensions_are_drawn():
     with pytest.raises(ValueError, match="two dimensions"):
         gaussian([1.0], [1.0]).plot()
+
+
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_adversarial_fit_does_not_depend_on_the_units(scale):
+    truth = Gaussian([1.0, 0.5], [[1.0, 0.3], [0.3, 0.5]])
+    inputs, labels = truth.sample(300, seed=0).tensors
+    expected = fit_gaussian(inputs, labels, eps=0.5)
+    found = fit_gaussian(scale * inputs, labels, eps=0.5 * scale)
+    close = {"rtol": 1e-4, "atol": 1e-5}  # Adam's own epsilon has no unit
+    torch.testing.assert_close(found.covariance / scale**2, expected.covariance, **close)
+    torch.testing.assert_close(found.mean / scale, expected.mean, **close)
+    assert not found.mean.requires_grad
+
+
+@pytest.mark.parametrize("learn", [Gaussian.of, lambda x, y: fit_gaussian(x, y, eps=0.1)])
+def test_a_third_class_is_refused(learn):
+    with pytest.raises(ValueError, match="labels=2: two classes"):
+        learn(torch.rand(3, 2), torch.arange(3))

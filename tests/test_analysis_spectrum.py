@@ -163,3 +163,17 @@ def test_bad_input_is_refused():
         analysis.filtered_accuracy({"m": model}, made(), cutoffs=[])
     with pytest.raises(ValueError, match="size"):
         analysis.fourier_sensitivity(model, made(), size=-1.0)
+
+
+def test_a_float64_model_has_a_spectrum():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).double()
+    data = TensorDataset(torch.rand(6, 1, 8, 8).double(), torch.arange(6) % 3)
+    found = analysis.spectrum({"mine": model}, data, eps=0.5, norm="l2", steps=2)
+    assert float(found.rings["mine"].sum()) == pytest.approx(1)
+
+
+def test_reversed_bounds_are_refused_before_filtering():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    data = TensorDataset(torch.rand(6, 1, 8, 8), torch.arange(6) % 3)
+    with pytest.raises(ValueError, match=r"bounds=.* reversed"):
+        analysis.filtered_accuracy({"mine": model}, data, cutoffs=[0.2], bounds=(1.0, 0.0))

@@ -258,3 +258,9 @@ def test_the_plot_has_every_point_in_its_region():
     assert len(points["robust"]) == 2
     assert (points["robust"][:, 1] > 0).all()
     assert (points["useful, non-robust"][:, 1] < 0).all()
+
+
+def test_weights_that_are_no_tensor_are_refused():
+    data = TensorDataset(torch.rand(6, 2), torch.arange(6) % 2)
+    with pytest.raises(TypeError, match=r"weight: expected a torch\.Tensor, got list"):
+        analysis.linear_usefulness([[1.0, 0.0]], data, eps=0.1, norm="l2")

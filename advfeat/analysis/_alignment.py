@@ -57,7 +57,10 @@ class Alignment:
         """Mean cosines with their standard errors."""
 
         def cell(values: Tensor) -> str:
-            return f"{float(values.mean()):.3f} +- {float(values.std()) / len(values) ** 0.5:.3f}"
+            mean = f"{float(values.mean()):.3f}"
+            if len(values) == 1:  # it has no standard error
+                return mean
+            return f"{mean} +- {float(values.std()) / len(values) ** 0.5:.3f}"
 
         return table(
             ("cosine of gradient and", *MEASURES),

@@ -332,6 +332,9 @@ def fit_gaussian(
     checks.count("attack_steps", attack_steps, low=1)
     checks.labels(labels, inputs)
     signed = _signed(inputs, labels)
+    # In units of the samples' own spread, in which Adam's steps are of a size that fits.
+    unit = (signed - signed.mean(0)).square().mean().sqrt()
+    signed, eps = signed / unit, eps / float(unit)
     start = signed.mean(0)
     root = torch.diag(1 / (signed - start).std(0))  # of the precision: P = root^T root
     mean, root = (part.clone().detach() for part in (start, root))
@@ -347,7 +350,7 @@ def fit_gaussian(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return Gaussian(mean, torch.linalg.inv(root.T @ root))
+        return Gaussian(unit * mean.detach(), unit**2 * torch.linalg.inv(root.T @ root))
 
 
 def _attacked(signed: Tensor, mean: Tensor, precision: Tensor, eps: float, steps: int) -> Tensor:
@@ -361,6 +364,8 @@ def _attacked(signed: Tensor, mean: Tensor, precision: Tensor, eps: float, steps
 
 
 def _signed(inputs: Tensor, labels: Tensor) -> Tensor:
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        checks.fail("labels", int(labels.max()), "two classes: 0 (y = -1) and 1 (y = +1)")
     return (2 * labels - 1)[:, None] * inputs.to(torch.float64)
 
 

@@ -121,8 +121,8 @@ def spectrum(
             attack(model, inputs, labels)
             for inputs, labels in zip(rows.inputs.split(256), rows.labels.split(256), strict=True)  # type: ignore[no-untyped-call]
         ]
-        parts.setdefault("images", (rows.inputs - rows.inputs.mean(0)).cpu())
-        parts[name] = (torch.cat(moved) - rows.inputs).cpu()
+        parts.setdefault("images", (rows.inputs - rows.inputs.mean(0)).float().cpu())
+        parts[name] = (torch.cat(moved) - rows.inputs).float().cpu()
     frequency, ring = _ring_of(*parts["images"].shape[-2:])
     rings = {name: _shares(_ring_energy(part, ring)) for name, part in parts.items()}
     levels = {name: _shares(_pyramid_energy(part)) for name, part in parts.items()}
@@ -255,6 +255,7 @@ def filtered_accuracy(
         checks.fail("cutoffs", cutoffs, "expected a list of frequencies: cutoffs=[0.1, 0.25]")
     for cutoff in cutoffs:
         checks.number("cutoffs", cutoff, low=0.0)
+    checks.bounds(bounds)
     rows = stacked(data, torch.device("cpu"))
     _check_images(rows.inputs)
     low: dict[str, tuple[Accuracy, ...]] = {}

@@ -234,6 +234,8 @@ def linear_usefulness(
     checks.number("eps", eps, low=0.0)
     checks.norm(norm)
     _check_bootstrap(level, resamples, seed)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
     rows = stacked(data, weight.device)
     inputs = rows.inputs.flatten(1).to(torch.float64)
     if weight.ndim != 2 or weight.shape[1] != inputs.shape[1]:

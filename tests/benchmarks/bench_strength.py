@@ -83,7 +83,8 @@ def own_models() -> tuple[dict[str, nn.Module], TensorDataset]:
         epochs=15, lr=0.05, seed=0,
     )  # fmt: skip
     models = {"standard": standard, "l2-robust": l2, "linf-robust": linf, "TRADES": trades}
-    return models, TensorDataset(x[1300:], y[1300:])
+    # The peers look at a module in the mode that they find it in, and BatchNorm would learn.
+    return {name: model.eval() for name, model in models.items()}, TensorDataset(x[1300:], y[1300:])
 
 
 def by_us(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -106,7 +107,8 @@ def _transfer(study: Study) -> list[str]:
         return []
     matrix = study.transfer
     rows = [
-        [source, *(f"{100 * value:.1f}" for value in row)]
+        # NaN where no example fools the model it was made on.
+        [source, *("none" if math.isnan(value) else f"{100 * value:.1f}" for value in row)]
         for source, row in zip(matrix.sources, matrix.of_fooled.tolist(), strict=True)
     ]
     note = (
@@ -183,4 +185,9 @@ def _picture(alternative: str, draw: Callable[[], Figure]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
+    # On a narrow screen it is scrolled, not shrunk until nobody can read it.
+    least = f"min-width: min(44rem, {110 * figure.get_figwidth():.0f}px)"
+    source = f"data:image/png;base64,{data}"
+    return (
+        f'<div class="wide"><img alt="{escape(alternative)}" style="{least}" src="{source}"></div>'
+    )

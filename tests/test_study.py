@@ -346,6 +346,21 @@ def test_the_report_stands_alone(found):
     assert f"&quot;seed&quot;: {found.settings['seed']}" in page
 
 
+def test_pictures_of_the_report_are_scrolled_on_a_narrow_screen_not_shrunk(found):
+    page = (found._work.stages.folder / "report.html").read_text()
+    pictures = re.findall(r'<div class="wide"><img alt="[^"]*" style="min-width: min', page)
+    assert len(pictures) == page.count("<img")
+
+
+def test_a_transfer_rate_of_no_example_is_no_number(found, tmp_path, monkeypatch):
+    of_none = dataclasses.replace(found.transfer, of_fooled=torch.full((2, 7), torch.nan))
+    monkeypatch.setattr(found, "transfer", of_none)
+    found.save_report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>none</td>" in page
+    assert "<td>nan</td>" not in page
+
+
 def test_the_report_without_matplotlib_says_what_to_install(found, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     found.save_report(tmp_path / "report.html")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -32,8 +33,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; min-width: 640px; height: auto; }
-pre { overflow-x: auto; background: #f4f4f4; padding: 1rem; }
+img { max-width: 100%; height: auto; } pre { overflow-x: auto; background: #f4f4f4; padding: 1rem; }
 .note { color: #555; }
 """
 
@@ -107,7 +107,8 @@ def _transfer(study: Study) -> list[str]:
         return []
     matrix = study.transfer
     rows = [
-        [source, *(f"{100 * value:.1f}" for value in row)]
+        # NaN where no example fools the model it was made on.
+        [source, *("none" if math.isnan(value) else f"{100 * value:.1f}" for value in row)]
         for source, row in zip(matrix.sources, matrix.of_fooled.tolist(), strict=True)
     ]
     note = (
@@ -184,5 +185,9 @@ def _picture(alternative: str, draw: Callable[[], Figure]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     data = base64.b64encode(file.getvalue()).decode()
-    image = f'<img alt="{escape(alternative)}" src="data:image/png;base64,{data}">'
-    return f'<div class="wide">{image}</div>'
+    # On a narrow screen it is scrolled, not shrunk until nobody can read it.
+    least = f"min-width: min(44rem, {110 * figure.get_figwidth():.0f}px)"
+    source = f"data:image/png;base64,{data}"
+    return (
+        f'<div class="wide"><img alt="{escape(alternative)}" style="{least}" src="{source}"></div>'
+    )

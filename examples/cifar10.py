@@ -164,6 +164,8 @@ def main() -> None:
     found, _, _ = run(options, options.stages)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"\n{found.table('markdown')}\n\nreport: {options.out / 'report.html'}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

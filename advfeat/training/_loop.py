@@ -116,6 +116,8 @@ class Run:
         """All epochs that are left; the model is then as it is to be used."""
         plan, options = self._plan, self._plan.options
         total = row_count(plan.data)
+        if total is not None and isinstance(plan.data, DataLoader):
+            total *= self._ranks.count  # each rank's loader has rows of its own
         with trainable(plan.model, precision=plan.precision, compile=options.compile) as trainee:
             if options.ema:
                 self._average = Average(plan.model, options.ema, plan.precision)
@@ -177,6 +179,7 @@ class Run:
         for number, rows in enumerate(self._portions(), 1):
             self._largest = max(self._largest, len(rows.ids))
             if number <= skipped:
+                bar.advance(rows.total, dict)
                 if number == skipped:
                     assert plan.found is not None
                     set_random_state(plan.found["random"], self._device, torchs=True)

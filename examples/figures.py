@@ -150,7 +150,10 @@ both = {"standard": standard, "robust": robust}
 # Sections 2 and 3: what is robust, and what a model learns from the constructed sets.
 few = Subset(test, range(200))
 for name, model in both.items():
-    useful = analysis.usefulness(model, few, units=range(64), eps=EPS, norm="l2", seed=seed)
+    # Before the last ReLU: below it a unit has no gradient where it is 0, and looks robust.
+    useful = analysis.usefulness(
+        model, few, layer="9", units=range(64), eps=EPS, norm="l2", seed=seed
+    )
     show(f"usefulness_{name}", useful, useful.plot())
 
 d_r = af.construct_robust_dataset(robust, train, steps=100, seed=seed, progress=False)

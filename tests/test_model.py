@@ -793,3 +793,26 @@ def test_looks_may_be_nested(model, outer):
     with outer(model), attackable(model) as net:
         net.logits(net.prepare(batch()))
     before.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda a: a.mean((2, 3)),
+        lambda a: F.adaptive_avg_pool2d(a, 1).flatten(1),
+        lambda a: a.mean((2, 3), keepdim=True).flatten(1) + a.amax((2, 3)),
+        lambda a: a.flatten(2).mean(2),
+    ],
+)
+def test_the_gradient_behind_a_global_pooling_is_the_plain_one(pool):
+    torch.manual_seed(0)
+    model = Wrapped(
+        lambda m, x: m.head(pool(F.relu(m.conv(x)))), conv=nn.Conv2d(3, 4, 3), head=nn.Linear(4, 5)
+    ).double()
+    x, y = torch.rand(6, 3, 8, 8, dtype=torch.float64), torch.arange(6) % 5
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(model(leaf), y, reduction="sum"), leaf)
+    with attackable(model) as net:
+        climbed = losses.climbed("cross_entropy", y, targeted=False)
+        found = net.logits_gradient(net.prepare(x), climbed).gradient
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

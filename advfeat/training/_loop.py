@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -138,6 +139,11 @@ class Run:
                 while not finished:
                     finished = self._train_epoch(trainee, called, bar)
         self._leave()
+        if self._ranks.count > 1:
+            # DDP refers to itself. Alive when the user destroys the process group, it now and then
+            # aborts the process as it ends.
+            del called
+            gc.collect()
         return self._history
 
     # --- An epoch ---

@@ -146,8 +146,8 @@ def construct(
         store.refuse_other(out, manifest)
         if store.is_finished(out):
             return ConstructedDataset.open(out)
-    looked_at: Any = {"layer": recipe.layer, "compile": making.compile}
-    with attackable(model, precision=making.precision, **looked_at) as net:
+    precision, layer, compiled = making.precision, recipe.layer, making.compile
+    with attackable(model, precision=precision, layer=layer, compile=compiled) as net:
         maker = _Maker(net, source, recipe, making.dtype, device_of(model))
         with _begun(maker, manifest, out, team) as growing, _stoppable(growing):
             left = [c for c in chunks if not growing.done[np.searchsorted(kept, c)].all()]

@@ -569,14 +569,14 @@ class _Tap:
     ) -> None:
         self._module, self._layer, self._calls, self._before = module, layer, calls, before
         self._call = _Compiled(module) if compile else module
-        self._to_the_end = compile
 
     def __call__(self, inputs: Tensor) -> Tensor:
         found: list[Tensor] = []
+        to_the_end = self._call is not self._module
 
         def keep(value: Tensor) -> None:
             found.append(value)
-            if len(found) == self._calls and not self._to_the_end:
+            if len(found) == self._calls and not to_the_end:
                 raise _Reached
 
         if self._before:
@@ -589,16 +589,16 @@ class _Tap:
             pass
         finally:
             handle.remove()
-        if len(found) < self._calls and self._to_the_end:
+        if len(found) < self._calls and to_the_end:
             # Code that the user had compiled before, perhaps, and that calls no hook.
             warnings.warn("compile=True: goes on without, for the layer was lost", stacklevel=2)
-            self._call, self._to_the_end = self._module, False
+            self._call = self._module
             return self(inputs)
         if len(found) < self._calls:
             checks.fail("layer", None, "a forward pass of the model did not reach this layer")
         value = found[self._calls - 1]
         # A compiled module is given more rows than these.
-        return value[: len(inputs)] if self._to_the_end else value
+        return value[: len(inputs)] if to_the_end else value
 
 
 def _last_linear(module: nn.Module, example: Tensor) -> tuple[nn.Module, int]:

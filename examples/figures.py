@@ -150,7 +150,7 @@ both = {"standard": standard, "robust": robust}
 # Sections 2 and 3: what is robust, and what a model learns from the constructed sets.
 few = Subset(test, range(200))
 for name, model in both.items():
-    # Before the last ReLU: below it a unit has no gradient where it is 0, and looks robust.
+    # Before the last ReLU: behind it a unit that is 0 has no gradient, and looks robust.
     useful = analysis.usefulness(
         model, few, layer="9", units=range(64), eps=EPS, norm="l2", seed=seed
     )

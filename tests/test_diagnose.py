@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
+from toys import Changed
 
 from advfeat.metrics import diagnose, robust_accuracy
 
@@ -23,15 +24,6 @@ class Front(nn.Module):
         return self.model(self.change(x))
 
 
-class Scaled(nn.Module):
-    def __init__(self, model, factor):
-        super().__init__()
-        self.model, self.factor = model, factor
-
-    def forward(self, x):
-        return self.factor * self.model(x)
-
-
 def noisy(x):
     return x + 0.05 * torch.randn_like(x)
 
@@ -46,26 +38,18 @@ def diagnosis(model, digits, **options):
         return diagnose(model, rows(digits), **(BALL | {"samples": 80, "seed": 0} | options))
 
 
-class Entangled(nn.Module):
-    """A model whose answer to a row depends on the rows beside it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        logits = self.model(x)
-        return logits - 0.5 * logits.mean(0)
-
-
 TRAPS = {
     "quantised": (lambda m: Front(m, lambda x: torch.round(4 * x) / 4), "zero_gradients"),
     "signs": (lambda m: Front(m, lambda x: (torch.sign(x - 0.4) + 1) / 2), "zero_gradients"),
     "detached": (lambda m: Front(m, torch.detach), "zero_gradients"),
-    "saturated": (lambda m: Scaled(m, 1000.0), "zero_gradients"),
+    "saturated": (lambda m: Changed(m, lambda z: 1000 * z), "zero_gradients"),
     "random": (lambda m: Front(m, noisy), "random_predictions"),
-    "random and cold": (lambda m: Scaled(Front(m, noisy), 1e-5), "random_predictions"),
-    "entangled": (Entangled, "random_predictions"),
+    "random and cold": (
+        lambda m: Changed(Front(m, noisy), lambda z: 1e-5 * z),
+        "random_predictions",
+    ),
+    # An answer that depends on the rows beside a row.
+    "entangled": (lambda m: Changed(m, lambda z: z - 0.5 * z.mean(0)), "random_predictions"),
     # The root of a black pixel has an infinite slope.
     "roots": (lambda m: Front(m, lambda x: x.sqrt().square()), "zero_gradients"),
 }

@@ -12,10 +12,10 @@ from toys import (
     ORDER,
     SHAPES,
     WIDE,
-    Masked,
     batch,
     curved,
     linear,
+    masked,
     predicted,
     sizes,
 )
@@ -412,6 +412,6 @@ def test_a_class_that_the_model_rules_out_changes_nothing(attack):
     model, x = curved(3), batch()
     y = predicted(model, x)
     expected = attack(model, x, y, norm="l2", steps=20)
-    found = attack(Masked(model), x, y, norm="l2", steps=20)
+    found = attack(masked(model), x, y, norm="l2", steps=20)
     assert (predicted(model, found) != y).all()
     assert (sizes(found, x, "l2") <= 1.02 * sizes(expected, x, "l2")).all()

@@ -42,13 +42,17 @@ def sizes(x_adv, x, norm):
     return np.linalg.norm(delta, ORDER[norm], axis=1)
 
 
-class Masked(nn.Module):
-    """A model that rules out one more class by a logit of minus infinity."""
+class Changed(nn.Module):
+    """A model whose logits go through a function."""
 
-    def __init__(self, model):
+    def __init__(self, model, change):
         super().__init__()
-        self.model = model
+        self.model, self.change = model, change
 
     def forward(self, x):
-        logits = self.model(x)
-        return torch.cat([logits, torch.full_like(logits[:, :1], -torch.inf)], 1)
+        return self.change(self.model(x))
+
+
+def masked(model):
+    """Rule out one more class by a logit of minus infinity."""
+    return Changed(model, lambda z: torch.cat([z, torch.full_like(z[:, :1], -torch.inf)], 1))

@@ -95,7 +95,11 @@ class Recipe(ABC):
     method: str
     attack: Attack
     layer: Layer = None
-    may_stop_early: bool = False  # rows, before the attack's steps are spent
+
+    @property
+    def may_stop_early(self) -> bool:
+        """Whether rows may leave before the attack's steps are spent."""
+        return getattr(self.attack, "patience", None) is not None
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -377,7 +381,6 @@ class Inversions(Recipe):
         self, method: str, attack: Inversion, layer: Layer, start: Start, seed: int, source: Source
     ) -> None:
         self.method, self.attack, self.layer = method, attack, layer
-        self.may_stop_early = attack.patience is not None
         self._start, self._seed, self._rows = start, seed, source.indices
         self._places = {row: place for place, row in enumerate(source.indices)}
 
@@ -436,6 +439,7 @@ def invert_all(
     start: Start,
     steps: int,
     step_size: float,
+    momentum: float,
     bounds: Bounds,
     seed: int | torch.Generator | None,
     patience: int | None,
@@ -443,7 +447,9 @@ def invert_all(
 ) -> ConstructedDataset:
     """Invert the activations of every row."""
     checks.model(model)
-    attack = Inversion(steps=steps, step_size=step_size, bounds=bounds, patience=patience)
+    attack = Inversion(
+        steps=steps, step_size=step_size, momentum=momentum, bounds=bounds, patience=patience
+    )
     checks.seed(seed)
     source = numbered(data, making)
     _check_start(start, len(source), bounds)

@@ -31,6 +31,7 @@ def construct_nonrobust_dataset(
     start: Start = "images",
     steps: int = 1000,
     step_size: float = 0.1,
+    momentum: float = 0.0,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     patience: int | None = None,
@@ -63,6 +64,7 @@ def construct_nonrobust_dataset(
         start=start,
         steps=steps,
         step_size=step_size,
+        momentum=momentum,
         bounds=bounds,
         seed=seed,
         patience=patience,
@@ -80,6 +82,7 @@ def construct_det_dataset(
     steps: int = 100,
     step_size: float | None = None,
     bounds: Bounds = (0.0, 1.0),
+    patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
@@ -104,8 +107,12 @@ def construct_det_dataset(
     shift
         The target is (label + shift) mod classes; the paper's is 1.
     steps, step_size
-        Targeted PGD from the image, never stopped early: default 100 steps of ``eps / 5`` (0.1 in
-        the paper).
+        Targeted PGD from the image: default 100 steps of ``eps / 5`` (0.1 in the paper). A row that
+        reaches its target goes on.
+    patience
+        Leave a row where it is once its loss has not fallen by a thousandth of itself in so many
+        steps, and go on with another in its place; by default every row takes all steps, as in
+        the paper.
     bounds, batch_size, precision, compile, progress, out, dtype
         As in `advfeat.construct_robust_dataset`.
 
@@ -149,6 +156,7 @@ def construct_det_dataset(
         steps=steps,
         step_size=step_size,
         bounds=bounds,
+        patience=patience,
         making=Making(batch_size, precision, progress, out, dtype, compile),
     )
 
@@ -164,6 +172,7 @@ def construct_rand_dataset(
     step_size: float | None = None,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
@@ -178,8 +187,8 @@ def construct_rand_dataset(
 
     Parameters
     ----------
-    model, data, eps, norm, steps, step_size, bounds, batch_size, precision, compile, \
-progress, out, dtype
+    model, data, eps, norm, steps, step_size, bounds, patience, batch_size, precision, \
+compile, progress, out, dtype
         As in `construct_det_dataset`.
     exclude_label
         The paper draws the target uniformly from all classes, so that one image in C keeps its own
@@ -223,6 +232,7 @@ progress, out, dtype
         steps=steps,
         step_size=step_size,
         bounds=bounds,
+        patience=patience,
         making=making,
     )
 
@@ -239,6 +249,7 @@ def _towards(
     steps: int,
     step_size: float | None,
     bounds: Bounds,
+    patience: int | None,
     making: Making,
 ) -> ConstructedDataset:
     checks.model(model)
@@ -249,6 +260,7 @@ def _towards(
         steps=steps,
         step_size=eps / 5 if step_size is None else step_size,
         targeted=True,
+        patience=patience,
         bounds=bounds,
     )
     recipe = Towards(method, attack, choose, settings)

@@ -22,6 +22,7 @@ def construct_robust_dataset(
     start: Start = "images",
     steps: int = 1000,
     step_size: float = 0.1,
+    momentum: float = 0.0,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     patience: int | None = None,
@@ -54,6 +55,9 @@ def construct_robust_dataset(
     steps, step_size
         Steps of fixed l2 length. Default 1000 of 0.1, the paper's for CIFAR-10; Restricted
         ImageNet used 2000 of 1, noise starts 10,000 steps.
+    momentum
+        Share of the last move that is added to the next (heavy ball), in [0, 1); 0 is the paper's.
+        0.9 comes as near in a small part of the steps: see docs/benchmarks.md.
     bounds
         The box ``(low, high)`` of valid inputs.
     seed
@@ -118,6 +122,7 @@ def construct_robust_dataset(
         start=start,
         steps=steps,
         step_size=step_size,
+        momentum=momentum,
         bounds=bounds,
         seed=seed,
         patience=patience,

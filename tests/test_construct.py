@@ -343,6 +343,44 @@ def test_a_row_does_not_depend_on_the_pool(size):
     assert torch.equal(found.labels, rows.tensors[1])
 
 
+@pytest.mark.parametrize("size", [1, 5, 24, 100])
+def test_an_attacked_row_does_not_depend_on_the_pool(size):
+    rows, model = dataset(dtype=torch.float64), network(torch.float64)
+    options = {"eps": 0.4, "steps": 40, "step_size": 0.08, "patience": 3}
+    found = made("D_rand", rows, model, batch_size=size, **options)
+    x, targets = rows.tensors[0], found.labels
+    ball = options | {"norm": "l2", "targeted": True}
+    alone = [af.pgd(model, x[i : i + 1], targets[i : i + 1], **ball) for i in range(24)]
+    torch.testing.assert_close(found.images, torch.cat(alone), rtol=0, atol=1e-9)
+    assert found.field("index").tolist() == list(range(24))
+
+
+def test_patience_saves_gradients_and_keeps_the_success():
+    model, passes = network(), []
+    model[1].register_forward_hook(lambda _, x, __: passes.append(len(x[0])))
+    whole = made("D_det", model=model, steps=100)
+    all_rows = sum(passes)
+    passes.clear()
+    found = made("D_det", model=model, steps=100, patience=10)
+    assert sum(passes) < 0.7 * all_rows
+    assert torch.equal(found.field("success"), whole.field("success"))
+    assert (whole.field("success").sum() > 0) & (found.field("size") <= 0.4 + 1e-6).all()
+
+    def loss(of):
+        return nn.functional.cross_entropy(network()(of.images), of.labels)
+
+    assert loss(found) < 1.01 * loss(whole)
+    assert found.manifest["settings"]["patience"] == 10
+
+
+def test_momentum_is_a_setting_of_the_set(tmp_path):
+    whole = made("D_NR", out=tmp_path / "set", momentum=0.9)
+    assert whole.manifest["settings"]["momentum"] == 0.9
+    assert not torch.equal(whole.images, made("D_NR").images)
+    with pytest.raises(ValueError, match="momentum"):
+        made("D_NR", out=tmp_path / "set")
+
+
 def test_patience_saves_gradients_and_keeps_the_distance():
     model, passes = network(), []
     model[1].register_forward_hook(lambda _, x, __: passes.append(len(x[0])))

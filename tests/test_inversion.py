@@ -131,6 +131,37 @@ def test_any_rank(shape):
     assert made.shape == shape
 
 
+# --- Momentum ---
+
+
+def test_without_momentum_nothing_changes():
+    model, x, start = network(), images(), images(seed=1)
+    plain = invert(model, x, start, steps=30)
+    assert torch.equal(invert(model, x, start, steps=30, momentum=0.0), plain)
+    assert not torch.equal(invert(model, x, start, steps=30, momentum=0.5), plain)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_moves_add_up_as_a_heavy_balls(momentum):
+    # At the pixels themselves every gradient points to the source: the way is a sum of moves.
+    x, start = 0.5 + 0.1 * images(dtype=torch.float64), 0.2 * images(seed=1, dtype=torch.float64)
+    moves = [sum(momentum**k for k in range(1 + step)) for step in range(6)]
+    made = invert(nn.Identity(), x, start, layer=pixels, steps=6, step_size=0.01, momentum=momentum)
+    way = (made - start).flatten(1).norm(dim=1)
+    torch.testing.assert_close(way, torch.full_like(way, 0.01 * sum(moves)))
+
+
+def test_momentum_comes_as_near_in_a_part_of_the_steps():
+    model, x, start = network(), images(), images(seed=1)
+
+    def distance(**options):
+        made = invert(model, x, start, step_size=0.01, **options)
+        return (model[:4](made) - model[:4](x)).norm(dim=1).mean()
+
+    with torch.no_grad():
+        assert distance(steps=40, momentum=0.9) < distance(steps=160)
+
+
 # --- Patience ---
 
 

@@ -13,6 +13,8 @@ from toys import FEATURES, NORMS, batch, curved, linear, predicted, sizes
 
 import advfeat as af
 from advfeat import seeding, threat
+from advfeat.attacks import Batch
+from advfeat.model import attackable
 
 SHAPES = [(1, (12,)), (3, (3, 4)), (8, (3, 2, 2))]
 EPS = {"l1": 3.0, "l2": 1.0, "linf": 0.3}
@@ -386,6 +388,28 @@ def test_each_restart_begins_without_the_momentum_of_the_last():
     expected = by_hand(model, x, y, 0.2, 0.05, 1, 0.0, start)
     assert second.sum() > 5
     torch.testing.assert_close(both[second], expected[second], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("returns", ["last", "best", "first"])
+def test_endless_patience_changes_nothing_and_little_ends_a_row(returns):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    x, y = torch.rand(8, 6), torch.arange(8) % 3
+    ball = {"eps": 0.1, "norm": "l2", "step_size": 0.05, "steps": 40, "returns": returns}
+    whole = af.pgd(model, x, y, **ball)
+    assert torch.equal(af.pgd(model, x, y, patience=41, **ball), whole)
+    attack = af.PGD(patience=3, **ball)
+    with attackable(model) as net:
+        state = attack.init(net, Batch(x, y, torch.arange(8)))
+        for _ in range(20):
+            state = attack.step(net, state)
+        assert attack.finished(state).all()
+        assert (state.taken < 20).all()
+        again = attack.step(net, state)
+    assert torch.equal(again.current, state.current)
+    with torch.no_grad():
+        lost = F.cross_entropy(model(whole), y) - F.cross_entropy(model(attack(model, x, y)), y)
+    assert lost < 0.01
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from advfeat import checks
+from advfeat import checks, threat
 from advfeat.model import Network, Precision, attackable
 from advfeat.threat import Bounds
 
@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     start: Tensor | None = None
 
 
+# A rise by less than this share of the objective is none: fixed steps around an optimum find
+# slightly better values for ever.
+_RISE = 1e-3
+
+
 def taken(rows: Any, chosen: Tensor) -> Any:
     """These rows of a NamedTuple of tensors: a state, or a batch."""
     return type(rows)(*(field if field is None else field[chosen] for field in rows))
@@ -45,6 +50,24 @@ def joined(first: Any, second: Any) -> Any:
     """The rows of two NamedTuples of tensors."""
     pairs = zip(first, second, strict=True)
     return type(first)(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
+
+
+def patient(state: Any, stepped: Any, value: Tensor, finished: Tensor) -> Any:
+    """Count each row's steps without a rise of its objective; finished rows stay where they are.
+
+    The states before and after the step have ``peak``, the objective that counts as the largest so
+    far, and ``waited``, the steps since it rose; ``value`` is the objective before the step.
+    """
+    value = value.to(state.peak.dtype)
+    # Not "greater": the first peak is minus infinity, and an objective of NaN stops no row.
+    rose = ~finished & ~(value <= state.peak + _RISE * state.peak.abs())
+    keeps = threat.per_sample(finished, state.current)
+    return stepped._replace(
+        current=torch.where(keeps, state.current, stepped.current),
+        taken=torch.where(finished, state.taken, stepped.taken),
+        peak=torch.where(rose, value, state.peak),
+        waited=torch.where(rose, 0, state.waited + 1),
+    )
 
 
 class Attack(ABC):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii
+from advfeat.attacks._attack import Attack, Batch, argmax_hits, patient, radii
 from advfeat.losses import LossName, Objective
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
@@ -29,6 +29,8 @@ class PGDState(NamedTuple):
     taken: Tensor  # (N,) int64, steps taken, in all restarts
     current: Tensor  # (N, ...)
     velocity: Tensor  # (N, ...), or (N, 0) without momentum
+    peak: Tensor  # (N,) objective that counts as the largest so far, for patience
+    waited: Tensor  # (N,) int64, steps since it rose
     kept: Tensor  # (N, ...), the best iterate so far
     value: Tensor  # (N,) objective there
     success: Tensor  # (N,) bool, whether it fools the model
@@ -58,6 +60,7 @@ class PGD(Attack):
     random_start: bool = False
     restarts: int = 1
     momentum: float = 0.0
+    patience: int | None = None
     loss: LossName | Objective = "cross_entropy"
     returns: Returns = "last"
     bounds: Bounds = (0.0, 1.0)
@@ -74,6 +77,10 @@ class PGD(Attack):
             checks.number("step_size", self.step_size, low=0.0, strict=True)
         checks.count("restarts", self.restarts, low=1)
         checks.number("momentum", self.momentum, low=0.0)
+        if self.patience is not None:
+            checks.count("patience", self.patience, low=1)
+            if self.restarts > 1:
+                checks.fail("patience", self.patience, "a row that stops would miss its restarts")
         checks.loss(self.loss)
         checks.one_of("returns", self.returns, ("last", "best", "first"))
         checks.seed(self.seed)
@@ -92,6 +99,8 @@ class PGD(Attack):
             taken=torch.zeros_like(labels),
             current=inputs if batch.start is None else batch.start,
             velocity=torch.zeros_like(inputs) if self.momentum else inputs.new_empty(count, 0),
+            peak=inputs.new_full((count,), -torch.inf),
+            waited=torch.zeros_like(labels),
             kept=inputs if self._keeps else inputs.new_empty(count, 0),
             value=inputs.new_full((count,), -torch.inf),
             success=torch.zeros_like(labels, dtype=torch.bool),
@@ -103,12 +112,14 @@ class PGD(Attack):
         evaluation = net.logits_gradient(state.current, self._objective(state))
         if self._keeps:
             state = self._keep(state, evaluation)
-        state = self._moved(state, evaluation.gradient)
-        return self._restarted(state) if self.restarts > 1 else state
+        stepped = self._moved(state, evaluation.gradient)
+        if self.patience is not None:
+            stepped = patient(state, stepped, evaluation.value, self.finished(state))
+        return self._restarted(stepped) if self.restarts > 1 else stepped
 
     def run(self, net: Network, state: PGDState) -> PGDState:
         """Take all steps, and look at the last iterate too where the best one is returned."""
-        for _ in range(self.ticks - 1):
+        for _ in range(self.ticks - 1 if self._keeps else self.ticks):
             state = self.step(net, state)
         return self._settled(net, state) if self._keeps else state
 
@@ -122,8 +133,10 @@ class PGD(Attack):
         return replace(self, returns="first")
 
     def finished(self, state: PGDState) -> Tensor:
-        """Rows whose steps are spent, or that have the first success they were to return."""
+        """Rows whose steps or patience are spent, or that have the success they were to return."""
         spent = state.taken >= self.ticks
+        if self.patience is not None:
+            spent |= state.waited >= self.patience
         return spent | state.success if self.returns == "first" else spent
 
     def result(self, state: PGDState) -> Tensor:
@@ -141,8 +154,8 @@ class PGD(Attack):
 
     @property
     def ticks(self) -> int:
-        """All steps of all restarts, each with the evaluation of its last iterate."""
-        return self.restarts * self._round
+        """All steps of all restarts; where an iterate is kept, the last one is looked at too."""
+        return self.restarts * self._round if self._keeps else self.steps
 
     def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
         climbed = losses.climbed(self.loss, state.labels, self.targeted)
@@ -232,6 +245,7 @@ def pgd(
     random_start: bool = False,
     restarts: int = 1,
     momentum: float = 0.0,
+    patience: int | None = None,
     loss: LossName | Objective = "cross_entropy",
     returns: Returns = "last",
     bounds: Bounds = (0.0, 1.0),
@@ -271,6 +285,9 @@ def pgd(
         is returned.
     momentum
         Decay of accumulated gradients (MI-FGSM, Dong et al. 2018); 0 is plain PGD.
+    patience
+        Leave a row where it is once its objective has not risen by a thousandth of itself in so
+        many steps; by default every row takes all steps. Not with restarts.
     loss
         ``"cross_entropy"``, ``"margin"``, ``"dlr"``, or a callable of logits and labels that
         returns one value to climb for each sample.
@@ -317,6 +334,7 @@ def pgd(
         random_start=random_start,
         restarts=restarts,
         momentum=momentum,
+        patience=patience,
         loss=loss,
         returns=returns,
         bounds=bounds,

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, SequentialLR
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -264,6 +266,20 @@ def test_weights_broken_by_the_last_step_of_an_epoch_are_not_saved(tmp_path):
 # --- What is refused ---
 
 
+def halved(x):
+    return x / 2
+
+
+def test_going_on_with_the_optimizer_at_another_rate_is_refused(tmp_path):
+    def run(lr):
+        adversarial(begun(), **SETTINGS, checkpoint=tmp_path, optimizer=partial(Adam, lr=lr))
+
+    run(1e-3)
+    run(1e-3)
+    with pytest.raises(ValueError, match=r"lr=0.01,.*the run .* had .*lr=0.001,"):
+        run(1e-2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -273,6 +289,8 @@ def test_weights_broken_by_the_last_step_of_an_epoch_are_not_saved(tmp_path):
         ({"data": blobs(30)}, r"rows=30: the run"),
         ({"eps": 0.2}, r"attack=.*the run"),
         ({"objective": "mart"}, r"objective='mart': the run"),
+        ({"augment": halved}, r"augment='halved': the run .* had 'NoneType'"),
+        ({"optimizer": Adam}, r"optimizer='Adam\(.*: the run .* had 'SGD"),
     ],
 )
 def test_going_on_with_other_settings_is_refused(change, message, tmp_path):

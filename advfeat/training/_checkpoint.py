@@ -50,14 +50,13 @@ class Folder:
 
 def refuse_another_run(found: State, settings: State) -> None:
     """Refuse to go on, with other settings, from where a run had come to."""
-    # What was written before it was kept is not known.
-    found = {"schedule": settings["schedule"], **found}
     for name, value in settings.items():
-        if found.get(name) != value:
+        # What was written before a setting was kept is not known.
+        if (had := found.get(name, value)) != value:
             checks.fail(
                 name,
                 value,
-                f"the run in this checkpoint folder had {found.get(name)!r}; give the same "
+                f"the run in this checkpoint folder had {had!r}; give the same "
                 "arguments to go on with it, or another folder to begin anew",
             )
 

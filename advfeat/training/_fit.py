@@ -21,7 +21,13 @@ from advfeat.training._checkpoint import Folder, refuse_another_run
 from advfeat.training._history import History
 from advfeat.training._lessons import Adversarial, Free, Lesson, Method, Mode, Objective
 from advfeat.training._loop import Callback, Plan, Run
-from advfeat.training._optim import OptimizerLike, Schedule, made_optimizer, made_scheduler
+from advfeat.training._optim import (
+    OptimizerLike,
+    Schedule,
+    described,
+    made_optimizer,
+    made_scheduler,
+)
 from advfeat.training._options import Options
 from advfeat.training._ranks import Ranks
 
@@ -439,8 +445,9 @@ def _plan(
         "lr": lr,
         "momentum": momentum,
         "weight_decay": weight_decay,
-        "optimizer": type(made).__name__,
+        "optimizer": described(made),
         "schedule": type(scheduler).__name__,
+        "augment": getattr(augment, "__qualname__", type(augment).__name__),
         "batch_size": batch_size,
         "precision": precision,
         "options": repr(options),

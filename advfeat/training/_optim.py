@@ -53,6 +53,13 @@ def made_optimizer(
     return SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
+def described(optimizer: Optimizer) -> str:
+    """Class and best-known settings, the same in every version of torch."""
+    known = ("lr", "momentum", "betas", "weight_decay", "nesterov")
+    found = [f"{name}={value}" for name, value in optimizer.defaults.items() if name in known]
+    return f"{type(optimizer).__name__}({', '.join(found)})"
+
+
 def made_scheduler(
     optimizer: Optimizer, schedule: Schedule | None, epochs: int, steps: Callable[[], int]
 ) -> LRScheduler:

@@ -45,6 +45,7 @@ parser.add_argument("--rounds", type=int, default=2)
 parser.add_argument(
     "--momentum-steps", type=int, default=27, help="that come as near as all steps without"
 )
+parser.add_argument("--sets", nargs="+", choices=["D_R", "D_det"], default=["D_R", "D_det"])
 parser.add_argument("--compile", action="store_true", help="D_det of torch.compile(model) as well")
 
 
@@ -233,8 +234,10 @@ def main() -> None:
     models = [make(options.cifar, options.cache) for make in (robust_model, standard_model)]
     for model in models:
         model.requires_grad_(False)  # torchattacks would take weight gradients too
-    compare_inversion(models[0], x, y, options)
-    compare_targeted(models[1], x, y, options)
+    if "D_R" in options.sets:
+        compare_inversion(models[0], x, y, options)
+    if "D_det" in options.sets:
+        compare_targeted(models[1], x, y, options)
     print("\n" + machine())
 
 

@@ -7,12 +7,14 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from advfeat import checks, folding, threat
 
@@ -72,6 +74,7 @@ class Network:
         self._has_convolution = any(isinstance(m, _CONVOLUTIONS) for m in module.modules())
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
+        self._looked_for_strangers = compile or self._own is not module
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Copy the user's inputs: detached, float32 at least, in the fastest memory format."""
@@ -203,8 +206,10 @@ class Network:
         if self._fold and low_precision and function not in self._folded:
             self._folded[function] = self._checked_folding(function, inputs)
         forwards = self._folded.get(function, {}) if low_precision else {}
+        looked, self._looked_for_strangers = self._looked_for_strangers, True
         # Set either way: the user's own autocast does not decide the attack's precision.
         with (
+            nullcontext() if looked else _strangers_told(self._module),
             folding.answering(forwards),
             torch.autocast(inputs.device.type, torch.bfloat16, enabled=low_precision),
         ):
@@ -458,6 +463,32 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
                 continue
             owner._buffers.clear()
             owner._buffers.update(own)
+
+
+@contextmanager
+def _strangers_told(module: nn.Module) -> Iterator[None]:
+    """Warn of what is random, or looks at other rows, and was not put in evaluation mode.
+
+    A module that ``forward`` reaches as a global, or through a closure, is no part of the model.
+    """
+    own, found = set(module.modules()), set()
+
+    def look(called: nn.Module, _: object) -> None:
+        if called.training and called not in own and isinstance(called, (_BatchNorm, _DropoutNd)):
+            found.add(type(called).__name__)
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if found:
+        warnings.warn(
+            f"the model calls {' and '.join(sorted(found))} in training mode, in a module that is "
+            "no part of it (a global?): results depend on the batch or on chance, and statistics "
+            "move; make that module an attribute of the model, or call its .eval()",
+            stacklevel=2,
+        )
 
 
 def _refuse_inference_tensors(module: nn.Module) -> None:

@@ -356,6 +356,28 @@ def test_prepared_inputs_are_a_copy():
     assert inputs.max() <= 1
 
 
+def reaching(net):
+    return Wrapped(lambda _, x: net(x))
+
+
+@pytest.mark.parametrize("look", ["logits", "features"])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d(6), nn.Dropout(0.5)])
+def test_a_module_in_training_mode_that_the_model_does_not_own_is_told(kind, look):
+    net = nn.Sequential(kind, nn.Linear(6, 3)).train()
+    model, name = reaching(net), type(kind).__name__
+    with (
+        attackable(model, layer=lambda x: model(x)) as view,
+        pytest.warns(UserWarning, match=f"calls {name} in training mode.*no part of it"),
+    ):
+        getattr(view, look)(batch(4, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with attackable(nn.Sequential(net)) as view:
+            view.logits(batch(4, 6))
+        with attackable(reaching(net.eval())) as view:
+            view.logits(batch(4, 6))
+
+
 def test_a_data_parallel_wrapper_is_taken_off():
     model = dense()
     with attackable(nn.DataParallel(model), layer="1") as net:

@@ -34,7 +34,7 @@ NAMED = re.compile(r"\b(?:examples|tests|advfeat|docs)/[\w/]+\.\w+|\.ci/run|\.mk
 FEWER = [
     (r"epochs(\"?)(=|: )\d+", r"epochs\1\g<2>1"),
     (r"steps=\d+", "steps=2"),
-    (r"samples=\d+", "samples=16, queries=5"),
+    (r"samples=\d+", "samples=64, queries=5"),
     ("1437", "96"),
     (r"range\(200\)", "range(20)"),
     (r"eps in \(.*\)", "eps in (0.5,)"),

@@ -1,24 +1,31 @@
 """What a network learns from sets that were made with momentum or patience, beside the paper's way.
 
 OMP_NUM_THREADS=1 python tests/benchmarks/bench_shortcuts.py [--seeds 0 1 2]
+    [--cifar CIFAR.npz --cache DIR [--only NAME]]
 
 On scikit-learn's digits, with the networks and settings of examples/quickstart.py: D_R at equal
 distances with and without momentum, D_det with and without patience. A fresh network is trained on
-each set and measured on the 360 test images.
+each set and measured on the 360 test images. With --cifar: D_R of 3,000 of CIFAR-10's training
+images from the robust model of bench_evaluation.py, one seed, measured on the first 1,000 test
+images.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
+from cifar import read, robust_model
+from resnet import SmallResNet
 from side_by_side import machine
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import advfeat as af
+from advfeat.training import crop_flip
 
 EPS, TOLD = 1.0, 0.5  # of robust training and D_det, and of the accuracies that are told
 D_R: dict[str, dict[str, Any]] = {
@@ -26,6 +33,11 @@ D_R: dict[str, dict[str, Any]] = {
     "D_R, momentum=0.9, 33 steps": {"steps": 33, "momentum": 0.9},
     "D_R, 150 steps": {"steps": 150},
     "D_R, momentum=0.9, 50 steps": {"steps": 50, "momentum": 0.9},
+}
+CIFAR: dict[str, dict[str, Any]] = {
+    "the images": {},
+    "D_R, 100 steps": {"steps": 100},
+    "D_R, momentum=0.9, 27 steps": {"steps": 27, "momentum": 0.9},
 }
 D_DET: dict[str, dict[str, Any]] = {
     "D_det, 100 steps": {},
@@ -68,12 +80,41 @@ def learned(made: af.ConstructedDataset, test: TensorDataset, seed: int, **how: 
     return f"{100 * af.accuracy(net, test):.1f} | {100 * robust:.1f}"
 
 
+def on_cifar(path: Path, cache: Path, only: list[str]) -> None:
+    train, test = (TensorDataset(*read(path, *part)) for part in (("train", 3000), ("test", 1000)))
+    robust = robust_model(path, cache)
+    fast: dict[str, Any] = {"precision": "bfloat16", "progress": False}
+    print("| set | distance | accuracy | robust, linf 2/255 | robust, l2 0.25 |")
+    print("|---|---|---|---|---|")
+    for name in only:
+        made, distance = train, ""
+        if CIFAR[name]:
+            made = af.construct_robust_dataset(robust, train, seed=0, **CIFAR[name], **fast)
+            distance = f"{made.field('distance').mean():.3f}"
+        torch.manual_seed(0)
+        net = SmallResNet()
+        how = {"epochs": 20, "lr": 0.1, "schedule": "one_cycle", "augment": crop_flip}
+        af.fit(net, made, batch_size=64, seed=0, **how, **fast)
+        cells = [af.accuracy(net, test)]
+        for norm, eps in (("linf", 2 / 255), ("l2", 0.25)):
+            cells.append(af.robust_accuracy(net, test, eps=eps, norm=norm, steps=20, **fast))
+        told = " | ".join(f"{100 * cell:.1f}" for cell in cells)
+        print(f"| {name} | {distance} | {told} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cifar", type=Path)
+    parser.add_argument("--cache", type=Path, default=Path("."))
+    parser.add_argument("--only", nargs="+", choices=CIFAR, default=[*CIFAR])
+    options = parser.parse_args()
+    if options.cifar:
+        on_cifar(options.cifar, options.cache, options.only)
+        return
     train, test = digits()
     print("| set | seed | distance or success | accuracy | robust, l2 0.5 |\n|---|---|---|---|---|")
-    for seed in parser.parse_args().seeds:
+    for seed in options.seeds:
         torch.manual_seed(seed)
         standard, robust = network(), network()
         af.fit(standard, train, epochs=15, lr=0.1, schedule="one_cycle", seed=seed)

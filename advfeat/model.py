@@ -74,7 +74,8 @@ class Network:
         self._has_convolution = any(isinstance(m, _CONVOLUTIONS) for m in module.modules())
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
-        self._looked_for_strangers = compile or self._own is not module
+        # A compiler would meet the hook that looks.
+        self._looked_for_strangers = compile or any(map(_is_compiled, module.modules()))
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Copy the user's inputs: detached, float32 at least, in the fastest memory format."""
@@ -463,6 +464,11 @@ def _frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
                 continue
             owner._buffers.clear()
             owner._buffers.update(own)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` made it, or ``module.compile()`` was called."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 
 
 @contextmanager

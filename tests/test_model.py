@@ -378,6 +378,18 @@ def test_a_module_in_training_mode_that_the_model_does_not_own_is_told(kind, loo
             view.logits(batch(4, 6))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_compiled_part_meets_no_hook(in_place):
+    part = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    if in_place:
+        part.compile(backend="eager")
+    else:
+        part = torch.compile(part, backend="eager")
+    with warnings.catch_warnings(), attackable(nn.Sequential(part, nn.Linear(4, 3))) as view:
+        warnings.simplefilter("error")  # torch warns of global hooks
+        view.logits(batch(4, 6))
+
+
 def test_a_data_parallel_wrapper_is_taken_off():
     model = dense()
     with attackable(nn.DataParallel(model), layer="1") as net:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from toys import FEATURES, NORMS, batch, curved, linear, predicted, sizes
+from toys import FEATURES, NORMS, batch, curved, ends_and_stays, linear, predicted, sizes
 
 import advfeat as af
 from advfeat import seeding, threat
@@ -400,13 +400,7 @@ def test_endless_patience_changes_nothing_and_little_ends_a_row(returns):
     assert torch.equal(af.pgd(model, x, y, patience=41, **ball), whole)
     attack = af.PGD(patience=3, **ball)
     with attackable(model) as net:
-        state = attack.init(net, Batch(x, y, torch.arange(8)))
-        for _ in range(20):
-            state = attack.step(net, state)
-        assert attack.finished(state).all()
-        assert (state.taken < 20).all()
-        again = attack.step(net, state)
-    assert torch.equal(again.current, state.current)
+        ends_and_stays(attack, net, attack.init(net, Batch(x, y, torch.arange(8))))
     with torch.no_grad():
         lost = F.cross_entropy(model(whole), y) - F.cross_entropy(model(attack(model, x, y)), y)
     assert lost < 0.01

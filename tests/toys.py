@@ -32,6 +32,17 @@ def batch(count=8, shape=(FEATURES,), dtype=torch.float64):
     return torch.rand(count, *shape, generator=generator, dtype=dtype)
 
 
+def ends_and_stays(attack, net, state):
+    """Every row is finished before 20 steps, and where it was after one more."""
+    for _ in range(20):
+        state = attack.step(net, state)
+    assert attack.finished(state).all()
+    assert (state.taken < 20).all()
+    again = attack.step(net, state)
+    assert torch.equal(again.current, state.current)
+    assert torch.equal(again.taken, state.taken)
+
+
 def predicted(model, x):
     with torch.no_grad():
         return model(x).argmax(1)

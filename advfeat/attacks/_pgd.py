@@ -119,7 +119,7 @@ class PGD(Attack):
 
     def run(self, net: Network, state: PGDState) -> PGDState:
         """Take all steps, and look at the last iterate too where the best one is returned."""
-        for _ in range(self.ticks - 1 if self._keeps else self.ticks):
+        for _ in range(self.restarts * self._round - 1):
             state = self.step(net, state)
         return self._settled(net, state) if self._keeps else state
 

@@ -284,6 +284,9 @@ class _Maker:
         )
 
     def _moved(self, inputs: Tensor) -> Tensor:
+        if self._net.dtype not in (None, torch.float64):
+            # NumPy's float64, which the model would read in float32, doubles a set for nothing.
+            inputs = inputs.float()
         moved = self._net.prepare(inputs.to(self._device, non_blocking=True))
         return moved.clamp_(*self._recipe.attack.bounds)
 

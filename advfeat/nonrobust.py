@@ -119,9 +119,9 @@ def construct_det_dataset(
     Returns
     -------
     ConstructedDataset
-        ``images`` float32 (float64 of float64 data), ``labels`` (the targets), and for each row
-        ``index``, ``source_labels``, ``success`` (the model says the target, in float32) and
-        ``size`` (of the perturbation, in ``norm``).
+        ``images`` float32 (float64 of float64 data and model), ``labels`` (the targets), and for
+        each row ``index``, ``source_labels``, ``success`` (the model says the target, in float32)
+        and ``size`` (of the perturbation, in ``norm``).
 
     Raises
     ------

@@ -129,6 +129,12 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
         data
             What this set was constructed from: a map-style dataset, or a loader of one.
 
+        Raises
+        ------
+        ValueError
+            If the data has no such row, or a row read from it has another label than it had when
+            the set was made.
+
         Examples
         --------
         >>> import torch
@@ -227,8 +233,16 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         image, _ = self._made[row]
-        index = int(self._made.fields["index"][row])
-        return self._source.rows([index], torch.device("cpu")).inputs[0], image
+        index, fields = int(self._made.fields["index"][row]), self._made.fields
+        source = self._source.rows([index], torch.device("cpu"))
+        label = int(fields.get("source_labels", fields["labels"])[row])
+        if int(source.labels[0]) != label:
+            checks.fail(
+                "data",
+                f"label {int(source.labels[0])} at row {index}",
+                f"it was {label} when this set was made; is it another dataset, or another order?",
+            )
+        return source.inputs[0], image
 
 
 class _JoinedArray:

@@ -389,6 +389,27 @@ def test_sigterm_in_the_middle_of_an_epoch_loses_nothing(kind, tmp_path):
     assert without_seconds(found) == without_seconds(expected)
 
 
+def test_the_last_look_of_an_epoch_is_not_lost_by_sigterm_after_its_last_step(tmp_path):
+    def ended(row):
+        if row["step"] == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    def handler(*_):
+        raise Cut
+
+    settings, folders = SETTINGS | {"epochs": 2, "method": "fast"}, [tmp_path / n for n in "ab"]
+    adversarial(begun(), **settings, checkpoint=folders[0])
+    previous = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(Cut):
+            adversarial(begun(), **settings, checkpoint=folders[1], on_step=ended)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    adversarial(dropping(), **settings, checkpoint=folders[1])
+    whole, found = (torch.load(folder / "last.pt", weights_only=True) for folder in folders)
+    assert same(found["guard"]["good"]["raw"], whole["guard"]["good"]["raw"])
+
+
 def test_a_schedule_in_parts_is_resumed(tmp_path):
     def schedule(o):
         parts = [LambdaLR(o, lambda e: 0.5 + 0.5 * e), CosineAnnealingLR(o, 2)]

@@ -116,6 +116,18 @@ def test_the_batch_size_does_not_matter(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_float64_images_of_a_float32_model_make_float32_sets(method):
+    # NumPy's own precision; the model reads it in float32.
+    found, expected = made(method, dataset(dtype=torch.float64)), made(method, dataset())
+    assert found.images.dtype == torch.float32
+    assert made(method, dataset(dtype=torch.float64), network(torch.float64)).images.dtype == (
+        torch.float64
+    )
+    assert found.field("index").tolist() == expected.field("index").tolist()
+    network()(found.images)  # as any training loop does
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_subset_is_numbered_by_its_own_rows(method):
     kept = [20, 3, 11, 7]
     found = made(method, Subset(dataset(), kept))
@@ -475,6 +487,9 @@ def test_pairs_and_subsets_keep_rows_together(opened, tmp_path):
         found.subset(torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="data=2"):
         found.pairs(Subset(dataset(), [1, 2]))
+    other = TensorDataset(rows.dataset.tensors[0], rows.dataset.tensors[1] + 1)
+    with pytest.raises(ValueError, match=r"data=.*at row 2.*another order"):
+        found.pairs(Subset(other, rows.indices))[2]
 
 
 # --- Compilation ---

@@ -31,9 +31,9 @@ class AutoAttack:
         ``"standard"``: APGD on the cross-entropy, APGD towards each of 9 classes on the DLR loss,
         FAB towards each of 9 classes, Square with 5000 queries; in l1 5 targets and 5 restarts
         of APGD, as published. ``"fast"``: shorter runs of APGD, towards the 4 likeliest classes and
-        away from the label with restarts (in l1 as in ``"standard"`` and shorter), no Square: for
-        models whose gradients are sound, which `advfeat.metrics.diagnose` looks at. How the two
-        compare is in docs/benchmarks.md.
+        away from the label on two losses with restarts (in l1 as in ``"standard"`` and shorter),
+        no Square: for models whose gradients are sound, which `advfeat.metrics.diagnose` looks at.
+        How the two compare is in docs/benchmarks.md.
     bounds
         The box ``(low, high)``.
     seed
@@ -71,11 +71,13 @@ class AutoAttack:
                     APGD(**ball, steps=50, loss="dlr", targets=5, restarts=4, returns="first"),
                     FAB(**ball, steps=30, targets=5).until_fooled(),
                 )
-            # What a long run leaves, several short ones from other starts break sooner.
+            # What a long run leaves, several short ones from other starts break sooner, and each
+            # loss breaks rows that the others miss from most starts.
             return (
                 APGD(**ball, steps=20, returns="first"),
                 APGD(**ball, steps=25, loss="dlr", targets=4, returns="first"),
-                APGD(**ball, steps=50, loss="margin", restarts=3, returns="first"),
+                APGD(**ball, steps=25, loss="margin", restarts=4, returns="first"),
+                APGD(**ball, steps=25, loss="dlr", restarts=2, returns="first"),
             )
         targets, restarts = (5, 5) if sparse else (9, 1)
         return (

@@ -183,7 +183,7 @@ class Run:
         self._order = self._loader_generator_state()
         self._largest, last = 0, None
         for number, rows in enumerate(self._portions(), 1):
-            self._largest = max(self._largest, len(rows.ids))
+            self._largest, last = max(self._largest, len(rows.ids)), rows
             if number <= skipped:
                 bar.advance(rows.total, dict)
                 if number == skipped:
@@ -191,13 +191,13 @@ class Run:
                     set_random_state(plan.found["random"], self._device, torchs=True)
                 continue
             self._batches, self._step = number, self._step + 1
-            last = self._augmented(rows)
-            self._take_step(trainee, called, last, bar)
+            self._take_step(trainee, called, self._augmented(rows), bar)
             self._end_if_told()
-        if last is None and not skipped:
+        if last is None:
             checks.fail("data", type(plan.data).__name__, "too few rows for a batch on each rank")
         self._refuse_divergence()
-        if self._guard is not None and last is not None and self._batches % EVERY:
+        if self._guard is not None and self._batches % EVERY:
+            # The rows as they were read, which a run that was ended after its last step has too.
             self._guard.look(trainee.module, last, self._step)
 
     def _take_step(self, trainee: Trainee, called: Called, rows: Portion, bar: Bar) -> None:

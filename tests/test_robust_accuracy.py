@@ -242,6 +242,23 @@ def test_fast_is_as_strong_as_standard(standard, robust, digits, which, norm):
     assert 0 < slow < slow.standard
 
 
+class Far(nn.Module):
+    """The only class that can be reached is the least likely one, against the loss's gradient."""
+
+    def forward(self, x):
+        mean = x.flatten(1).mean(1, keepdim=True)
+        return torch.cat([10 * mean, torch.ones(len(x), 8), 62 * mean - 40], dim=1)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.3), ("l2", 2.4), ("l1", 19.2)])
+def test_fast_reaches_the_least_likely_class(norm, eps):
+    rows = TensorDataset(torch.full((8, 1, 8, 8), 0.5), torch.zeros(8, dtype=torch.int64))
+    assert robust_accuracy(Far(), rows, eps=eps, norm=norm, seed=0) == 0
+    assert robust_accuracy(Far(), rows, eps=0.5 * eps, norm=norm, seed=0) == 1
+    untargeted = APGD(eps=eps, norm=norm, steps=50, loss="margin", restarts=5)
+    assert norm == "l1" or robust_accuracy(Far(), rows, attack=untargeted, seed=0) == 1
+
+
 def test_it_is_no_weaker_than_pgd(robust, digits):
     rows = subset(digits, 200)
     fast = robust_accuracy(robust, rows, eps=0.1, norm="linf", seed=0)

@@ -3,12 +3,14 @@
 OMP_NUM_THREADS=1 python tests/benchmarks/bench_kinds.py [--by standard fast] [--seeds 0]
 
 MLPs and CNNs on scikit-learn's digits, 200 test images: smooth and not, distilled, with softmax
-outputs, saturated, with two classes, robust. The balls are bench_strength.py's.
+outputs, saturated, with two classes, robust, in the balls of bench_strength.py; and networks that
+were trained against balls twice as large, in those.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ import advfeat as af
 from advfeat.training import Options
 
 BALLS = {norm: DIGITS[norm] for norm in ("linf", "l2")}
+LARGE = {norm: 2 * eps for norm, eps in DIGITS.items()}
 
 
 class Scaled(nn.Module):
@@ -47,6 +50,15 @@ def cnn(activation: type[nn.Module], seed: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), activation(), nn.Conv2d(16, 32, 3, 2, 1), activation(),
         nn.Flatten(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+def deep_cnn(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 10),
     )  # fmt: skip
 
 
@@ -85,6 +97,17 @@ def kinds(train: TensorDataset) -> dict[str, nn.Module]:
     return {name: model.eval() for name, model in models.items()}
 
 
+def lessons() -> dict[str, dict[str, Any]]:
+    """Training against balls twice as large."""
+    linf = {"eps": LARGE["linf"], "norm": "linf", "steps": 7, "step_size": 0.06}
+    return {
+        "PGD, linf": linf,
+        "PGD, l2": {"eps": LARGE["l2"], "norm": "l2", "steps": 7, "step_size": 0.3},
+        "TRADES, linf": {**linf, "objective": "trades"},
+        "MART, linf": {**linf, "objective": "mart"},
+    }
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--by", nargs="+", choices=OURS, default=[*OURS])
@@ -102,6 +125,10 @@ def main() -> None:
     two = mlp(nn.ReLU, 8, classes=2)
     af.fit(two, halves[0], epochs=12, lr=0.05, seed=0, progress=False)
     compare("two classes", two.eval(), halves[1], BALLS, options)
+    for name, lesson in lessons().items():
+        model = deep_cnn(1)
+        af.adversarial_fit(model, train, epochs=40, lr=0.05, seed=0, progress=False, **lesson)
+        compare(f"{name}, twice the radius", model.eval(), test, LARGE, options)
 
 
 if __name__ == "__main__":

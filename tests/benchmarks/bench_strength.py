@@ -64,12 +64,12 @@ def network(seed: int) -> nn.Module:
     )  # fmt: skip
 
 
-def own_models() -> tuple[dict[str, nn.Module], TensorDataset]:
+def own_models(seed: int = 0) -> tuple[dict[str, nn.Module], TensorDataset]:
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     y = torch.tensor(labels)
     data = TensorDataset(x[:1300], y[:1300])
-    standard, l2, linf = (network(seed) for seed in range(3))
+    standard, l2, linf, trades = (network(seed + number) for number in range(4))
     af.fit(standard, data, epochs=8, lr=0.05, seed=0)
     af.adversarial_fit(
         l2, data, eps=0.5, norm="l2", steps=4, step_size=0.2, epochs=15, lr=0.05, seed=0
@@ -77,7 +77,6 @@ def own_models() -> tuple[dict[str, nn.Module], TensorDataset]:
     af.adversarial_fit(
         linf, data, eps=0.1, norm="linf", steps=4, step_size=0.04, epochs=15, lr=0.05, seed=0
     )
-    trades = network(3)
     af.adversarial_fit(
         trades, data, eps=0.1, norm="linf", objective="trades", steps=5, step_size=0.1 / 3,
         epochs=15, lr=0.05, seed=0,

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 from bench_kinds import deep_cnn, lessons
-from bench_strength import DIGITS, own_models
+from bench_strength import DIGITS, digits, own_models
 from cifar import read, robust_model
 from side_by_side import machine
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -71,12 +70,10 @@ def digits_models(seed: int) -> Iterator[tuple[str, nn.Module, TensorDataset, st
     for model in models.values():
         for norm, eps in DIGITS.items():
             yield "digits", model, test, norm, eps
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    train = TensorDataset(x[:1300], torch.tensor(labels)[:1300])
+    train, _ = digits()
     for lesson in lessons().values():
         model = deep_cnn(seed)
-        af.adversarial_fit(model, train, epochs=40, lr=0.05, seed=seed, progress=False, **lesson)
+        af.adversarial_fit(model, train, seed=seed, **lesson)
         yield "digits, twice the radius", model.eval(), test, lesson["norm"], lesson["eps"]
 
 

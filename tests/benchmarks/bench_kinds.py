@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_strength import DIGITS, OURS, compare, network
+from bench_strength import DIGITS, OURS, compare, digits, network
 from side_by_side import machine
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -99,10 +98,11 @@ def kinds(train: TensorDataset) -> dict[str, nn.Module]:
 
 def lessons() -> dict[str, dict[str, Any]]:
     """Training against balls twice as large."""
-    linf = {"eps": LARGE["linf"], "norm": "linf", "steps": 7, "step_size": 0.06}
+    long = {"steps": 7, "epochs": 40, "lr": 0.05, "progress": False}
+    linf = {"eps": LARGE["linf"], "norm": "linf", "step_size": 0.06, **long}
     return {
         "PGD, linf": linf,
-        "PGD, l2": {"eps": LARGE["l2"], "norm": "l2", "steps": 7, "step_size": 0.3},
+        "PGD, l2": {"eps": LARGE["l2"], "norm": "l2", "step_size": 0.3, **long},
         "TRADES, linf": {**linf, "objective": "trades"},
         "MART, linf": {**linf, "objective": "mart"},
     }
@@ -113,10 +113,8 @@ def main() -> None:
     parser.add_argument("--by", nargs="+", choices=OURS, default=[*OURS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
-    images, labels = load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    y = torch.tensor(labels)
-    train, test = TensorDataset(x[:1300], y[:1300]), TensorDataset(x[1300:1500], y[1300:1500])
+    train, test = digits()
+    test = TensorDataset(*(field[:200] for field in test.tensors))
     print(f"{machine()}\n\n| model | ball | clean | {' | '.join(options.by)} |")
     print("|---" * (3 + len(options.by)) + "|")
     for name, model in kinds(train).items():
@@ -127,7 +125,7 @@ def main() -> None:
     compare("two classes", two.eval(), halves[1], BALLS, options)
     for name, lesson in lessons().items():
         model = deep_cnn(1)
-        af.adversarial_fit(model, train, epochs=40, lr=0.05, seed=0, progress=False, **lesson)
+        af.adversarial_fit(model, train, seed=0, **lesson)
         compare(f"{name}, twice the radius", model.eval(), test, LARGE, options)
 
 

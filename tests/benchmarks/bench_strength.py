@@ -64,11 +64,16 @@ def network(seed: int) -> nn.Module:
     )  # fmt: skip
 
 
-def own_models(seed: int = 0) -> tuple[dict[str, nn.Module], TensorDataset]:
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """1300 images to learn from, 497 to test on."""
     images, labels = load_digits(return_X_y=True)
     x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     y = torch.tensor(labels)
-    data = TensorDataset(x[:1300], y[:1300])
+    return TensorDataset(x[:1300], y[:1300]), TensorDataset(x[1300:], y[1300:])
+
+
+def own_models(seed: int = 0) -> tuple[dict[str, nn.Module], TensorDataset]:
+    data, test = digits()
     standard, l2, linf, trades = (network(seed + number) for number in range(4))
     af.fit(standard, data, epochs=8, lr=0.05, seed=0)
     af.adversarial_fit(
@@ -83,7 +88,7 @@ def own_models(seed: int = 0) -> tuple[dict[str, nn.Module], TensorDataset]:
     )  # fmt: skip
     models = {"standard": standard, "l2-robust": l2, "linf-robust": linf, "TRADES": trades}
     # The peers look at a module in the mode that they find it in, and BatchNorm would learn.
-    return {name: model.eval() for name, model in models.items()}, TensorDataset(x[1300:], y[1300:])
+    return {name: model.eval() for name, model in models.items()}, test
 
 
 def by_us(

@@ -40,9 +40,10 @@ def size(delta: Tensor, norm: Norm, keepdim: bool = False) -> Tensor:
     >>> size(torch.tensor([[3.0, -4.0]]), "l2")
     tensor([5.])
     """
-    found: Tensor = torch.linalg.vector_norm(
-        delta, _ORDER[norm], dim=feature_axes(delta), keepdim=keepdim
-    )
+    axes = feature_axes(delta)
+    if norm == "linf":  # many times faster than vector_norm on the CPU
+        return delta.abs().amax(axes, keepdim=keepdim)
+    found: Tensor = torch.linalg.vector_norm(delta, _ORDER[norm], dim=axes, keepdim=keepdim)
     return found
 
 
@@ -137,9 +138,10 @@ def _shrink_l2(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 16
     scale = (radius / _nonzero(size(magnitude, "l2", keepdim=True))).clamp_max(1.0)
     squares, room_squares = magnitude.square(), room.square()
     for _ in range(rounds):
-        stopped = magnitude * scale > room
-        free = torch.where(stopped, 0.0, squares).sum(axes, keepdim=True)
-        spent = torch.where(stopped, room_squares, 0.0).sum(axes, keepdim=True)
+        # As numbers 0 and 1: to multiply is many times faster than torch.where on the CPU.
+        stopped = (magnitude * scale).gt_(room)
+        free = ((1 - stopped) * squares).sum(axes, keepdim=True)
+        spent = (stopped * room_squares).sum(axes, keepdim=True)
         left = (radius.square() - spent).clamp_min(0.0)
         grown = torch.where(free > 0, (left / free).sqrt(), 1.0).clamp_max(1.0)
         grown = torch.maximum(scale, grown)

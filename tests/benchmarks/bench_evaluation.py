@@ -22,6 +22,7 @@ from pathlib import Path
 import foolbox
 import torch
 import torchattacks
+from bench_strength import THIRD, third_party
 from cifar import robust_model, standard_model, test_images
 from side_by_side import machine, side_by_side, table
 from torch import Tensor, nn
@@ -125,9 +126,9 @@ def compare_pgd(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) 
     compare(f"PGD-20, linf 8/255, {name}, {len(x)} images", cases, "torchattacks PGD", rounds)
 
 
-def torchattacks_at_100(model: nn.Module) -> Callable[..., Tensor]:
+def torchattacks_at_100(model: nn.Module, eps: float) -> Callable[..., Tensor]:
     """torchattacks' AutoAttack, its four attacks with the published number of steps."""
-    ball = {"norm": "Linf", "eps": EPS, "seed": 0}
+    ball = {"norm": "Linf", "eps": eps, "seed": 0}
     return torchattacks.MultiAttack(
         [
             torchattacks.APGD(model, **ball, steps=100, loss="ce"),
@@ -138,14 +139,14 @@ def torchattacks_at_100(model: nn.Module) -> Callable[..., Tensor]:
     )
 
 
-def reference(model: nn.Module) -> Callable[..., Tensor]:
+def reference(model: nn.Module, eps: float) -> Callable[..., Tensor]:
     from autoattack import AutoAttack as Reference
 
-    attack = Reference(model, norm="Linf", eps=EPS, seed=0, verbose=False, device="cpu")
+    attack = Reference(model, norm="Linf", eps=eps, seed=0, verbose=False, device="cpu")
     return lambda x, y: attack.run_standard_evaluation(x, y, bs=BATCH)
 
 
-def art_autoattack(model: nn.Module) -> Callable[..., Tensor]:
+def art_autoattack(model: nn.Module, eps: float) -> Callable[..., Tensor]:
     """ART's own choice of attacks: APGD and DLR-APGD of 5 restarts, DeepFool, Square of 5."""
     sys.modules.setdefault("multiprocess", multiprocessing)  # imported for several processes only
     from art.attacks.evasion import AutoAttack as Theirs
@@ -154,12 +155,12 @@ def art_autoattack(model: nn.Module) -> Callable[..., Tensor]:
     classifier = PyTorchClassifier(
         model, nn.CrossEntropyLoss(), (3, 32, 32), 10, clip_values=(0, 1), device_type="cpu"
     )
-    attack = Theirs(classifier, eps=EPS, eps_step=2 * EPS, batch_size=BATCH)
+    attack = Theirs(classifier, eps=eps, eps_step=2 * eps, batch_size=BATCH)
     return lambda x, y: torch.from_numpy(attack.generate(x.numpy(), y.numpy()))
 
 
-PEERS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
-    "torchattacks AutoAttack": lambda model: torchattacks.AutoAttack(model, eps=EPS, seed=0),
+PEERS: dict[str, Callable[[nn.Module, float], Callable[..., Tensor]]] = {
+    "torchattacks AutoAttack": lambda model, eps: torchattacks.AutoAttack(model, eps=eps, seed=0),
     "torchattacks, 100 steps": torchattacks_at_100,
     "reference AutoAttack": reference,
     "ART AutoAttack": art_autoattack,
@@ -167,13 +168,19 @@ PEERS: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
 
 
 def compare_autoattack(
-    name: str, model: nn.Module, x: Tensor, y: Tensor, versions: list[str], peers: list[str]
+    name: str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    versions: list[str],
+    peers: list[str],
+    eps: float = EPS,
 ) -> None:
     def theirs(peer: str) -> float:
-        return resisting(model, x, y, PEERS[peer](model))
+        return resisting(model, x, y, PEERS[peer](model, eps))
 
     def ours(version: str, precision: str) -> float:
-        attack = AutoAttack(eps=EPS, norm="linf", version=version, seed=0)
+        attack = AutoAttack(eps=eps, norm="linf", version=version, seed=0)
         data = TensorDataset(x, y)
         return af.robust_accuracy(
             model, data, attack=attack, precision=precision, batch_size=BATCH, progress=False
@@ -183,7 +190,7 @@ def compare_autoattack(
     for version in versions:
         for precision in ("float32", "bfloat16"):
             cases[f"advfeat {version}, {precision}"] = partial(ours, version, precision)
-    compare(f"AutoAttack, linf 8/255, {name}, {len(x)} images", cases, peers[0], rounds=0)
+    compare(f"AutoAttack, linf {eps:.4f}, {name}, {len(x)} images", cases, peers[0], rounds=0)
 
 
 def main() -> None:
@@ -198,6 +205,7 @@ def main() -> None:
     parser.add_argument("--versions", nargs="*", default=["fast", "standard"])
     parser.add_argument("--models", nargs="*", default=["standard", "robust"])
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=["torchattacks AutoAttack"])
+    parser.add_argument("--thirdparty", type=Path, help="bench_strength.py's, for AutoAttack")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.art:
@@ -219,6 +227,11 @@ def main() -> None:
         for name, model in models.items():
             rows = x[:count], y[:count]
             compare_autoattack(f"{name} model", model, *rows, options.versions, options.peers)
+    if options.thirdparty:
+        model, data = third_party(options.thirdparty)
+        model.requires_grad_(False)
+        case = ("third-party CNN", model, *data.tensors, options.versions, options.peers)
+        compare_autoattack(*case, eps=THIRD["linf"])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Norm: TypeAlias = Literal["l1", "l2", "linf"]
 Bounds: TypeAlias = tuple[float, float]
 
 NORMS: tuple[Norm, ...] = ("l1", "l2", "linf")
-_ORDER = {"l1": 1.0, "l2": 2.0, "linf": float("inf")}
+_ORDER = {"l1": 1.0, "l2": 2.0}
 
 
 def feature_axes(tensor: Tensor) -> tuple[int, ...]:

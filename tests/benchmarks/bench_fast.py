@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import advfeat as af
-from advfeat.attacks import APGD, FAB
+from advfeat.attacks import APGD, FAB, AutoAttack
 
 
 class Run(NamedTuple):
@@ -36,22 +36,28 @@ class Run(NamedTuple):
     steps: int
     targets: int = 0
 
-    def gradients(self, sparse: bool) -> int:
-        """What a row that resists costs; a run has three legs in l1."""
-        return max(1, self.targets) * (self.steps + (3 if sparse else 1))
+
+def attack(run: Run, norm: str, eps: float, starts: int = 1) -> APGD:
+    return APGD(eps=eps, norm=norm, **run._asdict(), restarts=starts, returns="first")
+
+
+def fast(norm: str) -> dict[Run, int]:
+    """What is in the library."""
+    runs = AutoAttack(eps=0.1, norm=norm, version="fast").attacks
+    return {Run(run.loss, run.steps, run.targets): run.restarts for run in runs}
 
 
 CE, DLR, MARGIN = "cross_entropy", "dlr", "margin"
 # Runs with the number of their starts.
 COMPOSED = {
-    "fast": {Run(CE, 10): 1, Run(DLR, 16, 9): 1, Run(MARGIN, 25): 4, Run(DLR, 25): 1},
+    "fast": fast("linf"),
     "4 classes": {Run(CE, 20): 1, Run(DLR, 25, 4): 1, Run(MARGIN, 25): 4, Run(DLR, 25): 2},
     "4 classes, longer": {Run(CE, 20): 1, Run(DLR, 25, 4): 1, Run(MARGIN, 50): 3},
     "9 classes": {Run(CE, 20): 1, Run(DLR, 25, 9): 1},
     "9 classes, 4 starts": {Run(CE, 20): 1, Run(DLR, 25, 9): 4},
 }
 IN_L1 = {
-    "fast": {Run(CE, 30): 1, Run(DLR, 30, 9): 3, Run(MARGIN, 30): 8, Run(DLR, 30): 4},
+    "fast": fast("l1"),
     "shorter towards classes": {
         Run(CE, 30): 1,
         Run(DLR, 15, 9): 4,
@@ -88,7 +94,8 @@ def near_the_border(
             model, rows, attack=attacks, seed=99, precision=precision, progress=False
         ).correct
 
-    x, y = (field[resists(eps, data, {"steps": 20})] for field in data.tensors)
+    kept = resists(eps, data, {"steps": 20})
+    x, y = (field[kept] for field in data.tensors)
     wider = {"steps": 40, "loss": MARGIN, "restarts": 3}, {"steps": 40, "loss": DLR, "targets": 9}
     sure = resists(1.08 * eps, TensorDataset(x, y), *wider)
     return x[~sure], y[~sure]
@@ -102,15 +109,15 @@ def missed(
     x, y = near_the_border(model, data, norm, eps, precision)
     if not len(x):
         return dict.fromkeys(compositions, 0.0)
-    ball = {"eps": eps, "norm": norm}
     kept = {"seed": 0, "precision": precision, "progress": False}
     many = TensorDataset(*(field.repeat_interleave(starts, 0) for field in (x, y)))
     resists = {}
     for run in {run for composition in compositions.values() for run in composition}:
-        attack = APGD(**ball, **run._asdict(), returns="first")
-        found = af.robust_accuracy(model, many, attack=attack, batch_size=256, **kept)
+        found = af.robust_accuracy(
+            model, many, attack=attack(run, norm, eps), batch_size=256, **kept
+        )
         resists[run] = found.correct.view(len(x), starts).double().mean(1)
-    fab = FAB(**ball, targets=9, steps=30).until_fooled()
+    fab = FAB(eps=eps, norm=norm, targets=9, steps=30).until_fooled()
     by_fab = af.robust_accuracy(model, TensorDataset(x, y), attack=fab, **kept).correct
     can_be_broken = torch.stack([*resists.values(), by_fab.double()]).amin(0) < 1
     return {
@@ -147,8 +154,9 @@ def main() -> None:
             add("CIFAR-10", model, TensorDataset(x, y), norm, eps, precision="bfloat16")
     for (kind, sparse), cases in sums.items():
         print(f"\n{kind}, {'l1' if sparse else 'linf and l2'}: mean of {len(cases)}")
+        norm = "l1" if sparse else "linf"
         for name, composition in (IN_L1 if sparse else COMPOSED).items():
-            cost = sum(run.gradients(sparse) * starts for run, starts in composition.items())
+            cost = sum(attack(run, norm, 0.1, starts).ticks for run, starts in composition.items())
             mean = sum(case[name] for case in cases) / len(cases)
             print(f"| {name} | {cost} | {mean:.2f} |")
 

@@ -1,6 +1,9 @@
 """Small models and batches that the tests of the attacks share."""
 
+import importlib
+
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -67,3 +70,14 @@ class Changed(nn.Module):
 def masked(model):
     """Rule out one more class by a logit of minus infinity."""
     return Changed(model, lambda z: torch.cat([z, torch.full_like(z[:, :1], -torch.inf)], 1))
+
+
+def adv_lib(attack):
+    """A module of adv_lib.attacks, or skip: it is not on every machine (docs/contributing.md)."""
+    try:
+        return importlib.import_module(f"adv_lib.attacks.{attack}")
+    except (
+        ImportError,
+        RuntimeError,
+    ) as error:  # a RuntimeError from a torchvision that is not torch's
+        pytest.skip(f"adv_lib does not import: {error}")

@@ -264,3 +264,63 @@ def test_weights_that_are_no_tensor_are_refused():
     data = TensorDataset(torch.rand(6, 2), torch.arange(6) % 2)
     with pytest.raises(TypeError, match=r"weight: expected a torch\.Tensor, got list"):
         analysis.linear_usefulness([[1.0, 0.0]], data, eps=0.1, norm="l2")
+
+
+def noise(count, features, classes, generator):
+    """Inputs that know nothing of their labels; every class occurs."""
+    labels = torch.arange(count) % classes
+    return TensorDataset(torch.randn(count, features, generator=generator), labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "classes"), [(128, 10), (60, 2)])
+def test_in_pure_noise_no_unit_is_useful_in_95_percent_of_the_cases(count, classes):
+    """The largest of 16 units and all classes is what a naive interval falls for."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = outside = 0
+    for seed in range(200):
+        found = analysis.linear_usefulness(
+            torch.eye(16), noise(count, 16, classes, generator), eps=0.1, norm="l2", seed=seed,
+            resamples=99,
+        )  # fmt: skip
+        wrong += bool((found.unit_kind != USELESS).any())
+        outside += bool((found.rho_interval[0] > 0).any())
+    assert wrong <= 16  # 8%
+    assert outside <= 16
+
+
+@pytest.mark.slow
+def test_attacked_units_of_noise_are_not_useful_either():
+    generator = torch.Generator().manual_seed(0)
+    wrong = 0
+    for seed in range(200):
+        found = analysis.usefulness(
+            nn.Linear(4, 3), noise(40, 4, 3, generator), layer=lambda x: x, eps=0.5, norm="l2",
+            bounds=WIDE, steps=1, resamples=39, seed=seed, progress=False,
+        )  # fmt: skip
+        wrong += bool((found.unit_kind != USELESS).any())
+    assert wrong <= 16
+
+
+def test_weak_features_are_found_where_samples_suffice():
+    """Power: a correlation of 0.2 among 30 units of noise, 2000 samples."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = noise(2000, 31, 2, generator).tensors
+    x[:, 4] += 0.4 * y
+    found = analysis.linear_usefulness(
+        torch.eye(31), TensorDataset(x, y), eps=0.5, norm="l2", seed=0
+    )
+    assert found.unit_kind.nonzero().tolist() == [[4]]
+    assert found.unit_kind[4] == NONROBUST
+    assert found.rho_interval[0, 4, 1] < 0.2 < found.rho_interval[1, 4, 1]
+
+
+def test_a_class_of_two_samples_has_no_interval():
+    x, y = made(count=60, classes=3).tensors
+    keep = torch.cat([(y != 2).nonzero().squeeze(1), (y == 2).nonzero().squeeze(1)[:2]])
+    found = analysis.linear_usefulness(
+        torch.eye(5), TensorDataset(x[keep], y[keep]), eps=0.1, norm="l2", seed=0, resamples=50
+    )
+    assert found.rho_interval[0, :, 2].tolist() == [-1.0] * 5
+    assert bool(torch.isneginf(found.gamma_interval[0, :, 2]).all())
+    assert bool(torch.isfinite(found.gamma_interval[..., :2]).all())

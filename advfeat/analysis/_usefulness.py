@@ -18,6 +18,7 @@ from advfeat.analysis._features import (
     table,
 )
 from advfeat.attacks import PGD, Batch
+from advfeat.class_correlation import Extremes, correlate
 from advfeat.loading import Data, with_progress
 from advfeat.model import Layer, Network, attackable
 from advfeat.threat import Bounds, Norm
@@ -42,18 +43,26 @@ class Usefulness:
     Attributes
     ----------
     rho, gamma
-        E[y f(x)] and E[inf y f(x + delta)].
+        E[y f(x)] and E[inf y f(x + delta)] on these samples. The sign is chosen on the same
+        samples, so rho is above 0 for pure noise too: the intervals and ``p_value`` say what is
+        there.
     rho_interval, gamma_interval
-        Bootstrap intervals, ``(2, units, classes)``: low and high ends.
+        ``(2, units, classes)``: low and high ends, for all units, classes and both signs at once
+        with probability ``level``, so that the choice of the sign does not matter. Unbounded for
+        a class of fewer than three samples.
     sign
         +1 or -1: the sign the unit is taken with.
+    p_value
+        Of rho under permuted labels, corrected over all units and classes.
     units
         Numbers of the units in their layer, int64 ``(units,)``.
     stuck
-        Share of rows, for each unit ``(units,)``, where neither attack moved the input: it has
-        no gradient there, as below a ReLU, and its gamma is an overestimate.
+        Fraction of samples, for each unit ``(units,)``, where neither attack moved the input: the
+        unit has no gradient there, as below a ReLU, and its gamma is an overestimate.
     eps, norm
         The ball.
+    level
+        Of the intervals; a pair is useful where its ``p_value`` is at most 1 - level.
     """
 
     rho: Tensor
@@ -61,20 +70,22 @@ class Usefulness:
     rho_interval: Tensor
     gamma_interval: Tensor
     sign: Tensor
+    p_value: Tensor
     units: Tensor
     stuck: Tensor
     eps: float
     norm: Norm
+    level: float = 0.95
 
     @property
     def kind(self) -> Tensor:
         """Of each unit and class, int64: its place in ``KINDS``.
 
-        Robust: the interval of gamma lies above 0. Useful, non-robust: that of rho above 0, that
-        of gamma not above. Undecided: useful, and 0 lies within the interval of gamma. Useless:
-        the rest.
+        Useful: ``p_value`` is at most 1 - level. Of these robust where the interval of gamma lies
+        above 0, non-robust where it does not reach above 0, and undecided where 0 lies within.
+        Useless: the rest.
         """
-        useful = self.rho_interval[0] > 0
+        useful = self.p_value <= 1 - self.level + 1e-9
         kind = torch.where(useful, UNDECIDED, USELESS)
         kind = torch.where(useful & (self.gamma_interval[1] <= 0), NONROBUST, kind)
         return torch.where(useful & (self.gamma_interval[0] > 0), ROBUST, kind)
@@ -159,10 +170,22 @@ def usefulness(
     bounds
         The box ``(low, high)`` of valid inputs.
     level, resamples
-        Of the bootstrap intervals: share they cover, and how often the rows of each side are drawn
-        again.
+        Of the intervals and of the decision what is useful; and how often samples are drawn again
+        and labels permuted. With fewer than ``1 / (1 - level)`` nothing can be called useful.
     seed
-        Of the bootstrap; None draws one number from torch's default generator.
+        Of draws and permutations; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    Usefulness
+        Rho and gamma with intervals and p-values, and the kind of each unit. In pure noise no
+        unit at all is called useful in 95% of the cases (``level``).
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause; also where the data have one class, or
+        none of some class.
     batch_size, progress
         As in `advfeat.accuracy`.
 
@@ -179,8 +202,10 @@ def usefulness(
     (torch.Size([3, 2]), True)
     """
     attack = feature_attack(eps, norm, steps, bounds, _signed_unit)
-    _check_bootstrap(level, resamples, seed)
-    parts: list[_Extremes] = []
+    options = _Options(level, resamples, seed)
+    options.check()
+    parts: list[Extremes] = []
+    stuck: list[Tensor] = []
     labels: list[Tensor] = []
     with attackable(model, layer=layer) as net:
         chosen: Tensor | None = None
@@ -191,13 +216,12 @@ def usefulness(
             low, at_low = _extreme(net, batch.inputs, chosen, -1, attack)
             high, at_high = _extreme(net, batch.inputs, chosen, 1, attack)
             values = values[:, chosen]
-            parts.append(
-                _Extremes(values, low.minimum(values), high.maximum(values), at_low & at_high)
-            )
+            parts.append(Extremes(values, low.minimum(values), high.maximum(values)))
+            stuck.append(at_low & at_high)
             labels.append(batch.labels)
     assert chosen is not None
-    found = _Extremes(*(torch.cat(field) for field in zip(*parts, strict=True)))
-    return _sorted(found, torch.cat(labels), chosen, eps, norm, level, resamples, seed)
+    found = Extremes(*(torch.cat(field) for field in zip(*parts, strict=True)))
+    return _result(found, torch.cat(labels), chosen, torch.cat(stuck), (eps, norm), options)
 
 
 def linear_usefulness(
@@ -222,6 +246,16 @@ def linear_usefulness(
     data, eps, norm, level, resamples, seed
         As in `usefulness`.
 
+    Returns
+    -------
+    Usefulness
+        As from `usefulness`; ``stuck`` is 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `usefulness`; also where ``weight`` has another width than the inputs.
+
     Examples
     --------
     >>> import torch
@@ -233,7 +267,8 @@ def linear_usefulness(
     """
     checks.number("eps", eps, low=0.0)
     checks.norm(norm)
-    _check_bootstrap(level, resamples, seed)
+    options = _Options(level, resamples, seed)
+    options.check()
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
     rows = stacked(data, weight.device)
@@ -243,18 +278,9 @@ def linear_usefulness(
     weight = weight.detach().to(torch.float64)
     values = inputs @ weight.T
     loss = eps * threat.size(weight, DUAL[norm])
-    found = _Extremes(values, values - loss, values + loss, torch.zeros_like(values) > 0)
-    chosen = torch.arange(len(weight))
-    return _sorted(found, rows.labels, chosen, eps, norm, level, resamples, seed)
-
-
-class _Extremes(NamedTuple):
-    """Every unit on every row, ``(N, units)``: its value, and how far an attack can take it."""
-
-    value: Tensor
-    low: Tensor
-    high: Tensor
-    stuck: Tensor  # bool
+    found = Extremes(values, values - loss, values + loss)
+    units = torch.arange(len(weight))
+    return _result(found, rows.labels, units, torch.zeros_like(values), (eps, norm), options)
 
 
 def _signed_unit(features: Tensor, choice: Tensor) -> Tensor:
@@ -279,66 +305,25 @@ def _extreme(
     return torch.cat(reached, 1), torch.cat(stuck, 1)
 
 
-def _sorted(
-    found: _Extremes,
+def _result(
+    found: Extremes,
     labels: Tensor,
     units: Tensor,
-    eps: float,
-    norm: Norm,
-    level: float,
-    resamples: int,
-    seed: int | torch.Generator | None,
+    stuck: Tensor,
+    ball: tuple[float, Norm],
+    options: _Options,
 ) -> Usefulness:
-    """From values and extremes to rho, gamma and their intervals."""
-    classes = int(labels.max()) + 1
-    if bool((labels == labels[0]).all()):
-        checks.fail("data", "rows of one class", "usefulness compares a class with the rest")
-    generator = seeding.generator(seeding.resolve(seed))
-    value, low, high = (field.cpu().to(torch.float64) for field in found[:3])
-    labels = labels.cpu()
-    # Around the mean, so that squares lose no digits. What only rounding moves is no feature.
-    mean = value.mean(0)
-    moving = value.std(0) > 1e-6 * mean.abs()
-    value, low, high = (torch.where(moving, part - mean, 0.0) for part in (value, low, high))
-    moments = torch.cat([value, value.square(), low, high], 1)  # (N, 4 units)
-    columns = []
-    for label in range(classes):
-        side = labels == label
-        if not bool(side.any()) or bool(side.all()):
-            checks.fail("data", f"no row of class {label}", "every class needs rows of its own")
-        own = _resampled(moments[side], resamples, generator)
-        rest = _resampled(moments[~side], resamples, generator)
-        columns.append(_column(own, rest, level))
-    rho, gamma, rho_ends, gamma_ends, sign = (
-        torch.stack(c, -1) for c in zip(*columns, strict=True)
+    """From values and extremes to rho, gamma, their intervals and p-values."""
+    generator = seeding.generator(seeding.resolve(options.seed))
+    return Usefulness(
+        *correlate(
+            found, labels, level=options.level, resamples=options.resamples, generator=generator
+        ),
+        units.cpu(),
+        stuck.double().mean(0).cpu(),
+        *ball,
+        options.level,
     )
-    stuck = found.stuck.double().mean(0).cpu()
-    return Usefulness(rho, gamma, rho_ends, gamma_ends, sign, units.cpu(), stuck, eps, norm)
-
-
-def _resampled(moments: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
-    """Means of the rows ``(1 + resamples, K)``: of themselves, then of as many drawn from them."""
-    count = len(moments)
-    drawn = torch.randint(count, (resamples, count), generator=generator)
-    weights = torch.zeros(resamples + 1, count, dtype=moments.dtype)
-    weights[1:].scatter_add_(1, drawn, torch.ones_like(drawn, dtype=moments.dtype))
-    weights[0] = 1.0
-    return weights @ moments / count
-
-
-def _column(own: Tensor, rest: Tensor, level: float) -> tuple[Tensor, ...]:
-    """Rho, gamma, their intervals and the signs for one class, from both sides' moments."""
-    (f, square, low, high), (f_, square_, low_, high_) = own.chunk(4, 1), rest.chunk(4, 1)
-    deviation = ((square + square_) / 2 - ((f + f_) / 2).square()).clamp_min(0).sqrt()
-    deviation = torch.where(deviation > 0, deviation, torch.inf)
-    rho = (f - f_) / 2 / deviation
-    sign = torch.where(rho[0] < 0, -1.0, 1.0)
-    # Of the unit or of its negative: inf(-f) = -sup f.
-    gamma = torch.where(sign > 0, low - high_, low_ - high) / 2 / deviation
-    rho = rho * sign
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=rho.dtype)
-    intervals = [torch.quantile(part[1:], ends, dim=0) for part in (rho, gamma)]
-    return rho[0], gamma[0], *intervals, sign
 
 
 def _chosen(units: Sequence[int] | None, features: Tensor) -> Tensor:
@@ -349,7 +334,14 @@ def _chosen(units: Sequence[int] | None, features: Tensor) -> Tensor:
     return chosen
 
 
-def _check_bootstrap(level: float, resamples: int, seed: object) -> None:
-    checks.fraction("level", level)
-    checks.count("resamples", resamples, low=1)
-    checks.seed(seed)
+class _Options(NamedTuple):
+    """Of intervals and permutations."""
+
+    level: float
+    resamples: int
+    seed: int | torch.Generator | None
+
+    def check(self) -> None:
+        checks.fraction("level", self.level)
+        checks.count("resamples", self.resamples, low=1)
+        checks.seed(self.seed)

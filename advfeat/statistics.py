@@ -1,0 +1,398 @@
+"""Intervals and tests for what is reported: proportions, paired differences, correlations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from advfeat import checks, seeding
+
+__all__ = [
+    "Estimate",
+    "binomial_test",
+    "bootstrap_interval",
+    "correlation_interval",
+    "holm",
+    "mcnemar",
+    "mean_outcome",
+    "paired_difference",
+    "wilson_interval",
+]
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval; printed in points of a percentage.
+
+    Attributes
+    ----------
+    value
+        The estimate.
+    interval
+        Low and high end.
+    p_value
+        Two-sided, of the hypothesis that the true value is 0; NaN where it was not tested.
+    level
+        Fraction of repetitions in which the interval contains the true value.
+    samples, repeats
+        How many test samples, and how many trained models of each kind, it is computed from.
+    """
+
+    value: float
+    interval: Interval
+    p_value: float
+    level: float
+    samples: int
+    repeats: int = 1
+
+    @property
+    def sign(self) -> int:
+        """+1 if the whole interval is above 0, -1 if it is below, else 0."""
+        return (self.interval[0] > 0) - (self.interval[1] < 0)
+
+    def __str__(self) -> str:
+        """Value and interval in points."""
+        low, high = self.interval
+        return f"{100 * self.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def wilson_interval(count: int, total: int, level: float = 0.95) -> Interval:
+    """Return the Wilson score interval of a proportion.
+
+    Parameters
+    ----------
+    count, total
+        Successes and samples; of no sample the interval is (0, 1).
+    level
+        Fraction of repetitions in which the interval contains the true proportion.
+
+    Returns
+    -------
+    tuple of float
+        Low and high end.
+
+    Examples
+    --------
+    >>> low, high = wilson_interval(3, 4)
+    >>> print(f"{low:.4f} {high:.4f}")
+    0.3006 0.9544
+    """
+    checks.fraction("level", level)
+    if total == 0:
+        return 0.0, 1.0
+    z, p = _z(level), count / total
+    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
+    middle, scale = p + z * z / (2 * total), 1 + z * z / total
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
+def binomial_test(count: int, total: int, chance: float) -> float:
+    """Return the probability of at least so many successes by chance alone (exact, one-sided).
+
+    Parameters
+    ----------
+    count, total
+        Successes and samples.
+    chance
+        Probability of a success under the null hypothesis.
+
+    Returns
+    -------
+    float
+        P(X >= count) for X binomial.
+
+    Examples
+    --------
+    >>> round(binomial_test(2, 2, 0.5), 6)
+    0.25
+    """
+    if count <= 0:
+        return 1.0
+    return _beta_cdf(chance, count, total - count + 1)
+
+
+def mcnemar(first: Tensor, second: Tensor) -> float:
+    """Test whether two models are right on equally many of the same samples (McNemar, exact).
+
+    Only samples on which one model is right and the other is wrong count; under the null
+    hypothesis each is as likely to be the one as the other.
+
+    Parameters
+    ----------
+    first, second
+        Outcomes, bool ``(N,)``, in the same order of samples.
+
+    Returns
+    -------
+    float
+        Two-sided p-value; 1 where the models never differ.
+
+    Raises
+    ------
+    ValueError
+        The outcomes are not of the same samples.
+
+    Examples
+    --------
+    >>> right = torch.tensor([True] * 6 + [False] * 2)
+    >>> round(mcnemar(right, ~right), 6)
+    0.289062
+    """
+    _check_outcomes(first, second)
+    wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
+    tail = binomial_test(max(wins, losses), wins + losses, 0.5)
+    return min(1.0, 2 * tail)
+
+
+def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Estimate:
+    """Estimate the difference of two accuracies on the same samples, with its interval.
+
+    Parameters
+    ----------
+    first, second
+        Outcomes, bool ``(N,)`` of one model each, or ``(S, N)`` of S trained models each.
+    level
+        Of the interval.
+
+    Returns
+    -------
+    Estimate
+        The accuracy of ``first`` minus that of ``second``. For one model each the interval is
+        Bonett and Price's (2012) and the p-value McNemar's: both speak of new samples for these
+        two models. For several models each, both are Student's t with the variation between
+        samples and between models, and speak of newly trained models too; model s of ``first`` is
+        paired with model s of ``second``.
+
+    Raises
+    ------
+    ValueError
+        The outcomes are not of the same samples.
+
+    Examples
+    --------
+    >>> first = torch.tensor([True] * 90 + [False] * 10)
+    >>> print(paired_difference(first, torch.arange(100) < 70))
+    +20.0 (+11.4 to +27.8)
+    """
+    _check_outcomes(first, second)
+    if first.ndim == 2 and len(first) > 1:
+        return mean_outcome(first.double() - second.double(), level)
+    first, second = first.reshape(-1), second.reshape(-1)
+    total = len(first)
+    wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
+    won, lost = (wins + 1) / (total + 2), (losses + 1) / (total + 2)
+    spread = _z(level) * math.sqrt((won + lost - (won - lost) ** 2) / (total + 2))
+    interval = (max(-1.0, won - lost - spread), min(1.0, won - lost + spread))
+    value = (wins - losses) / total
+    return Estimate(value, interval, mcnemar(first, second), level, total)
+
+
+def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
+    """Estimate a mean over samples and over trained models, with its interval.
+
+    Parameters
+    ----------
+    outcomes
+        ``(N,)`` bool of one model, or ``(S, N)`` of S models on the same samples: right or wrong,
+        or any number from -1 to 1, as differences of outcomes.
+    level
+        Of the interval.
+
+    Returns
+    -------
+    Estimate
+        For one model, with Wilson's interval. For several, with Student's t interval: the
+        variance is that between the means of samples plus that between the means of models,
+        each over its number, and the degrees of freedom are Satterthwaite's.
+
+    Examples
+    --------
+    >>> right = torch.tensor([[True, True, True, False], [True, False, True, False]])
+    >>> mean_outcome(right).value, mean_outcome(right[0]).interval == wilson_interval(3, 4)
+    (0.625, True)
+    """
+    checks.fraction("level", level)
+    if outcomes.ndim == 1:
+        outcomes = outcomes[None]
+    repeats, total = outcomes.shape
+    value = float(outcomes.double().mean())
+    if repeats == 1:
+        interval = wilson_interval(int(outcomes.sum()), total, level)
+        return Estimate(value, interval, math.nan, level, total)
+    outcomes = outcomes.double()
+    parts = [
+        (float(means.var()) / len(means), len(means) - 1)
+        for means in (outcomes.mean(0), outcomes.mean(1))
+        if len(means) > 1
+    ]
+    variance = sum(part for part, _ in parts)
+    if variance == 0:
+        return Estimate(value, (value, value), float(value == 0), level, total, repeats)
+    freedom = variance**2 / sum(part**2 / count for part, count in parts)
+    spread = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
+    p_value = 2 * (1 - _t_cdf(abs(value) / math.sqrt(variance), freedom))
+    return Estimate(value, (value - spread, value + spread), p_value, level, total, repeats)
+
+
+def correlation_interval(correlation: float, count: int, level: float = 0.95) -> Interval:
+    """Return the interval of Pearson's correlation by Fisher's z transform.
+
+    Parameters
+    ----------
+    correlation
+        Of the sample; NaN gives (-1, 1).
+    count
+        Pairs that it is computed from; below 4 nothing is known and the interval is (-1, 1).
+    level
+        Of the interval.
+
+    Returns
+    -------
+    tuple of float
+        Low and high end.
+
+    Examples
+    --------
+    >>> low, high = correlation_interval(0.9, 6)
+    >>> print(f"{low:.2f} {high:.2f}")
+    0.33 0.99
+    """
+    checks.fraction("level", level)
+    if count < 4 or math.isnan(correlation):
+        return -1.0, 1.0
+    z = math.atanh(min(max(correlation, -1 + 1e-15), 1 - 1e-15))
+    spread = _z(level) / math.sqrt(count - 3)
+    return math.tanh(z - spread), math.tanh(z + spread)
+
+
+def bootstrap_interval(
+    values: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int | torch.Generator | None = None,
+) -> Interval:
+    """Return the percentile bootstrap interval of a statistic of independent samples.
+
+    Parameters
+    ----------
+    values
+        Samples along the first axis; pairs stay together.
+    statistic
+        ``(N, ...) -> number``, of samples drawn with replacement.
+    level, resamples
+        Of the interval, and how often samples are drawn.
+    seed
+        Of the draws; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    tuple of float
+        Low and high end.
+
+    Examples
+    --------
+    >>> low, high = bootstrap_interval(torch.arange(100.0), torch.mean, seed=0)
+    >>> low < 49.5 < high
+    True
+    """
+    checks.fraction("level", level)
+    checks.count("resamples", resamples, low=1)
+    checks.seed(seed)
+    generator = seeding.generator(seeding.resolve(seed))
+    drawn = torch.stack(
+        [
+            torch.as_tensor(
+                statistic(values[torch.randint(len(values), (len(values),), generator=generator)])
+            ).double()
+            for _ in range(resamples)
+        ]
+    )
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(drawn, ends).tolist()
+    return low, high
+
+
+def holm(p_values: Sequence[float] | Tensor) -> Tensor:
+    """Return p-values corrected for the number of tests (Holm's step-down method).
+
+    Rejecting where the result is at most 0.05 makes any false rejection at most 5% likely,
+    whatever the dependence of the tests.
+
+    Parameters
+    ----------
+    p_values
+        Of any shape.
+
+    Returns
+    -------
+    Tensor
+        float64 of the same shape, at most 1.
+
+    Examples
+    --------
+    >>> holm([0.01, 0.04, 0.03]).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    given = torch.as_tensor(p_values, dtype=torch.float64)
+    order = given.flatten().argsort()
+    factors = torch.arange(given.numel(), 0, -1, dtype=torch.float64)
+    corrected = torch.empty_like(given.flatten())
+    corrected[order] = (factors * given.flatten()[order]).cummax(0).values.clamp_max(1.0)
+    return corrected.view(given.shape)
+
+
+def _check_outcomes(first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape or first.ndim not in (1, 2) or not first.numel():
+        shapes = (tuple(first.shape), tuple(second.shape))
+        checks.fail("first, second", shapes, "expected outcomes of the same samples, (N,) each")
+
+
+def _z(level: float) -> float:
+    """Half-width of a normal interval, in standard deviations."""
+    return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def _beta_cdf(x: float, a: float, b: float) -> float:
+    """Regularised incomplete beta function, by Lentz's continued fraction."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # where the fraction converges fast
+        return 1 - _beta_cdf(1 - x, b, a)
+    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    front = math.exp(log + a * math.log(x) + b * math.log1p(-x)) / a
+    c, d = 1.0, 1 / max(1 - (a + b) * x / (a + 1), 1e-300)
+    value = d
+    for m in range(1, 10_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d, c = 1 / (1 + term * d), 1 + term / c
+            value *= c * d
+        if abs(c * d - 1) < 1e-15:
+            break
+    return front * value
+
+
+def _t_cdf(t: float, freedom: float) -> float:
+    tail = _beta_cdf(freedom / (freedom + t * t), freedom / 2, 0.5) / 2
+    return 1 - tail if t > 0 else tail
+
+
+def t_quantile(probability: float, freedom: float) -> float:
+    """Student's t quantile above one half, by bisection."""
+    low, high = 0.0, 1.0
+    while _t_cdf(high, freedom) < probability:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_cdf(middle, freedom) < probability else (low, middle)
+    return (low + high) / 2

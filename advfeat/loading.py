@@ -1,9 +1,8 @@
-"""Any dataset or loader as numbered rows on a device; progress bars."""
+"""Any dataset or loader as indexed_source samples on a device."""
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -33,7 +32,7 @@ _INPUT_KEYS = ("inputs", "input", "images", "image", "pixel_values", "img", "x",
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y", "fine_label")
 
 
-class Rows(NamedTuple):
+class Samples(NamedTuple):
     """A batch with the number of each of its samples."""
 
     ids: Tensor  # (N,) int64: the row in the dataset, or the place in a stream
@@ -41,7 +40,7 @@ class Rows(NamedTuple):
     labels: Tensor  # (N,)
 
 
-class Portion(NamedTuple):
+class TrainBatch(NamedTuple):
     """What one rank has of a batch to train on."""
 
     ids: Tensor  # (N,) int64, as in `Rows`
@@ -50,14 +49,14 @@ class Portion(NamedTuple):
     place: Tensor  # (N,) int64, on the CPU: where each row stands in the batch of all ranks
     total: int  # rows of that batch
 
-    def parts(self, count: int, whole: int) -> list[Portion]:
+    def parts(self, count: int, whole: int) -> list[TrainBatch]:
         """Split into parts no longer than those of ``whole`` rows in ``count`` parts.
 
         So few rows that are left over stay together: BatchNorm cannot train on a single one.
         """
         longest = -(-whole // count)
         pieces = (torch.tensor_split(field, -(-len(self.ids) // longest)) for field in self[:4])
-        return [Portion._make((*fields, self.total)) for fields in zip(*pieces, strict=True)]
+        return [TrainBatch._make((*fields, self.total)) for fields in zip(*pieces, strict=True)]
 
 
 Check: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -74,9 +73,9 @@ class Source:
     ----------
     data
         A map-style dataset, a DataLoader, or a list of batches. A loader over an iterable dataset
-        must have a length; its rows are numbered in the order they come.
+        must have a length; its rows are indexed_source in the order they come.
     batch_size
-        Rows to a batch; by default the loader's own, 128 for a dataset.
+        Samples to a batch; by default the loader's own, 128 for a dataset.
     """
 
     def __init__(self, data: Data, batch_size: int | None = None) -> None:
@@ -101,7 +100,7 @@ class Source:
             checks.fail("data", type(data).__name__, "it has no rows")
 
     def __len__(self) -> int:
-        """Rows, for map-style data."""
+        """Samples, for map-style data."""
         return len(self.indices)
 
     @property
@@ -113,17 +112,17 @@ class Source:
 
     @property
     def pool_size(self) -> int:
-        """Rows to attack together in evaluation: a batch of these data."""
+        """Samples to attack together in evaluation: a batch of these data."""
         return 128 if self.is_stream else self._batch_size
 
     @property
     def batch_size(self) -> int:
-        """Rows to a batch, for map-style data."""
+        """Samples to a batch, for map-style data."""
         return self._batch_size
 
     def batches(
         self, device: torch.device, chunks: list[list[int]] | None = None
-    ) -> Iterator[Rows]:
+    ) -> Iterator[Samples]:
         """Give all rows, in order, on the device; or those of the chunks, by their numbers."""
         if self.is_stream:
             # A loader's iterator takes a number from the global generator, which is put back.
@@ -139,7 +138,7 @@ class Source:
         for chunk, batch in zip(chunks, self._read(chunks), strict=True):
             yield _rows(torch.tensor(chunk), batch, device)
 
-    def rows(self, indices: list[int], device: torch.device, check: Check | None = None) -> Rows:
+    def rows(self, indices: list[int], device: torch.device, check: Check | None = None) -> Samples:
         """Give single rows by their numbers; map-style data only."""
         return _rows(torch.tensor(indices), self._fetch(indices), device, check)
 
@@ -191,7 +190,7 @@ def training_batches(
     rank: int = 0,
     ranks: int = 1,
     check: Check | None = None,
-) -> Iterator[Portion]:
+) -> Iterator[TrainBatch]:
     """One epoch of batches to train on: a loader as it is, a dataset shuffled by (seed, epoch).
 
     Of a dataset every rank has a part of the same batches that one rank would have; a loader gives
@@ -208,7 +207,7 @@ def training_batches(
             count = len(rows.ids)
             largest = max(largest, count)
             if count > 1 or largest == 1:
-                yield Portion(*rows, rank + ranks * torch.arange(count), count * ranks)
+                yield TrainBatch(*rows, rank + ranks * torch.arange(count), count * ranks)
         return
     source = Source(data, batch_size)
     order = torch.randperm(len(source), generator=seeding.generator(seed, epoch))
@@ -217,7 +216,7 @@ def training_batches(
         # As for a loader: BatchNorm cannot train on a single sample that is left over.
         if len(chunk) >= 2 * ranks or (size == 1 and ranks == 1):
             rows = source.rows(chunk[rank::ranks].tolist(), device, check)
-            yield Portion(*rows, torch.arange(rank, len(chunk), ranks), len(chunk))
+            yield TrainBatch(*rows, torch.arange(rank, len(chunk), ranks), len(chunk))
 
 
 def batch_count(data: Data, batch_size: int | None) -> int:
@@ -229,7 +228,7 @@ def batch_count(data: Data, batch_size: int | None) -> int:
 
 
 def row_count(data: Data) -> int | None:
-    """Rows of an epoch, where that is known without reading it; a loader's to a batch."""
+    """Samples of an epoch, where that is known without reading it; a loader's to a batch."""
     if isinstance(data, DataLoader):
         _refuse_endless(data)
         return None if data.batch_size is None else len(data) * data.batch_size
@@ -279,40 +278,9 @@ def unpack(batch: object) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
-def wants_progress(progress: bool | None) -> bool:
-    """Whether to draw a bar: as told, or by default where stderr is a terminal and tqdm is there.
-
-    Raises
-    ------
-    ImportError
-        A bar was asked for and tqdm is missing.
-    """
-    if progress is False:
-        return False
-    try:
-        import tqdm  # noqa: F401
-    except ImportError as error:
-        if progress:
-            raise ImportError(
-                "progress=True needs tqdm: pip install 'advfeat[progress]'"
-            ) from error
-        return False
-    return bool(progress) or sys.stderr.isatty()
-
-
-def with_progress(
-    items: Iterable[T], *, total: int | None, label: str, progress: bool | None
-) -> Iterable[T]:
-    """Wrap an iterable in a progress bar where one is wanted."""
-    if not wants_progress(progress):
-        return items
-    from tqdm.auto import tqdm
-
-    bar: Iterable[T] = tqdm(items, total=total, desc=label, leave=False)
-    return bar
-
-
-def _rows(index: Tensor, batch: object, device: torch.device, check: Check | None = None) -> Rows:
+def _rows(
+    index: Tensor, batch: object, device: torch.device, check: Check | None = None
+) -> Samples:
     inputs, labels = unpack(batch)
     if inputs.shape[:1] != index.shape:
         checks.fail(
@@ -320,9 +288,9 @@ def _rows(index: Tensor, batch: object, device: torch.device, check: Check | Non
         )
     if check is not None:
         check(inputs, labels)
-    # Towards the CPU a copy that does not wait is read before it is there.
+    # TargetedDataset the CPU a copy that does not wait is read before it is there.
     away = device.type != "cpu"
-    return Rows(
+    return Samples(
         index.to(device),
         inputs.to(device, non_blocking=away),
         labels.to(device, non_blocking=away),
@@ -331,7 +299,7 @@ def _rows(index: Tensor, batch: object, device: torch.device, check: Check | Non
 
 def _numbered(
     batches: Iterable[Any], device: torch.device, check: Check | None = None
-) -> Iterator[Rows]:
+) -> Iterator[Samples]:
     place = 0
     for batch in batches:
         inputs, _ = unpack(batch)
@@ -372,7 +340,7 @@ def _refuse_endless(data: object) -> None:
 
 
 def _row_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
-    """Rows of the dataset that a loader covers, in the dataset's order where it shuffles."""
+    """Samples of the dataset that a loader covers, in the dataset's order where it shuffles."""
     try:
         count = len(dataset)
     except TypeError as error:

@@ -86,7 +86,7 @@ _TARGETED: dict[str, Objective] = {
 LOSS_NAMES = tuple(_UNTARGETED)
 
 
-def climbed(
+def objective(
     loss: LossName | Objective, labels: Tensor, targeted: bool
 ) -> Callable[[Tensor], Tensor]:
     """What an attack climbs, as a function of the logits alone; a callable is taken as it is."""

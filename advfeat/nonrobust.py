@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
-
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks, seeding, threat
-from advfeat.attacks import PGD, Batch
-from advfeat.attacks._attack import argmax_hits
-from advfeat.construct import Making, Recipe, Start, construct, invert_all, numbered
+from advfeat import checks, seeding
+from advfeat.attacks import Batch
+from advfeat.construction import BuildOptions, Start, build_inverted, build_targeted
+from advfeat.datasets import ConstructedDataset
+from advfeat.datasets.dataset import Dtype
+from advfeat.durable import Folder
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, Precision
-from advfeat.store import ConstructedDataset, Dtype, Folder
 from advfeat.threat import Bounds, Norm
 
 __all__ = ["construct_det_dataset", "construct_nonrobust_dataset", "construct_rand_dataset"]
-
-# Targets of a batch.
-Choose: TypeAlias = Callable[[Network, Batch], Tensor]
 
 
 def construct_nonrobust_dataset(
@@ -56,7 +51,7 @@ def construct_nonrobust_dataset(
     >>> af.construct_nonrobust_dataset(model, data, start="noise", steps=5, seed=0)
     ConstructedDataset(D_NR: 8 of 6; images, index, labels, distance, distance_before, size)
     """
-    return invert_all(
+    return build_inverted(
         model,
         data,
         method="D_NR",
@@ -68,7 +63,7 @@ def construct_nonrobust_dataset(
         bounds=bounds,
         seed=seed,
         patience=patience,
-        making=Making(batch_size, precision, progress, out, dtype, compile),
+        options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
     )
 
 
@@ -145,7 +140,7 @@ def construct_det_dataset(
             checks.fail("shift", shift, f"with {classes} classes every target equals its label")
         return (batch.labels + shift) % classes
 
-    return _towards(
+    return build_targeted(
         choose,
         model,
         data,
@@ -157,7 +152,7 @@ def construct_det_dataset(
         step_size=step_size,
         bounds=bounds,
         patience=patience,
-        making=Making(batch_size, precision, progress, out, dtype, compile),
+        options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
     )
 
 
@@ -211,8 +206,8 @@ compile, progress, out, dtype
     (3, 0)
     """
     checks.seed(seed)
-    making = Making(batch_size, precision, progress, out, dtype, compile)
-    drawn = making.seed(seed)
+    options = BuildOptions(batch_size, precision, progress, out, dtype, compile)
+    drawn = options.seed(seed)
 
     def choose(net: Network, batch: Batch) -> Tensor:
         classes = net.class_count(batch.inputs)
@@ -221,7 +216,7 @@ compile, progress, out, dtype
             return (batch.labels + 1 + seeding.integers(keys, 0, classes - 1)) % classes
         return seeding.integers(keys, 0, classes)
 
-    return _towards(
+    return build_targeted(
         choose,
         model,
         data,
@@ -233,64 +228,5 @@ compile, progress, out, dtype
         step_size=step_size,
         bounds=bounds,
         patience=patience,
-        making=making,
+        options=options,
     )
-
-
-def _towards(
-    choose: Choose,
-    model: nn.Module,
-    data: Data,
-    *,
-    method: str,
-    settings: dict[str, object],
-    eps: float,
-    norm: Norm,
-    steps: int,
-    step_size: float | None,
-    bounds: Bounds,
-    patience: int | None,
-    making: Making,
-) -> ConstructedDataset:
-    checks.model(model)
-    checks.number("eps", eps, low=0.0, strict=True)
-    attack = PGD(
-        eps=eps,
-        norm=norm,
-        steps=steps,
-        step_size=eps / 5 if step_size is None else step_size,
-        targeted=True,
-        patience=patience,
-        bounds=bounds,
-    )
-    recipe = Towards(method, attack, choose, settings)
-    return construct(model, numbered(data, making), recipe, making)
-
-
-class Towards(Recipe):
-    """Every row attacked towards a chosen class, and labelled so."""
-
-    def __init__(
-        self, method: str, attack: PGD, choose: Choose, settings: dict[str, object]
-    ) -> None:
-        self.method, self.attack = method, attack
-        self._choose, self._settings, self._norm = choose, settings, attack.norm
-
-    def settings(self, model: nn.Module) -> dict[str, object]:
-        """How targets are chosen."""
-        return self._settings
-
-    def begin(self, net: Network, batch: Batch) -> Batch:
-        """The targets for labels."""
-        return batch._replace(labels=self._choose(net, batch))
-
-    def describe(
-        self, net: Network, batch: Batch, attacked: Batch, images: Tensor
-    ) -> dict[str, Tensor]:
-        """Whether the model says the target, and how far the image has moved."""
-        return {
-            "labels": attacked.labels,
-            "source_labels": batch.labels,
-            "success": argmax_hits(net.logits(images), attacked.labels, targeted=True),
-            "size": threat.size(images - batch.inputs, self._norm),
-        }

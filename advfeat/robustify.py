@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from advfeat.construct import Making, Start, invert_all
+from advfeat.construction import BuildOptions, Start, build_inverted
+from advfeat.datasets import ConstructedDataset
+from advfeat.datasets.dataset import Dtype
+from advfeat.durable import Folder
 from advfeat.loading import Data
 from advfeat.model import Layer, Precision
-from advfeat.store import ConstructedDataset, Dtype, Folder
 from advfeat.threat import Bounds
 
 __all__ = ["construct_robust_dataset"]
@@ -68,7 +70,8 @@ def construct_robust_dataset(
         steps, and go on with another in its place; by default every row takes all steps, as in
         the paper.
     batch_size
-        Rows made together; by default the loader's, 128 for a dataset. Does not change the result.
+        Samples built together; by default the loader's, 128 for a dataset. Does not change the
+        result.
     precision
         ``"bfloat16"`` takes gradients in bfloat16 where the hardware has it.
     compile
@@ -115,7 +118,7 @@ def construct_robust_dataset(
     >>> af.construct_robust_dataset(model, data, steps=5, seed=0).images.shape
     torch.Size([8, 6])
     """
-    return invert_all(
+    return build_inverted(
         model,
         data,
         method="D_R",
@@ -127,5 +130,5 @@ def construct_robust_dataset(
         bounds=bounds,
         seed=seed,
         patience=patience,
-        making=Making(batch_size, precision, progress, out, dtype, compile),
+        options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
     )

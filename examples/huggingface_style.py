@@ -46,7 +46,7 @@ class DigitTransformer(nn.Module):
 
 
 class Digits(Dataset[dict[str, Tensor]]):
-    """Rows as the `datasets` library gives them."""
+    """Samples as the `datasets` library gives them."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels

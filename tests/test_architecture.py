@@ -1,4 +1,4 @@
-"""The plan of the house: who may know whom, what is public, what must be installed."""
+"""Levels of packages, what each may import, what is public, what must be installed."""
 
 import ast
 import inspect
@@ -14,20 +14,19 @@ ROOT = Path(advfeat.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in FILES]
 
-# Ground floor first; a room imports only from rooms on floors below it.
-FLOORS = [
+# Lowest level first; a package or module imports only from levels below its own.
+LEVELS = [
     {"_version"},
     {"threat"},
     {"losses"},
     {"checks"},
-    {"seeding", "ranks", "folding"},
-    {"plots", "statistics"},
+    {"seeding", "tables", "durable", "distributed"},
+    {"plots", "progress", "statistics"},
     {"model", "class_correlation"},
     {"loading"},
     {"attacks"},
-    {"engine"},
-    {"store"},
-    {"construct", "exchange", "inspection"},
+    {"datasets"},
+    {"construction"},
     {"robustify", "nonrobust"},
     {"metrics"},
     {"training"},
@@ -35,7 +34,7 @@ FLOORS = [
     {"study"},
     {"__init__"},
 ]
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
 PUBLIC = [
     "FGSM",
@@ -57,7 +56,7 @@ REQUIRED = {"torch", "numpy", "typing_extensions"}
 EXTRAS = {"tqdm", "matplotlib", "sklearn", "PIL"}
 
 
-def room_of(path):
+def package_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
@@ -80,24 +79,24 @@ def imports(path):
     return list(visit(ast.parse(path.read_text()), False))
 
 
-def rooms_known_to(path):
-    """The other rooms that a file imports from."""
+def imported_packages(path):
+    """The other packages and modules of the library that a file imports from."""
     own = [name.split(".") for name, _ in imports(path) if name.split(".")[0] == "advfeat"]
-    # `from advfeat import pgd` and `import advfeat` know the top floor.
-    rooms = {parts[1] if len(parts) > 1 and parts[1] in FLOOR else "__init__" for parts in own}
-    return rooms - {room_of(path)}
+    # `from advfeat import pgd` and `import advfeat` know the top level.
+    packages = {parts[1] if len(parts) > 1 and parts[1] in LEVEL else "__init__" for parts in own}
+    return packages - {package_of(path)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_a_room_imports_only_from_floors_below(path):
-    room = room_of(path)
-    assert room in FLOOR, "a new room needs its place in FLOORS and in docs/architecture.md"
-    too_high = {other for other in rooms_known_to(path) if FLOOR[other] >= FLOOR[room]}
+def test_imports_only_point_downward(path):
+    package = package_of(path)
+    assert package in LEVEL, "a new package needs its place in LEVELS and in docs/architecture.md"
+    too_high = {other for other in imported_packages(path) if LEVEL[other] >= LEVEL[package]}
     assert not too_high
 
 
 @pytest.mark.parametrize(
-    ("room", "allowed"),
+    ("package", "allowed"),
     [
         ("threat", set()),
         ("losses", set()),
@@ -106,16 +105,16 @@ def test_a_room_imports_only_from_floors_below(path):
         ("loading", {"checks", "seeding"}),
         # An attack never sees a loader, a file or a progress bar.
         ("attacks", {"threat", "losses", "checks", "seeding", "model"}),
-        # Nor does what drives it.
-        ("engine", {"threat", "losses", "checks", "seeding", "model", "attacks"}),
-        # Drawing knows numbers and images, and no result: so every room above can plot.
+        # Drawing knows numbers and images, and no result: so every package above can plot.
         ("plots", {"threat", "checks"}),
         # A constructed dataset knows no model.
-        ("store", {"checks", "threat", "loading"}),
+        ("datasets", {"checks", "threat", "loading", "seeding", "durable"}),
     ],
 )
-def test_what_a_room_may_know(room, allowed):
-    known = {other for path in FILES if room_of(path) == room for other in rooms_known_to(path)}
+def test_what_a_package_may_import(package, allowed):
+    known = {
+        other for path in FILES if package_of(path) == package for other in imported_packages(path)
+    }
     assert known <= allowed
 
 
@@ -136,12 +135,12 @@ def test_the_package_imports_where_no_extra_is_installed():
 @pytest.mark.parametrize(
     "name", ["requires_grad_", "autocast", "channels_last", "register_forward_hook", "eval"]
 )
-def test_only_one_room_touches_the_users_module(name):
+def test_only_the_model_package_touches_the_users_module(name):
     touching = set()
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr == name:
-                touching.add(room_of(path))
+                touching.add(package_of(path))
     assert touching <= {"model"}
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import advfeat as af
 from advfeat.attacks import FMN, apgd, invert
-from advfeat.attacks._inversion import Inversion
+from advfeat.attacks.inversion import Inversion
 from advfeat.metrics import robustness_curve
 
 X, Y = torch.linspace(0, 1, 24).view(6, 4), torch.arange(6) % 3

@@ -1,4 +1,4 @@
-"""Any dataset or loader as numbered rows: each row once, with its own label, whatever the order."""
+"""Any dataset or loader as indexed samples: each once, with its own label, in any order."""
 
 import io
 import itertools
@@ -19,7 +19,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from advfeat.loading import Source, training_batches, unpack, wants_progress, with_progress
+from advfeat.loading import Source, training_batches, unpack, wants_progress
+from advfeat.progress import with_progress
 
 CPU = torch.device("cpu")
 ROWS = 11

@@ -90,7 +90,7 @@ def test_untargeted_losses_grow_as_the_labels_logit_falls(loss):
 def test_targeted_losses_grow_as_the_targets_logit_rises(name):
     logits, targets = some_logits()
     higher = logits.scatter_add(1, targets[:, None], torch.full((8, 1), 0.01))
-    climb = losses.climbed(name, targets, targeted=True)
+    climb = losses.objective(name, targets, targeted=True)
     assert (climb(higher) > climb(logits)).all()
 
 
@@ -199,11 +199,11 @@ def test_losses_leave_the_logits_alone(loss):
 )
 def test_an_attack_climbs_the_loss_or_its_targeted_twin(name, targeted, expected):
     logits, labels = some_logits()
-    assert torch.equal(losses.climbed(name, labels, targeted)(logits), expected(logits, labels))
+    assert torch.equal(losses.objective(name, labels, targeted)(logits), expected(logits, labels))
 
 
 @pytest.mark.parametrize("targeted", [False, True])
 def test_a_callable_is_climbed_as_it_is(targeted):
     logits, labels = some_logits()
-    climb = losses.climbed(lambda z, y: z[:, 0] * y, labels, targeted)
+    climb = losses.objective(lambda z, y: z[:, 0] * y, labels, targeted)
     assert torch.equal(climb(logits), logits[:, 0] * labels)

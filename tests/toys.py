@@ -40,10 +40,10 @@ def ends_and_stays(attack, net, state):
     for _ in range(20):
         state = attack.step(net, state)
     assert attack.finished(state).all()
-    assert (state.taken < 20).all()
+    assert (state.step < 20).all()
     again = attack.step(net, state)
     assert torch.equal(again.current, state.current)
-    assert torch.equal(again.taken, state.taken)
+    assert torch.equal(again.step, state.step)
 
 
 def predicted(model, x):

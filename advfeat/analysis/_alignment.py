@@ -16,11 +16,11 @@ from advfeat.analysis._features import (
     batches,
     feature_attack,
     named_models,
-    table,
 )
 from advfeat.attacks import Batch
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, attackable
+from advfeat.tables import table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from advfeat import checks
 from advfeat.attacks import PGD, Batch
-from advfeat.attacks._attack import checked_batch
+from advfeat.attacks.base import prepare_batch
 from advfeat.loading import Data, Source
 from advfeat.model import Network, device_of
 from advfeat.threat import Bounds, Norm
@@ -62,7 +62,7 @@ def batches(
     """All rows as an attack takes them: checked, float32 at least, within the bounds."""
     source = Source(data, batch_size)
     return [
-        checked_batch(net, rows.inputs, rows.labels, rows.ids, bounds)
+        prepare_batch(net, rows.inputs, rows.labels, rows.ids, bounds)
         for rows in source.batches(device_of(model))
     ]
 
@@ -76,20 +76,3 @@ def named_models(models: object) -> dict[str, nn.Module]:
     for model in models.values():
         checks.model(model)
     return {str(name): model for name, model in models.items()}
-
-
-def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    """Lines of aligned columns, the first to the left."""
-    cells = [head, *([_cell(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    )
-
-
-def _cell(value: object) -> str:
-    return f"{float(value):.4f}" if isinstance(value, float) else str(value)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from advfeat import checks, plots, threat
-from advfeat.analysis._features import Stacked, stacked, table
+from advfeat.analysis._features import Stacked, stacked
 from advfeat.analysis._usefulness import DUAL, ROBUST, Usefulness, linear_usefulness
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy
+from advfeat.tables import table
 from advfeat.threat import Norm
 
 if TYPE_CHECKING:

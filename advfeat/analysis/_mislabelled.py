@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from advfeat import checks, plots
-from advfeat.analysis._features import stacked, table
+from advfeat.analysis._features import stacked
+from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import attackable, device_of
-from advfeat.store import ConstructedDataset
+from advfeat.tables import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from advfeat import checks, plots, seeding, threat
-from advfeat.analysis._features import named_models, stacked, table
+from advfeat.analysis._features import named_models, stacked
 from advfeat.attacks import PGD
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import attackable, device_of
+from advfeat.tables import table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from advfeat import checks, losses, plots
-from advfeat.analysis._features import named_models, stacked, table
+from advfeat.analysis._features import named_models, stacked
 from advfeat.attacks import PGD, Batch
-from advfeat.attacks._attack import argmax_hits
-from advfeat.construct import Making, construct, numbered
+from advfeat.attacks.base import is_success
+from advfeat.construction import BuildOptions, TargetedDataset, build_dataset, indexed_source
+from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import Network, Precision, logits_of
-from advfeat.nonrobust import Towards
-from advfeat.store import ConstructedDataset
+from advfeat.tables import table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
@@ -240,16 +240,16 @@ def just_bugs(
             checks.fail("shift", shift, f"with {classes} classes every target equals its label")
         return (batch.labels + shift) % classes
 
-    making = Making(batch_size, precision, progress, None, "float32")
+    options = BuildOptions(batch_size, precision, progress, None, "float32")
     settings: dict[str, object] = {"shift": shift, "others": len(others), "loss": "just bugs"}
     recipe = _JustBugs("just bugs", attack, choose, settings)
     recipe.models = 1 + len(others)
-    made = construct(side_by_side, numbered(data, making), recipe, making)
+    made = build_dataset(side_by_side, indexed_source(data, options), recipe, options)
     made.manifest["model"] = type(model).__name__
     return made
 
 
-class _JustBugs(Towards):
+class _JustBugs(TargetedDataset):
     """Targets for the first of several models that are side by side."""
 
     models = 1
@@ -259,7 +259,7 @@ class _JustBugs(Towards):
     ) -> dict[str, Tensor]:
         """As for any target, but success is the first model's."""
         own = net.logits(images).chunk(self.models, 1)[0]
-        success = argmax_hits(own, attacked.labels, targeted=True)
+        success = is_success(own, attacked.labels, targeted=True)
         return super().describe(net, batch, attacked, images) | {"success": success}
 
 

@@ -15,18 +15,19 @@ from advfeat.analysis._features import (
     batches,
     feature_attack,
     stacked,
-    table,
 )
 from advfeat.attacks import PGD, Batch
 from advfeat.class_correlation import Extremes, correlate
-from advfeat.loading import Data, with_progress
+from advfeat.loading import Data
 from advfeat.model import Layer, Network, attackable
+from advfeat.progress import with_progress
+from advfeat.tables import table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Rows, of all units together, that are attacked at a time.
+# Samples, of all units together, that are attacked at a time.
 _ROWS = 4096
 DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
@@ -284,7 +285,7 @@ def linear_usefulness(
 
 
 def _signed_unit(features: Tensor, choice: Tensor) -> Tensor:
-    """The unit a row is to raise (numbered from 1), or to lower (numbered from -1)."""
+    """The unit a row is to raise (indexed_source from 1), or to lower (indexed_source from -1)."""
     unit = features.gather(1, choice.abs()[:, None] - 1).squeeze(1)
     return unit * choice.sign()
 

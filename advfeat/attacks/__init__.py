@@ -1,16 +1,16 @@
 """Attacks: each a frozen dataclass of settings and a plain function beside it."""
 
 from advfeat.attacks._apgd import APGD, apgd
-from advfeat.attacks._attack import Attack, Batch
 from advfeat.attacks._fab import FAB, fab
 from advfeat.attacks._fmn import FMN, fmn
-from advfeat.attacks._inversion import invert
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
 from advfeat.attacks._square import Square, square
+from advfeat.attacks.base import Attack, Batch
+from advfeat.attacks.inversion import invert
 from advfeat.model import Network
 
 # Above the single attacks, which it is made of.
-from advfeat.attacks._ensemble import AutoAttack  # isort: skip
+from advfeat.attacks.ensemble import AutoAttack  # isort: skip
 
 __all__ = [
     "APGD",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii
+from advfeat.attacks.base import Attack, Batch, is_success, per_sample_eps
 from advfeat.losses import LossName
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
@@ -23,31 +23,31 @@ _RISES = 0.75  # share of steps that must have risen for the step size to stay
 # smallest step as a share of the radius.
 _L1_DENSITY, _L1_SHRINK, _L1_SMALLEST = 0.2, 1.5, 0.1
 # In l1 a run goes through larger balls first: radius and share of the steps.
-_L1_LEGS = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+_L1_PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 
 
 class APGDState(NamedTuple):
-    """Rows of a running APGD; a round is a restart, or the attack on one target class."""
+    """Samples of a running APGD; a round is a restart, or the attack on one target class."""
 
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64
     eps: Tensor  # (N,)
     keys: Tensor  # (N,) int64, random keys
     targets: Tensor  # (N, rounds) int64, the class each round is about
-    taken: Tensor  # (N,) int64, evaluations in all rounds
+    step: Tensor  # (N,) int64, evaluations in all rounds
     current: Tensor  # (N, ...)
     previous: Tensor  # (N, ...) the iterate before
     step_size: Tensor  # (N,)
     density: Tensor  # (N,) share of entries that an l1 step moves
-    peak: Tensor  # (N, ...) iterate of the largest objective in this leg
-    peak_gradient: Tensor  # (N, ...)
-    peak_value: Tensor  # (N,)
+    x_max: Tensor  # (N, ...) iterate of the largest objective in this phase
+    gradient_max: Tensor  # (N, ...)
+    value_max: Tensor  # (N,)
     last_value: Tensor  # (N,) objective at the previous iterate
     rises: Tensor  # (N,) int64, steps since the last checkpoint that raised the objective
     checkpoint_value: Tensor  # (N,) peak value at the last checkpoint
     reduced: Tensor  # (N,) bool, whether that checkpoint reduced the step size
     support: Tensor  # (N,) entries that the l1 perturbation used at the last checkpoint
-    kept: Tensor  # (N, ...) what is returned
+    x_best: Tensor  # (N, ...) what is returned
     value: Tensor  # (N,) objective there
     success: Tensor  # (N,) bool
 
@@ -94,7 +94,7 @@ class APGD(Attack):
         """Choose each row's targets and put it at a random point of the ball."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
-        eps = radii(self.eps, inputs)
+        eps = per_sample_eps(self.eps, inputs)
         lowest = inputs.new_full((count,), -torch.inf)
         state = APGDState(
             inputs=inputs,
@@ -102,87 +102,87 @@ class APGD(Attack):
             eps=eps,
             keys=seeding.keys(seeding.resolve(self.seed), batch.ids),
             targets=self._targets(net, batch),
-            taken=torch.zeros_like(labels),
+            step=torch.zeros_like(labels),
             current=inputs,
             previous=inputs,
             step_size=eps,
             density=torch.full_like(eps, _L1_DENSITY),
-            peak=inputs,
-            peak_gradient=torch.zeros_like(inputs),
-            peak_value=lowest,
+            x_max=inputs,
+            gradient_max=torch.zeros_like(inputs),
+            value_max=lowest,
             last_value=lowest,
             rises=torch.zeros_like(labels),
             checkpoint_value=lowest,
             reduced=torch.ones_like(labels, dtype=torch.bool),
             support=torch.full_like(eps, inputs[0].numel()),
-            kept=inputs,
+            x_best=inputs,
             value=lowest,
             success=torch.zeros_like(labels, dtype=torch.bool),
         )
-        return self._begun(state, torch.ones_like(state.success))
+        return self._start_phase(state, torch.ones_like(state.success))
 
     def step(self, net: Network, state: APGDState) -> APGDState:
-        """Evaluate every row's iterate and move on; at the end of a leg, begin the next."""
+        """Evaluate every row's iterate and move on; at the end of a phase, begin the next."""
         found = net.logits_gradient(state.current, self._objective(state))
         place = self._place(state)
         state = self._keep(state, found, place)
-        state = self._climbed(state, found, place)
+        state = self._update_max(state, found, place)
         gradient = found.gradient
         due = _among(place, self._checkpoints)
         if bool(due.any()):
-            state, gradient = self._checked(state, gradient, due)
-        state = self._moved(state, gradient, place)
+            state, gradient = self._at_checkpoint(state, gradient, due)
+        state = self._move(state, gradient, place)
         starting = self._place(state) == 0
         if bool(starting.any()):
-            state = self._begun(state, starting)
-        starting = _among(self._place(state), self._leg_starts[1:])
+            state = self._start_phase(state, starting)
+        starting = _among(self._place(state), self._phase_starts[1:])
         if bool(starting.any()):
-            state = self._begun(state, starting)
+            state = self._start_phase(state, starting)
         return state
 
     def finished(self, state: APGDState) -> Tensor:
-        """Rows whose rounds are spent, or that have the first success they were to return."""
-        spent = state.taken >= state.targets.shape[1] * self._round
+        """Samples whose rounds are spent, or that have the first success they were to return."""
+        spent = state.step >= state.targets.shape[1] * self._round
         return spent | state.success if self.returns == "first" else spent
 
     def result(self, state: APGDState) -> Tensor:
         """A success if there was one, else the iterate of the largest objective."""
-        return state.kept
+        return state.x_best
 
-    def until_fooled(self) -> Self:
+    def stop_at_success(self) -> Self:
         """The same attack, which returns the first success."""
         return replace(self, returns="first")
 
     @property
-    def ticks(self) -> int:
+    def max_evaluations(self) -> int:
         """Evaluations of all rounds, for a model with more classes than targets."""
         return max(self.targets, 1) * self.restarts * self._round
 
     @property
-    def _legs(self) -> tuple[tuple[float, int], ...]:
-        """Multiple of the radius and steps of each leg of a round."""
+    def _phases(self) -> tuple[tuple[float, int], ...]:
+        """Multiple of the radius and steps of each phase of a round."""
         if self.norm != "l1":
             return ((1.0, self.steps),)
-        counts = [max(1, round(share * self.steps)) for _, share in _L1_LEGS]
-        return tuple((radius, n) for (radius, _), n in zip(_L1_LEGS, counts, strict=True))
+        counts = [max(1, round(share * self.steps)) for _, share in _L1_PHASES]
+        return tuple((radius, n) for (radius, _), n in zip(_L1_PHASES, counts, strict=True))
 
     @property
-    def _leg_starts(self) -> tuple[int, ...]:
-        """Evaluations of a round before each of its legs; a leg evaluates its start too."""
+    def _phase_starts(self) -> tuple[int, ...]:
+        """Evaluations of a round before each of its phases; a phase evaluates its start too."""
         starts = [0]
-        for _, steps in self._legs:
+        for _, steps in self._phases:
             starts.append(starts[-1] + steps + 1)
         return tuple(starts[:-1])
 
     @property
     def _round(self) -> int:
-        return sum(steps + 1 for _, steps in self._legs)
+        return sum(steps + 1 for _, steps in self._phases)
 
     @property
     def _checkpoints(self) -> tuple[int, ...]:
         """Places in a round where the step size is looked at (Croce and Hein 2020, section 3.3)."""
         places = []
-        for start, (_, steps) in zip(self._leg_starts, self._legs, strict=True):
+        for start, (_, steps) in zip(self._phase_starts, self._phases, strict=True):
             if self.norm == "l1":
                 every = max(1, int(0.04 * steps))
                 places += [start + place for place in range(every, steps + 1, every)]
@@ -206,71 +206,73 @@ class APGD(Attack):
 
     def _objective(self, state: APGDState) -> Callable[[Tensor], Tensor]:
         if not self.targets:
-            return losses.climbed(self.loss, state.labels, targeted=False)
-        turn = (state.taken // self._round).clamp_max(state.targets.shape[1] - 1)
+            return losses.objective(self.loss, state.labels, targeted=False)
+        turn = (state.step // self._round).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, turn[:, None]).squeeze(1)
         return lambda logits: losses.towards(self.loss, logits, state.labels, target)
 
     def _place(self, state: APGDState) -> Tensor:
         """Evaluations each row has had in its present round."""
-        return state.taken % self._round
+        return state.step % self._round
 
     def _radius(self, state: APGDState) -> Tensor:
         place, radius = self._place(state), state.eps
-        for start, (multiple, _) in zip(self._leg_starts, self._legs, strict=True):
+        for start, (multiple, _) in zip(self._phase_starts, self._phases, strict=True):
             radius = torch.where(place >= start, multiple * state.eps, radius)
         return radius
 
     def _keep(self, state: APGDState, found: Evaluation, place: Tensor) -> APGDState:
         """Keep each row's iterate if it is a first success, or the best of the failures."""
-        hits = argmax_hits(found.output, state.labels, targeted=False)
+        hits = is_success(found.output, state.labels, targeted=False)
         better = (hits & ~state.success) | ((hits == state.success) & ~(found.value <= state.value))
-        # Only the last leg's ball is the one that was asked for.
-        better &= place >= self._leg_starts[-1]
+        # Only the last phase's ball is the one that was asked for.
+        better &= place >= self._phase_starts[-1]
         return state._replace(
-            kept=_where(better, state.current, state.kept),
+            x_best=_where(better, state.current, state.x_best),
             value=torch.where(better, found.value.to(state.value.dtype), state.value),
             success=state.success | (better & hits),
         )
 
-    def _climbed(self, state: APGDState, found: Evaluation, place: Tensor) -> APGDState:
+    def _update_max(self, state: APGDState, found: Evaluation, place: Tensor) -> APGDState:
         """Account for the objective at the current iterate."""
         value = found.value.to(state.value.dtype)
-        first = _among(place, self._leg_starts)
-        peak = first | ~(value <= state.peak_value)
+        first = _among(place, self._phase_starts)
+        higher = first | ~(value <= state.value_max)
         return state._replace(
-            peak=_where(peak, state.current, state.peak),
-            peak_gradient=_where(peak, found.gradient.to(state.current.dtype), state.peak_gradient),
-            peak_value=torch.where(peak, value, state.peak_value),
+            x_max=_where(higher, state.current, state.x_max),
+            gradient_max=_where(higher, found.gradient.to(state.current.dtype), state.gradient_max),
+            value_max=torch.where(higher, value, state.value_max),
             rises=torch.where(first, 0, state.rises + (value > state.last_value)),
             last_value=value,
             checkpoint_value=torch.where(first, value, state.checkpoint_value),
             reduced=first | state.reduced,
         )
 
-    def _checked(self, state: APGDState, gradient: Tensor, due: Tensor) -> tuple[APGDState, Tensor]:
+    def _at_checkpoint(
+        self, state: APGDState, gradient: Tensor, due: Tensor
+    ) -> tuple[APGDState, Tensor]:
         """Go back to the peak with another step size where the last steps did not pay."""
         if self.norm == "l1":
-            state, back = self._sparser(state, due)
+            state, back = self._adapt_l1(state, due)
         else:
             window = self._window(state)
             stalled = state.rises.to(window.dtype) <= _RISES * window
-            stalled |= ~state.reduced & (state.checkpoint_value >= state.peak_value)
+            stalled |= ~state.reduced & (state.checkpoint_value >= state.value_max)
             back = due & stalled
             state = state._replace(
                 step_size=torch.where(back, state.step_size / 2, state.step_size),
                 reduced=torch.where(due, stalled, state.reduced),
             )
         state = state._replace(
-            current=_where(back, state.peak, state.current),
-            checkpoint_value=torch.where(due, state.peak_value, state.checkpoint_value),
+            current=_where(back, state.x_max, state.current),
+            checkpoint_value=torch.where(due, state.value_max, state.checkpoint_value),
             rises=torch.where(due, 0, state.rises),
         )
-        return state, _where(back, state.peak_gradient, gradient)
+        return state, _where(back, state.gradient_max, gradient)
 
-    def _sparser(self, state: APGDState, due: Tensor) -> tuple[APGDState, Tensor]:
+    def _adapt_l1(self, state: APGDState, due: Tensor) -> tuple[APGDState, Tensor]:
         """In l1: follow the sparsity of the best perturbation, and shrink the step otherwise."""
-        used = (state.peak != state.inputs).sum(threat.feature_axes(state.peak))
+        used = (state.x_max != state.inputs).sum(threat.feature_axes(state.x_max))
         support = used.to(state.eps.dtype).clamp_min(1.0)
         sparser = due & (support < 0.95 * state.support)
         radius = self._radius(state)
@@ -285,12 +287,12 @@ class APGD(Attack):
 
     def _window(self, state: APGDState) -> Tensor:
         """Steps between the checkpoint a row is at and the one before it."""
-        places = torch.tensor((0, *self._checkpoints), device=state.taken.device)
+        places = torch.tensor((0, *self._checkpoints), device=state.step.device)
         at = torch.searchsorted(places, self._place(state))
         at = at.clamp(1, len(places) - 1)
         return (places[at] - places[at - 1]).to(state.eps.dtype)
 
-    def _moved(self, state: APGDState, gradient: Tensor, place: Tensor) -> APGDState:
+    def _move(self, state: APGDState, gradient: Tensor, place: Tensor) -> APGDState:
         current, radius = state.current, self._radius(state)
         size = threat.per_sample(state.step_size, current)
         if self.norm == "l1":
@@ -303,7 +305,7 @@ class APGD(Attack):
             weight = torch.where(first, 1.0, _MOMENTUM)
             moved = current + weight * (moved - current) + (1 - weight) * (current - state.previous)
             moved = threat.project(moved, state.inputs, radius, self.norm, self.bounds)
-        return state._replace(current=moved, previous=current, taken=state.taken + 1)
+        return state._replace(current=moved, previous=current, step=state.step + 1)
 
     def _sparse_step(self, state: APGDState, gradient: Tensor) -> Tensor:
         """Signs of the largest entries of the gradient, of l1 size 1 in all."""
@@ -317,14 +319,14 @@ class APGD(Attack):
         direction = direction / direction.abs().sum(1, keepdim=True).clamp_min(1.0)
         return direction.view(gradient.shape)
 
-    def _begun(self, state: APGDState, rows: Tensor) -> APGDState:
-        """Put rows at the beginning of their leg: a random start, or the last leg's peak."""
+    def _start_phase(self, state: APGDState, rows: Tensor) -> APGDState:
+        """Put rows at the beginning of their phase: a random start, or the last phase's peak."""
         radius = self._radius(state)
         fresh = rows & (self._place(state) == 0)
-        start = state.peak
+        start = state.x_max
         if bool(fresh.any()):
             numbers = seeding.uniform(
-                state.keys, state.taken // self._round, state.inputs[0].numel() + 1
+                state.keys, state.step // self._round, state.inputs[0].numel() + 1
             )
             delta = threat.point_in_ball(numbers, radius, self.norm).view(state.inputs.shape)
             start = _where(fresh, state.inputs + delta, start)

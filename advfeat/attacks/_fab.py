@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, threat
-from advfeat.attacks._attack import Batch, argmax_hits, settled_logits
-from advfeat.attacks._minimum_norm import (
+from advfeat.attacks.base import Batch, is_success, verified_logits
+from advfeat.attacks.minimum_norm import (
     MinimumNorm,
     evaluated,
     lead_of,
@@ -28,17 +28,17 @@ _BETA = 0.9
 
 
 class FABState(NamedTuple):
-    """Rows of a running FAB-T."""
+    """Samples of a running FAB-T."""
 
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64
     targets: Tensor  # (N, T) int64, other classes, the most likely first
-    taken: Tensor  # (N,) int64, steps taken, towards all targets
+    step: Tensor  # (N,) int64, steps taken, towards all targets
     current: Tensor  # (N, ...)
-    kept: Tensor  # (N, ...), the closest that fools the model, else the last iterate
-    distance: Tensor  # (N,) of kept; infinite where nothing fools the model
+    x_best: Tensor  # (N, ...), the closest that fools the model, else the last iterate
+    distance: Tensor  # (N,) of x_best; infinite where nothing fools the model
     value: Tensor  # (N,) its negative
-    success: Tensor  # (N,) bool, whether kept fools the model (within eps)
+    success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +74,11 @@ class FAB(MinimumNorm):
             inputs=inputs,
             labels=labels,
             targets=likely_others(logits, labels, self.targets),
-            taken=torch.zeros_like(labels),
+            step=torch.zeros_like(labels),
             current=inputs,
             **self._nothing_kept(inputs),
         )
-        kept: FABState = self._keep(state, inputs, argmax_hits(logits, labels, False))
+        kept: FABState = self._keep(state, inputs, is_success(logits, labels, False))
         return kept
 
     def step(self, net: Network, state: FABState) -> FABState:
@@ -86,7 +86,7 @@ class FAB(MinimumNorm):
 
         One gradient, and one forward pass of the new iterate.
         """
-        number = (state.taken // self.steps).clamp_max(state.targets.shape[1] - 1)
+        number = (state.step // self.steps).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, number[:, None]).squeeze(1)
         lead = lead_of(target, state.labels)
         # Within a ball low precision will do, for only what fools the model there has to be sure;
@@ -99,27 +99,27 @@ class FAB(MinimumNorm):
         else:
             # What fools the model outside of the ball is on the way there, and no claim.
             inside = self._close_enough(threat.size(current - state.inputs, self.norm))
-            logits = settled_logits(net, current, state.labels, False, inside)
+            logits = verified_logits(net, current, state.labels, False, inside)
         hits = self._fools(logits, state.labels)
         state = self._keep(state, current, hits)
-        taken = state.taken + 1
+        taken = state.step + 1
         share = torch.where(hits, _BETA, torch.ones_like(state.distance))
         share = share.masked_fill(taken % self.steps == 0, 0.0)
         current = state.inputs + threat.per_sample(share, current) * (current - state.inputs)
-        return state._replace(current=current.clamp(*self.bounds), taken=taken)
+        return state._replace(current=current.clamp(*self.bounds), step=taken)
 
     def run(self, net: Network, state: FABState) -> FABState:
         """Take the steps towards all targets that the model has."""
-        for _ in range(self._ticks_of(state)):
+        for _ in range(self._max_evaluations_of(state)):
             state = self.step(net, state)
         return state
 
     @property
-    def ticks(self) -> int:
+    def max_evaluations(self) -> int:
         """Steps towards all targets; fewer where the model has not so many classes."""
         return self.steps * self.targets
 
-    def _ticks_of(self, state: FABState) -> int:
+    def _max_evaluations_of(self, state: FABState) -> int:
         return self.steps * state.targets.shape[1]
 
     def _moved(self, state: FABState, found: Evaluation) -> Tensor:

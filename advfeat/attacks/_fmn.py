@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, losses, threat
-from advfeat.attacks._attack import Batch, argmax_hits
-from advfeat.attacks._minimum_norm import (
+from advfeat.attacks.base import Batch, is_success
+from advfeat.attacks.minimum_norm import (
     MinimumNorm,
     evaluated,
     lead_of,
@@ -31,18 +31,18 @@ _DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
 
 class FMNState(NamedTuple):
-    """Rows of a running FMN."""
+    """Samples of a running FMN."""
 
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64, true labels or targets
     target: Tensor  # (N,) int64, the class to aim at
-    taken: Tensor  # (N,) int64, steps taken
+    step: Tensor  # (N,) int64, steps taken
     current: Tensor  # (N, ...)
     radius: Tensor  # (N,) of the ball that the current iterate was projected on
-    kept: Tensor  # (N, ...), the closest that fools the model, else the last iterate
-    distance: Tensor  # (N,) of kept; infinite where nothing fools the model
+    x_best: Tensor  # (N, ...), the closest that fools the model, else the last iterate
+    distance: Tensor  # (N,) of x_best; infinite where nothing fools the model
     value: Tensor  # (N,) its negative
-    success: Tensor  # (N,) bool, whether kept fools the model (within eps)
+    success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +80,12 @@ class FMN(MinimumNorm):
             inputs=inputs,
             labels=labels,
             target=labels if self.targeted else self._nearest(net, batch, logits),
-            taken=torch.zeros_like(labels),
+            step=torch.zeros_like(labels),
             current=inputs,
             radius=inputs.new_zeros(inputs.shape[0]),
             **self._nothing_kept(inputs),
         )
-        kept: FMNState = self._keep(state, inputs, argmax_hits(logits, labels, self.targeted))
+        kept: FMNState = self._keep(state, inputs, is_success(logits, labels, self.targeted))
         return kept
 
     def step(self, net: Network, state: FMNState) -> FMNState:
@@ -104,7 +104,7 @@ class FMN(MinimumNorm):
         return settled
 
     @property
-    def ticks(self) -> int:
+    def max_evaluations(self) -> int:
         """All steps, and the evaluation of the last iterate."""
         return self.steps + 1
 
@@ -133,7 +133,7 @@ class FMN(MinimumNorm):
         inputs, current, radius = state.inputs, state.current, state.radius
         low, high = self.bounds
         # From 1 to 0 along half a cosine, by each row's own count.
-        fresh = (1 + (state.taken.to(radius.dtype) * (math.pi / self.steps)).cos()) / 2
+        fresh = (1 + (state.step.to(radius.dtype) * (math.pi / self.steps)).cos()) / 2
         gamma = _GAMMA_LAST + (_GAMMA_FIRST - _GAMMA_LAST) * fresh
         slope = threat.size(found.gradient, _DUAL[self.norm])
         to_boundary = (found.value.to(radius.dtype).abs() / slope).nan_to_num(torch.inf)
@@ -147,7 +147,7 @@ class FMN(MinimumNorm):
         direction = threat.steepest(found.gradient, "l2")
         moved = current + threat.per_sample(size, current) * direction
         current = threat.project(moved, inputs, radius, self.norm, self.bounds)
-        return state._replace(current=current, radius=radius, taken=state.taken + 1)
+        return state._replace(current=current, radius=radius, step=state.step + 1)
 
 
 def fmn(

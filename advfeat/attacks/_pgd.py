@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits, patient, radii
+from advfeat.attacks.base import Attack, Batch, is_success, per_sample_eps, track_patience
 from advfeat.losses import LossName, Objective
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
@@ -20,18 +20,18 @@ Returns: TypeAlias = Literal["last", "best", "first"]
 
 
 class PGDState(NamedTuple):
-    """Rows of a running PGD; ``kept`` is empty, ``(N, 0)``, where only the last iterate counts."""
+    """State of PGD; ``x_best`` is empty, ``(N, 0)``, where only the last iterate counts."""
 
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64
     eps: Tensor  # (N,)
     keys: Tensor  # (N,) int64, random keys
-    taken: Tensor  # (N,) int64, steps taken, in all restarts
+    step: Tensor  # (N,) int64, steps taken, in all restarts
     current: Tensor  # (N, ...)
     velocity: Tensor  # (N, ...), or (N, 0) without momentum
-    peak: Tensor  # (N,) objective that counts as the largest so far, for patience
+    value_max: Tensor  # (N,) objective that counts as the largest so far, for patience
     waited: Tensor  # (N,) int64, steps since it rose
-    kept: Tensor  # (N, ...), the best iterate so far
+    x_best: Tensor  # (N, ...), the best iterate so far
     value: Tensor  # (N,) objective there
     success: Tensor  # (N,) bool, whether it fools the model
 
@@ -94,14 +94,14 @@ class PGD(Attack):
         state = PGDState(
             inputs=inputs,
             labels=labels,
-            eps=radii(self.eps, inputs),
+            eps=per_sample_eps(self.eps, inputs),
             keys=keys,
-            taken=torch.zeros_like(labels),
+            step=torch.zeros_like(labels),
             current=inputs if batch.start is None else batch.start,
             velocity=torch.zeros_like(inputs) if self.momentum else inputs.new_empty(count, 0),
-            peak=inputs.new_full((count,), -torch.inf),
+            value_max=inputs.new_full((count,), -torch.inf),
             waited=torch.zeros_like(labels),
-            kept=inputs if self._keeps else inputs.new_empty(count, 0),
+            x_best=inputs if self._keeps else inputs.new_empty(count, 0),
             value=inputs.new_full((count,), -torch.inf),
             success=torch.zeros_like(labels, dtype=torch.bool),
         )
@@ -114,7 +114,7 @@ class PGD(Attack):
             state = self._keep(state, evaluation)
         stepped = self._moved(state, evaluation.gradient)
         if self.patience is not None:
-            stepped = patient(state, stepped, evaluation.value, self.finished(state))
+            stepped = track_patience(state, stepped, evaluation.value, self.finished(state))
         return self._restarted(stepped) if self.restarts > 1 else stepped
 
     def run(self, net: Network, state: PGDState) -> PGDState:
@@ -128,20 +128,20 @@ class PGD(Attack):
         """Whether a start is random."""
         return self.random_start or self.restarts > 1
 
-    def until_fooled(self) -> Self:
+    def stop_at_success(self) -> Self:
         """The same attack, which returns the first success."""
         return replace(self, returns="first")
 
     def finished(self, state: PGDState) -> Tensor:
-        """Rows whose steps or patience are spent, or that have the success they were to return."""
-        spent = state.taken >= self.ticks
+        """Samples whose steps or patience are spent, or whose first success is returned."""
+        spent = state.step >= self.max_evaluations
         if self.patience is not None:
             spent |= state.waited >= self.patience
         return spent | state.success if self.returns == "first" else spent
 
     def result(self, state: PGDState) -> Tensor:
         """The last iterate, or the one that was kept."""
-        return state.kept if self._keeps else state.current
+        return state.x_best if self._keeps else state.current
 
     @property
     def _keeps(self) -> bool:
@@ -153,12 +153,12 @@ class PGD(Attack):
         return self.steps + 1
 
     @property
-    def ticks(self) -> int:
+    def max_evaluations(self) -> int:
         """All steps of all restarts; where an iterate is kept, the last one is looked at too."""
         return self.restarts * self._round if self._keeps else self.steps
 
     def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
-        climbed = losses.climbed(self.loss, state.labels, self.targeted)
+        climbed = losses.objective(self.loss, state.labels, self.targeted)
         return lambda logits: checks.objective(climbed(logits), logits)
 
     def _settled(self, net: Network, state: PGDState) -> PGDState:
@@ -168,10 +168,10 @@ class PGD(Attack):
 
     def _keep(self, state: PGDState, found: Evaluation) -> PGDState:
         """Keep the current iterate of each row where it is better than the one kept so far."""
-        hits = argmax_hits(found.output, state.labels, self.targeted)
+        hits = is_success(found.output, state.labels, self.targeted)
         # Not "greater": an objective of NaN must not leave the clean input in place.
         better = ~(found.value <= state.value)
-        phase = state.taken % self._round
+        phase = state.step % self._round
         if self.returns == "last":
             better &= phase == self.steps
         else:
@@ -179,7 +179,9 @@ class PGD(Attack):
         if self.returns == "first":
             better = ~state.success & (hits | better)
         return state._replace(
-            kept=torch.where(threat.per_sample(better, state.current), state.current, state.kept),
+            x_best=torch.where(
+                threat.per_sample(better, state.current), state.current, state.x_best
+            ),
             value=torch.where(better, found.value.to(state.value.dtype), state.value),
             success=torch.where(better, hits, state.success),
         )
@@ -199,10 +201,10 @@ class PGD(Attack):
         size = state.eps * min(1.0, 2.5 / self.steps) if self.step_size is None else self.step_size
         moved = state.current + threat.per_sample(size, direction) * direction
         current = threat.project(moved, state.inputs, state.eps, self.norm, self.bounds)
-        return state._replace(current=current, velocity=velocity, taken=state.taken + 1)
+        return state._replace(current=current, velocity=velocity, step=state.step + 1)
 
     def _restarted(self, state: PGDState) -> PGDState:
-        due = state.taken % self._round == 0
+        due = state.step % self._round == 0
         if not bool(due.any()):
             return state
         starts = self._random_starts(state)
@@ -212,7 +214,7 @@ class PGD(Attack):
 
     def _random_starts(self, state: PGDState) -> Tensor:
         numbers = seeding.uniform(
-            state.keys, state.taken // self._round, state.inputs[0].numel() + 1
+            state.keys, state.step // self._round, state.inputs[0].numel() + 1
         )
         delta = threat.point_in_ball(numbers, state.eps, self.norm)
         start = state.inputs + delta.view(state.inputs.shape)

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks._attack import Attack, Batch, argmax_hits, radii, settled_logits, taken
+from advfeat.attacks.base import (
+    Attack,
+    Batch,
+    is_success,
+    per_sample_eps,
+    select_samples,
+    verified_logits,
+)
 from advfeat.model import Network
 from advfeat.threat import Bounds, Norm
 
@@ -22,13 +29,13 @@ _L1_SURPLUS = 3.0
 
 
 class SquareState(NamedTuple):
-    """Rows of a running Square Attack."""
+    """Samples of a running Square Attack."""
 
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64
     eps: Tensor  # (N,)
     keys: Tensor  # (N,) int64, random keys
-    taken: Tensor  # (N,) int64, queries spent
+    step: Tensor  # (N,) int64, queries spent
     current: Tensor  # (N, ...), the best iterate so far
     value: Tensor  # (N,) margin there
     success: Tensor  # (N,) bool, whether it fools the model
@@ -75,9 +82,9 @@ class Square(Attack):
         state = SquareState(
             inputs=inputs,
             labels=labels,
-            eps=radii(self.eps, inputs),
+            eps=per_sample_eps(self.eps, inputs),
             keys=seeding.keys(seeding.resolve(self.seed), batch.ids),
-            taken=torch.zeros_like(labels),
+            step=torch.zeros_like(labels),
             current=inputs,
             value=inputs.new_full((count,), -torch.inf),
             success=torch.zeros_like(labels, dtype=torch.bool),
@@ -91,15 +98,15 @@ class Square(Attack):
     def step(self, net: Network, state: SquareState) -> SquareState:
         """Spend one query of every row that is not finished; the first looks at the start."""
         proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
-        first = threat.per_sample(state.taken == 0, state.current)
+        first = threat.per_sample(state.step == 0, state.current)
         candidate = torch.where(first, state.current, proposal.view(state.current.shape))
-        logits = settled_logits(net, candidate, state.labels, self.targeted)
-        value = losses.climbed("margin", state.labels, self.targeted)(logits)
-        hits = argmax_hits(logits, state.labels, self.targeted)
+        logits = verified_logits(net, candidate, state.labels, self.targeted)
+        value = losses.objective("margin", state.labels, self.targeted)(logits)
+        hits = is_success(logits, state.labels, self.targeted)
         active = ~self.finished(state)
         better = active & (hits | (value > state.value))
         return state._replace(
-            taken=state.taken + active,
+            step=state.step + active,
             current=torch.where(threat.per_sample(better, candidate), candidate, state.current),
             value=torch.where(better, value.to(state.value.dtype), state.value),
             success=state.success | (hits & active),
@@ -109,25 +116,25 @@ class Square(Attack):
         """Take all steps; finished rows are set aside, an eighth of the batch at a time."""
         rows = torch.arange(state.labels.shape[0], device=state.labels.device)
         active = state
-        for _ in range(self.ticks):
+        for _ in range(self.max_evaluations):
             active = self.step(net, active)
             done = self.finished(active)
             if 8 * int(done.sum()) >= len(rows):
                 pairs = zip(state, active, strict=True)
                 state = SquareState(*(whole.index_copy(0, rows, part) for whole, part in pairs))
-                rows, active = rows[~done], taken(active, ~done)
+                rows, active = rows[~done], select_samples(active, ~done)
                 if len(rows) == 0:
                     break
         return state
 
     @property
-    def ticks(self) -> int:
+    def max_evaluations(self) -> int:
         """Queries of a row, its start included."""
         return self.queries
 
     def finished(self, state: SquareState) -> Tensor:
-        """Rows that fool the model, or whose queries are spent."""
-        return state.success | (state.taken >= self.queries)
+        """Samples that fool the model, or whose queries are spent."""
+        return state.success | (state.step >= self.queries)
 
     def result(self, state: SquareState) -> Tensor:
         """The first success, else the iterate of the largest margin."""
@@ -144,8 +151,8 @@ class Square(Attack):
         """Proposal of linf: a window in which each channel is moved to one of the two faces."""
         inputs, current = _image(state.inputs), _image(state.current)
         count, channels, height, width = inputs.shape
-        numbers = seeding.uniform(state.keys, state.taken, 2 + channels)
-        sides = self._sides(state.taken, height, width)
+        numbers = seeding.uniform(state.keys, state.step, 2 + channels)
+        sides = self._sides(state.step, height, width)
         inside = _anywhere(numbers[:, :2], sides, height, width).mask
         signs = _signs(numbers[:, 2:]).view(count, channels, 1, 1)
         face = self._face(inputs, state.eps, signs)
@@ -183,8 +190,8 @@ class Square(Attack):
         inputs = _image(state.inputs)
         delta = _image(state.current) - inputs
         count, channels, height, width = inputs.shape
-        numbers = seeding.uniform(state.keys, state.taken, 5 + channels)
-        sides = self._sides(state.taken, height, width)
+        numbers = seeding.uniform(state.keys, state.step, 5 + channels)
+        sides = self._sides(state.step, height, width)
         window = _anywhere(numbers[:, :2], sides, height, width)
         if self.norm == "l1":
             # The published one is anywhere: on a perturbation as sparse as those of l1 it would

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from advfeat import checks, engine
-from advfeat.attacks import PGD, Attack, AutoAttack, Batch
-from advfeat.attacks._attack import argmax_hits, check_given, checked_batch, taken
-from advfeat.attacks._ensemble import seeded
-from advfeat.loading import Data, Source, with_progress
+from advfeat import checks
+from advfeat.attacks import PGD, Attack, AutoAttack, Batch, pool
+from advfeat.attacks.base import check_attack, is_success, prepare_batch, select_samples
+from advfeat.attacks.ensemble import seed_attacks
+from advfeat.loading import Data, Source
 from advfeat.model import Network, Precision, attackable, device_of
+from advfeat.progress import with_progress
 from advfeat.threat import Bounds, Norm
 
 _EVERYWHERE = (-math.inf, math.inf)
@@ -126,7 +127,7 @@ def accuracy(
         A dataset, a loader or a list of batches ``(inputs, labels, ...)``; moved to the model's
         device.
     batch_size
-        Rows to a forward pass; by default the loader's own, 128 for a dataset.
+        Samples to a forward pass; by default the loader's own, 128 for a dataset.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
 
@@ -225,7 +226,7 @@ def robust_accuracy(
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
     ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
     with attackable(model, precision=precision, compile=compile) as net:
-        for verdict in engine.worst_case(attacks, net, clean.resisting(net), source.pool_size):
+        for verdict in pool.worst_case(attacks, net, clean.resisting(net), source.pool_size):
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
             values.extend(verdict.value.tolist())
@@ -237,7 +238,7 @@ def robust_accuracy(
     inputs = clean.inputs
     if inputs is not None and adversarial:
         inputs[rows] = torch.cat(adversarial)
-    robust = RobustAccuracy.of(broken_by == engine.RESISTED, clean.index)
+    robust = RobustAccuracy.of(broken_by == pool.RESISTED, clean.index)
     robust.standard, robust.attacks = clean.accuracy, attacks
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = inputs
@@ -265,16 +266,16 @@ def _attacks(
     for one in listed:
         if isinstance(one, AutoAttack):
             # Its own seed is for all its attacks.
-            flat += one.attacks if one.seed is None else seeded(one.attacks, one.seed)
+            flat += one.attacks if one.seed is None else seed_attacks(one.attacks, one.seed)
         else:
-            check_given(one, None, None)
+            check_attack(one, None, None)
             flat.append(one)
     if not flat:
         checks.fail("attack", attack, "no attack at all; for clean inputs use advfeat.accuracy")
     if any(one.bounds != flat[0].bounds for one in flat):
         checks.fail("attack", attack, "the attacks have different bounds")
     checks.own_bounds(bounds, flat[0].bounds)
-    return seeded([one.until_fooled() for one in flat], seed)
+    return seed_attacks([one.stop_at_success() for one in flat], seed)
 
 
 def _default(
@@ -314,8 +315,8 @@ class CleanPass:
     def read(self, net: Network) -> Iterator[tuple[Batch, Tensor]]:
         """Every batch, checked and prepared, with whether the model is right on each row."""
         for rows in self._batches:
-            batch = checked_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
-            right = argmax_hits(net.logits(batch.inputs), batch.labels, targeted=True)
+            batch = prepare_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
+            right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
             self._index.extend(rows.ids.tolist())
             self._right.extend(right.tolist())
             if self._inputs is not None:
@@ -326,7 +327,7 @@ class CleanPass:
         """The rows on which the model is right."""
         for batch, right in self.read(net):
             if bool(right.any()):
-                yield taken(batch, right)
+                yield select_samples(batch, right)
 
     @property
     def index(self) -> Tensor:

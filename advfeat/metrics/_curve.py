@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks, engine, plots, threat
-from advfeat.attacks import FAB, FMN
-from advfeat.attacks._minimum_norm import MinimumNorm
+from advfeat import checks, plots, threat
+from advfeat.attacks import FAB, FMN, pool
+from advfeat.attacks.minimum_norm import MinimumNorm
 from advfeat.loading import Data, Source
 from advfeat.metrics._accuracy import Accuracy, CleanPass, places, tensor
 from advfeat.model import Precision, attackable
@@ -47,7 +47,7 @@ class RobustnessCurve:
         return Accuracy.of(self.distance > eps, self.index)
 
     def table(self, eps: Sequence[float]) -> list[dict[str, float]]:
-        """Rows of eps and robust accuracy."""
+        """Samples of eps and robust accuracy."""
         return [{"eps": radius, "robust_accuracy": float(self.at(radius))} for radius in eps]
 
     @property
@@ -115,7 +115,7 @@ def robustness_curve(
     clean = CleanPass(source, model, attacks[0].bounds, "robustness curve", progress)
     ids, found = array("q"), array("f")
     with attackable(model, precision=precision) as net:
-        for verdict in engine.worst_case(attacks, net, clean.resisting(net), source.pool_size):
+        for verdict in pool.worst_case(attacks, net, clean.resisting(net), source.pool_size):
             distance = threat.size(verdict.adversarial - verdict.inputs, norm)
             distance = torch.where(verdict.success, distance, torch.inf)
             ids.extend(verdict.ids.tolist())

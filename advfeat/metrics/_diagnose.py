@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding
 from advfeat.attacks import APGD, PGD, Attack, Batch, Square
-from advfeat.attacks._attack import argmax_hits, checked_batch, joined, taken
-from advfeat.attacks._ensemble import seeded
+from advfeat.attacks.base import concat_samples, is_success, prepare_batch, select_samples
+from advfeat.attacks.ensemble import seed_attacks
 from advfeat.loading import Data, Source
 from advfeat.model import Network, attackable, device_of
 from advfeat.threat import Bounds, Norm
@@ -91,7 +91,7 @@ def diagnose(
     eps, norm
         The ball of the result in question.
     samples
-        Rows looked at, from the beginning of ``data``, those that are right.
+        Samples looked at, from the beginning of ``data``, those that are right.
     queries
         Forward passes of the black-box attack.
     seed
@@ -156,7 +156,7 @@ def _findings(
         batch = _right_rows(net, model, data, samples, bounds)
 
         def fooled(*attacks: Attack) -> Tensor:
-            runs = (a.until_fooled() for a in seeded(attacks, seed))
+            runs = (a.stop_at_success() for a in seed_attacks(attacks, seed))
             return torch.stack([a.run(net, a.init(net, batch)).success for a in runs]).any(0)
 
         short = fooled(APGD(**ball, steps=25))
@@ -216,20 +216,20 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
     for rows in source.batches(device_of(model)):
         kept = slice(None, samples - seen)
         fields = (rows.inputs[kept], rows.labels[kept], rows.ids[kept])
-        batch = checked_batch(net, *fields, bounds)
-        right = argmax_hits(net.logits(batch.inputs), batch.labels, targeted=True)
-        found.append(taken(batch, right.nonzero().squeeze(1)))
+        batch = prepare_batch(net, *fields, bounds)
+        right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
+        found.append(select_samples(batch, right.nonzero().squeeze(1)))
         seen += len(batch.ids)
         if seen >= samples:
             break
-    right_rows: Batch = functools.reduce(joined, found)
+    right_rows: Batch = functools.reduce(concat_samples, found)
     if not len(right_rows.ids):
         checks.fail("data", f"{seen} samples", "the model is right on none of them")
     return right_rows
 
 
 def _without_gradient(net: Network, batch: Batch) -> Tensor:
-    objective = losses.climbed("cross_entropy", batch.labels, targeted=False)
+    objective = losses.objective("cross_entropy", batch.labels, targeted=False)
     gradient = net.logits_gradient(batch.inputs, objective).gradient
     peak = gradient.flatten(1).abs().amax(1)
     # One entry that is not finite is enough: no attack goes by such a gradient.

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from advfeat import checks, seeding
 from advfeat.attacks import Attack, AutoAttack
-from advfeat.attacks._attack import argmax_hits, check_given, checked_batch
-from advfeat.loading import Data, Source, with_progress
+from advfeat.attacks.base import check_attack, is_success, prepare_batch
+from advfeat.loading import Data, Source
 from advfeat.model import attackable, device_of
+from advfeat.progress import with_progress
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def transfer_matrix(
         for model in models.values():
             checks.model(model)
     if not isinstance(attack, AutoAttack):
-        check_given(attack, None, None)
+        check_attack(attack, None, None)
     source_data = Source(data, batch_size)
     if attack.is_random:
         # One seed for all sources: each is attacked from the same random starts.
@@ -131,7 +132,7 @@ def _wrong(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Where a model is wrong, bool ``(N,)`` on the CPU."""
     device = device_of(model)
     with attackable(model) as net:
-        batch = checked_batch(
+        batch = prepare_batch(
             net, inputs.to(device), labels.to(device), None, (-math.inf, math.inf)
         )
-        return argmax_hits(net.logits(batch.inputs), batch.labels, targeted=False).cpu()
+        return is_success(net.logits(batch.inputs), batch.labels, targeted=False).cpu()

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from advfeat import checks
+from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.metrics import Accuracy
 from advfeat.model import attackable, device_of
-from advfeat.store import ConstructedDataset
 
 
 def dataset_of(argument: str, data: Data) -> Dataset[Any]:

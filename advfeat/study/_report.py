@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from advfeat._version import __version__
-from advfeat.store import write_whole
+from advfeat.durable import write_whole
 from advfeat.study._data import plain
 
 if TYPE_CHECKING:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, plots
-from advfeat.analysis._features import table as aligned
+from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
-from advfeat.store import ConstructedDataset
 from advfeat.study import _report
 from advfeat.study._data import share
 from advfeat.study._recipe import SOURCES, TARGETED
+from advfeat.tables import table as aligned
 from advfeat.training import History
 
 if TYPE_CHECKING:
@@ -202,8 +202,8 @@ class Study:
 
     def columns(self) -> list[str]:
         """Names of the table's columns."""
-        radii = [f"{self._work.norm} {radius:g}" for radius in self._work.at]
-        return ["accuracy", *radii, "as label + 1"]
+        per_sample_eps = [f"{self._work.norm} {radius:g}" for radius in self._work.at]
+        return ["accuracy", *per_sample_eps, "as label + 1"]
 
     def _classes(self) -> int:
         return 1 + max(int(label) for label in self._first_rows(2048)[1])

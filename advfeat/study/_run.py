@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from advfeat import checks, nonrobust, ranks, robustify, seeding
+from advfeat import checks, distributed, nonrobust, robustify, seeding
 from advfeat.analysis import leakage
 from advfeat.attacks import PGD
-from advfeat.construct import data_fingerprint, model_fingerprint
+from advfeat.construction import data_fingerprint, model_fingerprint
+from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.metrics import RobustAccuracy, accuracy, robust_accuracy, transfer_matrix
 from advfeat.model import Precision
-from advfeat.store import ConstructedDataset
 from advfeat.study._data import Moved, dataset_of, digits, first, plain, resident
 from advfeat.study._recipe import SOURCES, TARGETED, Recipe
 from advfeat.study._result import Study
@@ -140,7 +140,7 @@ def run(
         precision=precision,
         device=device,
         progress=progress,
-        stages=Stages(out, ranks.team()),
+        stages=Stages(out, distributed.current_process()),
         seed=seed,
     )
     todo = work.order()

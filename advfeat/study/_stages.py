@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from advfeat import checks, ranks, seeding
-from advfeat.store import write_whole
+from advfeat import checks, distributed, seeding
+from advfeat.durable import write_whole
 
 _STUDY = "study.json"
 
@@ -23,15 +23,15 @@ class Stages:
     sets keep to folders of their own.
     """
 
-    def __init__(self, out: str | os.PathLike[str] | None, team: ranks.Team) -> None:
+    def __init__(self, out: str | os.PathLike[str] | None, process: distributed.Process) -> None:
         if not (out is None or isinstance(out, (str, os.PathLike))):
             raise TypeError(f"out={out!r}: expected the name of a folder")
         self.folder = None if out is None else Path(out)
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             checks.fail("out", str(out), "expected a folder, and this is a file")
-        if self.folder is None and team.size > 1:
+        if self.folder is None and process.world_size > 1:
             checks.fail("out", out, "several processes need a folder that all of them share")
-        self._team = team
+        self._team = process
         self._records: dict[str, dict[str, Any]] = {}
 
     @property
@@ -42,16 +42,16 @@ class Stages:
     def seed(self, seed: Any) -> int:
         """The seed to use: of a study that was begun here its own, unless another is given."""
         begun = self._read(_STUDY) if seed is None else None
-        return self._team.agreed(seeding.resolve(seed) if begun is None else begun["seed"])
+        return self._team.broadcast_int(seeding.resolve(seed) if begun is None else begun["seed"])
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Refuse a folder that holds another study; write down what this one is."""
         there = self._read(_STUDY)
         self._refuse_other(_STUDY, there, identity)
-        self._team.wait()
+        self._team.barrier()
         if there is None:
             self._write(_STUDY, identity)
-        self._team.wait()
+        self._team.barrier()
 
     def place(self, kind: str, name: str) -> Path | None:
         """Folder of a model or a set."""
@@ -84,13 +84,13 @@ class Stages:
             alone_after()
         result = work() if self._team.rank == 0 or alone_after is None else None
         seconds = time.perf_counter() - began
-        self._team.wait()
+        self._team.barrier()
         record = {"settings": settings, "seconds": seconds, "result": result}
         if self._team.rank == 0:
             # As it will be read back, so that a study in memory is no different.
             self._records[name] = json.loads(json.dumps(record))
             self._write(_file(name), record)
-        self._team.wait()
+        self._team.barrier()
         kept = self.record(name)
         assert kept is not None
         return kept["result"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from advfeat.loading import wants_progress
+from advfeat.progress import wants_progress
 
 # Seconds between two readings of the figures: each waits for the device.
 _READING = 1.0

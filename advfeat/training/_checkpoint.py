@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,33 +97,3 @@ def randomness(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
         for gpu in devices:
             torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(number).get_state(), gpu)
         yield
-
-
-class Termination:
-    """Notices SIGTERM, so that a run can be saved before the process ends."""
-
-    def __init__(self) -> None:
-        self.noticed = False
-        self._previous: Any = None
-
-    @contextmanager
-    def watched(self, wanted: bool) -> Iterator[None]:
-        """Notice the signal inside; only the main thread can."""
-        if not wanted or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        self._previous = signal.signal(signal.SIGTERM, self._notice)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
-
-    def pass_on(self) -> None:
-        """Do what the signal would have done: by default, end the process."""
-        self.noticed = False
-        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, self._notice)
-
-    def _notice(self, *_: object) -> None:
-        self.noticed = True

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from advfeat import checks, seeding
 from advfeat.attacks import PGD
-from advfeat.attacks._attack import check_given
+from advfeat.attacks.base import check_attack
 from advfeat.loading import Data, Source, batch_count, row_count, split
 from advfeat.model import Precision, refuse_wrapped
 from advfeat.threat import Bounds, Norm
@@ -84,8 +84,8 @@ def fit(
         thirds of the epochs, as in the paper (50 and 100 of 150). ``"one_cycle"`` is torch's
         OneCycleLR over all epochs with its peak at ``lr``: the one for short runs.
     batch_size
-        Rows to a step for a dataset, over all ranks; default 128. A last batch of a single row is
-        left out, of a loader too. A loader has its own.
+        Samples to a step for a dataset, over all ranks; default 128. A last batch of a single
+        sample is left out, of a loader too. A loader has its own.
     augment
         Called on each batch of inputs on the device, such as `advfeat.training.crop_flip`.
     precision
@@ -276,7 +276,7 @@ checkpoint, on_step, on_epoch, options, seed, progress
     if attack is None:
         attack = _attack(eps, norm, method, steps, step_size, random_start, bounds)
     else:
-        check_given(attack, eps, norm)
+        check_attack(attack, eps, norm)
         if not isinstance(attack, PGD):
             raise TypeError(f"attack={attack!r}: training takes PGD or FGSM")
     _refuse_combination(objective, method, attack, eps, steps, mix, beta, options)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from advfeat.attacks import PGD
-from advfeat.loading import Portion
+from advfeat.loading import TrainBatch
 from advfeat.model import attackable
 from advfeat.training._lessons import Adversarial
 from advfeat.training._ranks import Ranks
@@ -48,7 +48,7 @@ class Guard:
         self._snapshot, self._restore = snapshot, restore
         self._good = copy.deepcopy(snapshot())
 
-    def look(self, model: nn.Module, rows: Portion, step: int) -> None:
+    def look(self, model: nn.Module, rows: TrainBatch, step: int) -> None:
         """Keep what was learned since the last look, or take it back and add a step."""
         one, many = self._standing(model, rows, step)
         if one - many <= _DIFFERENCE or many >= _SHARE * one:
@@ -73,7 +73,7 @@ class Guard:
             self.set_steps(state["steps"])
         self._good = state["good"]
 
-    def _standing(self, model: nn.Module, rows: Portion, step: int) -> tuple[float, float]:
+    def _standing(self, model: nn.Module, rows: TrainBatch, step: int) -> tuple[float, float]:
         """Share of a batch that is right under the training attack, and under PGD."""
         training = self._lesson.attack
         strong = PGD(eps=training.eps, norm=training.norm, steps=_STEPS, bounds=training.bounds)

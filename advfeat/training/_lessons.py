@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from advfeat import losses, seeding, threat
 from advfeat.attacks import PGD, Batch
-from advfeat.loading import Data, Portion
+from advfeat.loading import Data, TrainBatch
 from advfeat.metrics import Accuracy, accuracy, robust_accuracy
 from advfeat.model import Precision, attackable
 from advfeat.threat import Bounds
@@ -46,7 +46,7 @@ class Lesson:
     def begin_epoch(self) -> None:
         """Forget what is not to reach from one epoch into the next."""
 
-    def example(self, model: nn.Module, rows: Portion, step: int) -> Example:
+    def example(self, model: nn.Module, rows: TrainBatch, step: int) -> Example:
         """What the model is to learn from these rows."""
         return Example((rows.inputs,), rows.labels)
 
@@ -93,7 +93,7 @@ class Adversarial(Lesson):
         self._beta, self._mix, self._mode, self._seed = beta, mix, mode, seed
         self.bounds = attack.bounds
 
-    def example(self, model: nn.Module, rows: Portion, step: int) -> Example:
+    def example(self, model: nn.Module, rows: TrainBatch, step: int) -> Example:
         """Attack the rows that are not left clean; TRADES and MART train on both."""
         clean = int((rows.place < round(self._mix * rows.total)).sum())
         if clean == len(rows.labels):
@@ -104,7 +104,7 @@ class Adversarial(Lesson):
             return Example((inputs,), rows.labels)
         return Example((rows.inputs, attacked), rows.labels)
 
-    def attacked(self, model: nn.Module, rows: Portion, step: int, clean: int = 0) -> Tensor:
+    def attacked(self, model: nn.Module, rows: TrainBatch, step: int, clean: int = 0) -> Tensor:
         """Adversarial inputs of the rows from ``clean`` on."""
         # Numbered through all of training: every step's random starts are new.
         ids = rows.place[clean:].to(rows.inputs.device) + (step << 32)
@@ -164,7 +164,7 @@ class Free(Lesson):
         """Begin at the inputs."""
         self._delta = None
 
-    def example(self, model: nn.Module, rows: Portion, step: int) -> Example:
+    def example(self, model: nn.Module, rows: TrainBatch, step: int) -> Example:
         """The batch, perturbed by what was learned so far."""
         self._clean = rows.inputs
         moved = rows.inputs.detach().clone()

@@ -18,13 +18,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from advfeat import checks, seeding
-from advfeat.loading import Data, Portion, row_count, training_batches
+from advfeat.durable import Termination
+from advfeat.loading import Data, TrainBatch, row_count, training_batches
 from advfeat.model import Precision, Trainee, attackable, buffers_kept, device_of, trainable
 from advfeat.training._bar import Bar, progress_bar
 from advfeat.training._checkpoint import (
     Folder,
     State,
-    Termination,
     random_state,
     randomness,
     set_random_state,
@@ -200,7 +200,7 @@ class Run:
             # The rows as they were read, which a run that was ended after its last step has too.
             self._guard.look(trainee.module, last, self._step)
 
-    def _take_step(self, trainee: Trainee, called: Called, rows: Portion, bar: Bar) -> None:
+    def _take_step(self, trainee: Trainee, called: Called, rows: TrainBatch, bar: Bar) -> None:
         plan, rate = self._plan, self._rate()
         loss, right = self._learn(trainee, called, rows)
         count = len(rows.labels)
@@ -217,7 +217,7 @@ class Run:
             plan.on_step(row)
         bar.advance(rows.total, lambda: self._figures(rows))
 
-    def _learn(self, trainee: Trainee, called: Called, rows: Portion) -> tuple[Tensor, Tensor]:
+    def _learn(self, trainee: Trainee, called: Called, rows: TrainBatch) -> tuple[Tensor, Tensor]:
         """Update the weights from a batch; the sum of losses, and the right answers."""
         plan, options = self._plan, self._plan.options
         for _ in range(self._lesson.rounds):
@@ -292,7 +292,7 @@ class Run:
         if self._classes is not None:
             checks.class_range(self._largest_label, self._classes)
 
-    def _augmented(self, rows: Portion) -> Portion:
+    def _augmented(self, rows: TrainBatch) -> TrainBatch:
         inputs, labels = rows.inputs, rows.labels.to(torch.int64)
         augment = self._plan.augment
         if augment is not None:
@@ -338,7 +338,7 @@ class Run:
         patience, best = self._plan.options.patience, self._history.best
         return patience is not None and best is not None and self._epoch - best >= patience
 
-    def _figures(self, rows: Portion) -> Row:
+    def _figures(self, rows: TrainBatch) -> Row:
         """What the bar shows: of the epoch so far, and of a model in use on clean inputs."""
         loss, right, count = self._totals.sums.tolist()
         with attackable(self._plan.model) as net:

@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 from advfeat.attacks import Attack, Batch
-from advfeat.attacks._inversion import Inversion
+from advfeat.attacks.inversion import Inversion
 from advfeat.model import Precision, attackable
 
 EPS, STEP_SIZE = 0.5, 0.1

@@ -86,7 +86,7 @@ def digits_models(seed: int) -> Iterator[tuple[str, nn.Module, TensorDataset, st
 def near_the_border(
     model: nn.Module, data: TensorDataset, norm: str, eps: float, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Rows that resist a short APGD and are fooled in the 1.08-fold ball."""
+    """Samples that resist a short APGD and are fooled in the 1.08-fold ball."""
 
     def resists(radius: float, rows: TensorDataset, *runs: dict) -> Tensor:
         attacks = [APGD(eps=radius, norm=norm, returns="first", **run) for run in runs]
@@ -117,7 +117,7 @@ def missed(
             model, many, attack=attack(run, norm, eps), batch_size=256, **kept
         )
         resists[run] = found.correct.view(len(x), starts).double().mean(1)
-    fab = FAB(eps=eps, norm=norm, targets=9, steps=30).until_fooled()
+    fab = FAB(eps=eps, norm=norm, targets=9, steps=30).stop_at_success()
     by_fab = af.robust_accuracy(model, TensorDataset(x, y), attack=fab, **kept).correct
     can_be_broken = torch.stack([*resists.values(), by_fab.double()]).amin(0) < 1
     return {
@@ -156,7 +156,10 @@ def main() -> None:
         print(f"\n{kind}, {'l1' if sparse else 'linf and l2'}: mean of {len(cases)}")
         norm = "l1" if sparse else "linf"
         for name, composition in (IN_L1 if sparse else COMPOSED).items():
-            cost = sum(attack(run, norm, 0.1, starts).ticks for run, starts in composition.items())
+            cost = sum(
+                attack(run, norm, 0.1, starts).max_evaluations
+                for run, starts in composition.items()
+            )
             mean = sum(case[name] for case in cases) / len(cases)
             print(f"| {name} | {cost} | {mean:.2f} |")
 

@@ -1,0 +1,212 @@
+"""What every attack is: frozen settings, and ``init`` and ``step`` over a batch-first state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from advfeat import checks, threat
+from advfeat.model import Network, Precision, attackable
+from advfeat.threat import Bounds
+
+
+class Batch(NamedTuple):
+    """What an attack starts from: checked, detached, float32 at least, within the bounds.
+
+    Attributes
+    ----------
+    inputs
+        ``(N, ...)``.
+    labels
+        ``(N,)`` int64, true labels or targets.
+    ids
+        ``(N,)`` int64, each sample's own number: its random numbers follow from it.
+    start
+        ``(N, ...)`` first iterate; None where that is the inputs.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    ids: Tensor
+    start: Tensor | None = None
+
+
+# A rise by less than this share of the objective is none: fixed steps around an optimum find
+# slightly better values for ever.
+_RISE = 1e-3
+
+
+def select_samples(rows: Any, chosen: Tensor) -> Any:
+    """These rows of a NamedTuple of tensors: a state, or a batch."""
+    return type(rows)(*(field if field is None else field[chosen] for field in rows))
+
+
+def concat_samples(first: Any, second: Any) -> Any:
+    """The rows of two NamedTuples of tensors."""
+    pairs = zip(first, second, strict=True)
+    return type(first)(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
+
+
+def track_patience(state: Any, stepped: Any, value: Tensor, finished: Tensor) -> Any:
+    """Count each row's steps without a rise of its objective; finished rows stay where they are.
+
+    The states before and after the step have ``peak``, the objective that counts as the largest so
+    far, and ``waited``, the steps since it rose; ``value`` is the objective before the step.
+    """
+    value = value.to(state.value_max.dtype)
+    # Not "greater": the first peak is minus infinity, and an objective of NaN stops no row.
+    rose = ~finished & ~(value <= state.value_max + _RISE * state.value_max.abs())
+    keeps = threat.per_sample(finished, state.current)
+    return stepped._replace(
+        current=torch.where(keeps, state.current, stepped.current),
+        step=torch.where(finished, state.step, stepped.step),
+        value_max=torch.where(rose, value, state.value_max),
+        waited=torch.where(rose, 0, state.waited + 1),
+    )
+
+
+class Attack(ABC):
+    """Base of all attacks; a subclass is a frozen dataclass of its settings.
+
+    The state is a NamedTuple of tensors whose first axis is the sample, so samples can be
+    dropped, gathered and refilled by `advfeat.attacks.pool`; nothing else passes from one step to
+    the next, and no sample depends on another. An attack that `advfeat.robust_accuracy` can use
+    has these fields in its state: ``inputs`` (clean), ``labels``, ``success`` (bool, whether
+    ``result`` fools the model) and ``value`` (its own objective there).
+    """
+
+    bounds: Bounds
+    targeted: bool
+
+    @abstractmethod
+    def init(self, net: Network, batch: Batch) -> Any:
+        """State of a batch before its first step."""
+
+    @abstractmethod
+    def step(self, net: Network, state: Any) -> Any:
+        """Advance every row by one evaluation of the model; finished rows need not stay put."""
+
+    @property
+    @abstractmethod
+    def max_evaluations(self) -> int:
+        """Steps after which every row is finished, whatever the model."""
+
+    @abstractmethod
+    def finished(self, state: Any) -> Tensor:
+        """Samples for which another step changes nothing, bool ``(N,)``."""
+
+    @abstractmethod
+    def result(self, state: Any) -> Tensor:
+        """The iterate to return, ``(N, ...)``."""
+
+    def run(self, net: Network, state: Any) -> Any:
+        """Take all steps of a batch whose rows are at their beginning."""
+        for _ in range(self.max_evaluations):
+            state = self.step(net, state)
+        return state
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on the seed."""
+        return "seed" in {field.name for field in fields(self)}  # type: ignore[arg-type]
+
+    def stop_at_success(self) -> Self:
+        """The same attack for evaluation: a row is finished once it fools the model."""
+        return self
+
+    def with_seed(self, seed: int) -> Self:
+        """The same attack with this seed, if it draws random numbers at all."""
+        return replace(self, seed=seed) if self.is_random else self  # type: ignore[type-var]
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        index: Tensor | None = None,
+        precision: Precision = "float32",
+        train: bool = False,
+    ) -> Tensor:
+        """Attack one batch; see `advfeat.attacks.pgd` for the words.
+
+        Returns
+        -------
+        Tensor
+            Shape of ``inputs``, float32 (float64 for float64 inputs), detached.
+        """
+        with attackable(model, precision=precision, train=train) as net:
+            batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted)
+            adversarial = self.result(self.run(net, self.init(net, batch)))
+        return adversarial.contiguous()
+
+
+def prepare_batch(
+    net: Network,
+    inputs: Tensor,
+    labels: Tensor,
+    index: Tensor | None,
+    bounds: Bounds,
+    targeted: bool = False,
+) -> Batch:
+    """Refuse bad input, clip rounding off the bounds, and number the rows if nobody did."""
+    checks.inputs(inputs, bounds)
+    checks.same_device(inputs, net.device)
+    checks.labels(labels, inputs)
+    net.expect(labels, "labels (targets)" if targeted else "labels")
+    if index is None:
+        index = torch.arange(inputs.shape[0], device=inputs.device)
+    checks.index(index, inputs)
+    # Copied, for labels made in inference mode could not enter a gradient.
+    labels = labels.to(torch.int64, copy=True)
+    return Batch(net.prepare(inputs).clamp_(*bounds), labels, index)
+
+
+def per_sample_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
+    """One radius for each row, ``(N,)``."""
+    count = inputs.shape[0]
+    found = torch.as_tensor(eps, dtype=inputs.dtype, device=inputs.device)
+    if found.ndim and found.shape[0] != count:
+        checks.fail("eps.shape", tuple(found.shape), f"expected a float or ({count},)")
+    return found.expand(count)
+
+
+def check_attack(attack: object, eps: object, norm: object) -> None:
+    """Refuse what cannot attack the labelled rows of a dataset, and a ball beside its own."""
+    if not isinstance(attack, Attack) or not hasattr(attack, "eps"):
+        raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...)")
+    if eps is not None or norm is not None:
+        checks.fail("eps, norm", (eps, norm), "the attack has its own; pass one or the other")
+    if attack.targeted:
+        checks.fail("attack", attack, "targeted, but the data give labels and no targets")
+    if isinstance(attack.eps, Tensor):
+        checks.fail("attack.eps", attack.eps, "one radius for each row of a batch; pass a float")
+    if attack.eps is None:
+        checks.fail("attack.eps", None, "it looks for the smallest perturbation; give it an eps")
+
+
+def is_success(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Whether the attack has what it wants, bool ``(N,)``; NaN among logits is no class at all."""
+    says_label = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+    return says_label if targeted else ~says_label
+
+
+def verified_logits(
+    net: Network, candidate: Tensor, labels: Tensor, targeted: bool, counts: Tensor | None = None
+) -> Tensor:
+    """Logits, computed in low precision where that was asked for and nothing is claimed.
+
+    ``counts`` are the rows whose success would be claimed, bool ``(N,)``; by default all.
+    """
+    logits = net.logits(candidate, low_precision=True)
+    if net.low_precision:
+        claimed = is_success(logits, labels, targeted)
+        rows = (claimed if counts is None else claimed & counts).nonzero().squeeze(1)
+        if len(rows):
+            logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
+    return logits

@@ -1,0 +1,147 @@
+"""Ensembles of attacks: a sample is robust if it resists each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from advfeat import checks, seeding
+from advfeat.attacks._apgd import APGD
+from advfeat.attacks._fab import FAB
+from advfeat.attacks._square import Square
+from advfeat.attacks.base import Attack, is_success, prepare_batch, select_samples
+from advfeat.model import Precision, attackable
+from advfeat.threat import Bounds, Norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack:
+    """The parameter-free ensemble of Croce and Hein (2020), as a value.
+
+    Parameters
+    ----------
+    eps, norm
+        The ball, in the units of the inputs.
+    version
+        ``"standard"``: APGD on the cross-entropy, APGD towards each of 9 classes on the DLR loss,
+        FAB towards each of 9 classes, Square with 5000 queries; in l1 5 targets and 5 restarts
+        of APGD, as published. ``"fast"``: shorter runs of APGD, towards each of 9 classes and away
+        from the label on two losses, with restarts (in l1 with more of them), no FAB, no Square:
+        for models whose gradients are sound, which `advfeat.metrics.diagnose` looks at. How the two
+        compare is in docs/benchmarks.md.
+    bounds
+        The box ``(low, high)``.
+    seed
+        Of all random numbers; None draws one number from torch's default generator at each call.
+
+    Examples
+    --------
+    >>> [type(attack).__name__ for attack in AutoAttack(eps=8 / 255, norm="linf").attacks]
+    ['APGD', 'APGD', 'FAB', 'Square']
+    """
+
+    eps: float
+    norm: Norm
+    version: Literal["standard", "fast"] = "standard"
+    bounds: Bounds = (0.0, 1.0)
+    seed: int | torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.number("eps", self.eps, low=0.0)
+        checks.one_of("version", self.version, ("standard", "fast"))
+        checks.seed(self.seed)
+        _ = self.attacks
+
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """The attacks in their order, each until a sample is fooled."""
+        ball: dict[str, Any] = {"eps": self.eps, "norm": self.norm, "bounds": self.bounds}
+        sparse = self.norm == "l1"
+        if self.version == "fast":
+            # What a long run leaves, several short ones from other starts break sooner. In a
+            # large ball even the unlikeliest class can be the one that is reached.
+            if sparse:
+                # Which optimum a run ends in is chance in l1: it takes more starts.
+                return (
+                    APGD(**ball, steps=30, returns="first"),
+                    APGD(**ball, steps=30, loss="dlr", targets=9, restarts=3, returns="first"),
+                    APGD(**ball, steps=30, loss="margin", restarts=8, returns="first"),
+                    APGD(**ball, steps=30, loss="dlr", restarts=4, returns="first"),
+                )
+            return (
+                APGD(**ball, steps=10, returns="first"),
+                APGD(**ball, steps=16, loss="dlr", targets=9, returns="first"),
+                APGD(**ball, steps=25, loss="margin", restarts=4, returns="first"),
+                APGD(**ball, steps=25, loss="dlr", returns="first"),
+            )
+        targets, restarts = (5, 5) if sparse else (9, 1)
+        return (
+            APGD(**ball, loss="cross_entropy", restarts=restarts, returns="first"),
+            APGD(**ball, loss="dlr", targets=targets, returns="first"),
+            FAB(**ball, targets=targets).stop_at_success(),
+            Square(**ball, queries=5000),
+        )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the result depends on the seed: it does."""
+        return True
+
+    def with_seed(self, seed: int) -> Self:
+        """The same ensemble with this seed."""
+        return replace(self, seed=seed)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        labels: Tensor,
+        *,
+        index: Tensor | None = None,
+        precision: Precision = "float32",
+    ) -> Tensor:
+        """Attack one batch; the result of the last attack where none succeeds.
+
+        Returns
+        -------
+        Tensor
+            Shape of ``inputs``, float32 (float64 for float64 inputs), detached.
+        """
+        attacks = seed_attacks(self.attacks, self.seed)
+        with attackable(model, precision=precision) as net:
+            batch = prepare_batch(net, inputs, labels, index, self.bounds)
+            found = batch.inputs.clone()
+            standing = (~is_success(net.logits(found), batch.labels, False)).nonzero().squeeze(1)
+            for attack in attacks:
+                if len(standing) == 0:
+                    break
+                rows = select_samples(batch, standing)
+                found[standing] = attack.result(attack.run(net, attack.init(net, rows)))
+                fooled = is_success(net.logits(found[standing]), rows.labels, False)
+                standing = standing[~fooled]
+        return found.contiguous()
+
+
+def seed_attacks(
+    attacks: Sequence[Attack], seed: int | torch.Generator | None
+) -> tuple[Attack, ...]:
+    """Fix the seed of every attack: its own if it has one, else a number drawn from ``seed``."""
+    open_ = [attack.is_random and getattr(attack, "seed", None) is None for attack in attacks]
+    root = seeding.resolve(seed) if any(open_) else 0
+    return tuple(
+        attack.with_seed(seeding.derive(root, place)) if free else _fixed(attack)
+        for place, (attack, free) in enumerate(zip(attacks, open_, strict=True))
+    )
+
+
+def _fixed(attack: Attack) -> Attack:
+    """The same attack, its generator exchanged for a number drawn from it."""
+    if not attack.is_random:
+        return attack
+    return attack.with_seed(seeding.resolve(getattr(attack, "seed")))  # noqa: B009

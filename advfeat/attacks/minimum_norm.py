@@ -1,0 +1,218 @@
+"""What minimum-norm attacks share: the closest input so far that fools the model, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from advfeat import checks, losses, threat
+from advfeat.attacks.base import Attack
+from advfeat.model import Evaluation, Network
+from advfeat.threat import Bounds, Norm
+
+# Another batch shape, memory format or device moves logits by some units of rounding, and these
+# attacks end on the boundary, where that decides.
+_ROUNDINGS = 64
+# Two points on one sphere differ in distance by rounding alone: the later is not closer for that.
+_CLOSER = 1 - 1e-6
+
+
+def rounding(logits: Tensor) -> Tensor:
+    """By how much one logit has to lead another for the lead to be sure, ``(N,)``."""
+    # A class that the model rules out by a logit of minus infinity is not rounded.
+    magnitude = logits.detach().abs().nan_to_num(nan=0.0, posinf=0.0)
+    return _ROUNDINGS * torch.finfo(logits.dtype).eps * magnitude.amax(1)
+
+
+def lead_of(targets: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Objective: the targets' logits less the labels', positive where that is sure."""
+
+    def lead(logits: Tensor) -> Tensor:
+        own = logits.gather(1, labels[:, None])
+        return (logits.gather(1, targets[:, None]) - own).squeeze(1) - 2 * rounding(logits)
+
+    return lead
+
+
+def evaluated(net: Network, points: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
+    """Gradient of an objective of the logits; in low precision it alone is of low precision.
+
+    Where the boundary is, and what is beyond it, takes float32 logits to say.
+    """
+    found = net.logits_gradient(points, objective)
+    if not net.low_precision:
+        return found
+    logits = net.logits(points)
+    return Evaluation(found.gradient, objective(logits), logits)
+
+
+def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The classes of largest logit but the label, at most all of them, ``(N, count)``."""
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    order = others.argsort(dim=1, descending=True, stable=True)
+    return order[:, : min(count, logits.shape[1] - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumNorm(Attack):
+    """An attack that looks for the smallest perturbation instead of the worst one in a ball.
+
+    Without ``eps`` every row takes all its steps, and ``success`` says whether anything that fools
+    the model was found; with it, a row is successful and finished once that lies within ``eps``.
+
+    Its state has, beside what every attack's has: ``x_best``, the closest input found that fools
+    the model (the last iterate where there is none); ``distance`` of that input from the clean one,
+    infinite without one; ``value``, its negative; and ``step``, the sample's own step count.
+    """
+
+    eps: float | None = None
+    norm: Norm
+    steps: int = 100
+    bounds: Bounds = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.norm(self.norm)
+        checks.bounds(self.bounds)
+        if self.eps is not None:
+            checks.number("eps", self.eps, low=0.0)
+            checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        checks.count("steps", self.steps, low=1)
+
+    def finished(self, state: Any) -> Tensor:
+        """Samples whose steps are spent, that were wrong at once, or fooled within ``eps``."""
+        done: Tensor = (state.step >= self._max_evaluations_of(state)) | (state.distance == 0)
+        return done if self.eps is None else done | state.success
+
+    def result(self, state: Any) -> Tensor:
+        """The closest input that fools the model; what is not within ``eps`` is moved there."""
+        kept: Tensor = state.x_best
+        if self.eps is None:
+            return kept
+        inside = threat.project(kept, state.inputs, self.eps, self.norm, self.bounds)
+        close = threat.per_sample(self._close_enough(state.distance), kept)
+        return torch.where(close, kept, inside)
+
+    def _max_evaluations_of(self, state: Any) -> int:
+        return self.max_evaluations
+
+    @staticmethod
+    def _nothing_kept(inputs: Tensor) -> dict[str, Tensor]:
+        """Fields of a state before anything was found."""
+        distance = inputs.new_full((inputs.shape[0],), torch.inf)
+        return {
+            "x_best": inputs,
+            "distance": distance,
+            "value": -distance,
+            "success": torch.zeros_like(distance, dtype=torch.bool),
+        }
+
+    def _fools(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Whether the attack surely has what it wants, bool ``(N,)``."""
+        return losses.objective("margin", labels, self.targeted)(logits) > rounding(logits)
+
+    def _keep(self, state: Any, points: Tensor, hits: Tensor) -> Any:
+        """Keep the points of rows that they fool, where nothing closer was kept before."""
+        distance = threat.size(points - state.inputs, self.norm)
+        closer = hits & (distance < _CLOSER * state.distance)
+        # Until then the latest point: a failed attack returns a perturbed input.
+        kept = threat.per_sample(closer | state.distance.isinf(), points)
+        distance = torch.where(closer, distance, state.distance)
+        return state._replace(
+            x_best=torch.where(kept, points, state.x_best),
+            distance=distance,
+            value=-distance,
+            success=self._close_enough(distance),
+        )
+
+    def _close_enough(self, distance: Tensor) -> Tensor:
+        return distance.isfinite() if self.eps is None else distance <= self.eps
+
+
+def to_hyperplane(
+    points: Tensor, weight: Tensor, gap: Tensor, norm: Norm, bounds: Bounds = (0.0, 1.0)
+) -> Tensor:
+    """Smallest moves within the box that add ``gap`` to the product with ``weight``.
+
+    Parameters
+    ----------
+    points
+        Shape ``(N, K, d)``, K points to a sample, within the box.
+    weight
+        The hyperplanes' normals, ``(N, d)``, of any size; where they are zero, or not finite,
+        nothing moves.
+    gap
+        Shape ``(N, K)``: what the product with ``weight`` has to grow by. Where the box leaves not
+        so much, the move goes as far as the box allows.
+    norm, bounds
+        In which norm the move is smallest, and the box ``(low, high)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(N, K, d)``.
+
+    Examples
+    --------
+    >>> points, weight = torch.tensor([[[0.5, 0.9]]]), torch.tensor([[0.5, 1.0]])
+    >>> to_hyperplane(points, weight, torch.tensor([[0.2]]), "l1")
+    tensor([[[0.2000, 0.1000]]])
+    """
+    low, high = bounds
+    peak = weight.abs().amax(1, keepdim=True)
+    usable = torch.isfinite(peak) & (peak > 0)
+    peak = torch.where(usable, peak, 1.0)
+    weight = torch.where(usable, weight / peak, 0.0)
+    gap = (gap / peak).nan_to_num()[..., None]
+    sense = weight.sign()[:, None] * gap.sign()
+    # Products, for torch.where is many times slower on the CPU.
+    room = sense.clamp_min(0.0) * (high - points) - sense.clamp_max(0.0) * (points - low)
+    room = room.clamp_min(0.0)
+    pull = weight.abs()[:, None]
+    need, most = gap.abs(), (pull * room).sum(-1, keepdim=True)
+    feasible = torch.minimum(need, most)
+    if norm == "l1":
+        lengths = _fill_in_turn(pull, room, feasible)
+    else:
+        lengths = _fill_together(pull, pull if norm == "l2" else pull.sign(), room, feasible)
+    return sense * torch.where(need < most, lengths, room)
+
+
+def _fill_in_turn(pull: Tensor, room: Tensor, need: Tensor) -> Tensor:
+    """The lengths of a fractional knapsack: entries of larger pull first, each up to its room."""
+    pull, order = pull.sort(dim=-1, descending=True, stable=True)
+    order = order.expand_as(room)
+    room = room.gather(-1, order)
+    gain = pull * room
+    left = need - (gain.cumsum(-1) - gain)
+    lengths = torch.where(left > 0, torch.minimum(left / pull, room), 0.0)
+    return torch.empty_like(room).scatter_(-1, order, lengths)
+
+
+def _fill_together(
+    pull: Tensor, speed: Tensor, room: Tensor, need: Tensor, rounds: int = 16
+) -> Tensor:
+    """The lengths min(t speed, room) at the time t when they gain what is needed.
+
+    What they gain grows in t, concavely and piecewise linearly: Newton's steps from 0 do not
+    overshoot, and are exact once they stop the entries that the box stops.
+    """
+    gain, rate = pull * room, pull * speed
+    largest = torch.finfo(need.dtype).max
+    time = torch.zeros_like(need)
+    for _ in range(rounds):
+        # As numbers 0 and 1, to multiply with.
+        stopped = (time * speed).ge_(room)
+        left = need - (stopped * gain).sum(-1, keepdim=True)
+        slope = ((1 - stopped) * rate).sum(-1, keepdim=True)
+        later = torch.where(slope > 0, left / slope, time).clamp_max(largest)
+        later = torch.maximum(time, later)
+        # Reading the result back is free on the CPU; elsewhere it would wait for the device.
+        if later.device.type == "cpu" and torch.equal(later, time):
+            break
+        time = later
+    return torch.minimum(time * speed, room)

@@ -1,0 +1,290 @@
+"""The one loop behind all constructed datasets: indexed samples, an attack, a writer."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from advfeat import checks, distributed, threat
+from advfeat.attacks import Batch
+from advfeat.attacks.base import concat_samples, select_samples
+from advfeat.construction.provenance import build_manifest
+from advfeat.construction.recipe import BuildOptions, DatasetRecipe
+from advfeat.datasets import ConstructedDataset
+from advfeat.datasets.dataset import Dtype, dequantize, quantize
+from advfeat.datasets.folder import Array, check_same_manifest, is_finished, read_manifest
+from advfeat.datasets.writer import FolderWriter, MemoryWriter, create_folder, lock_folder
+from advfeat.durable import Folder
+from advfeat.loading import Data, Samples, Source, prefetched
+from advfeat.model import Network, attackable, device_of
+from advfeat.progress import with_progress
+
+# Where rows may stop early, the pool is refilled when a quarter of it is free, and looked at every
+# few steps: to look is to wait for the device.
+_PORTIONS, _LOOK = 4, 8
+
+
+def build_dataset(
+    model: nn.Module, source: Source, recipe: DatasetRecipe, options: BuildOptions
+) -> ConstructedDataset:
+    """Run the recipe's attack over all rows, and keep what it returns."""
+    out = options.folder
+    process = distributed.SINGLE if out is None else distributed.current_process()
+    chunks = _chunks(source, recipe)[process.rank :: process.world_size]
+    kept = np.arange(len(source))
+    manifest = build_manifest(model, source, recipe, options)
+    if options.has_own_folder:
+        if not chunks:
+            checks.fail(
+                "out", str(out), f"there are more ranks ({process.world_size}) than batches"
+            )
+        kept = np.concatenate(chunks)
+        manifest |= {"rows": len(kept), "share": {"rank": process.rank, "of": process.world_size}}
+        process = distributed.SINGLE  # each for itself from here on
+    if out is not None:
+        check_same_manifest(out, manifest)
+        if is_finished(out):
+            return ConstructedDataset.open(out)
+    precision, layer, compiled = options.precision, recipe.layer, options.compile
+    with attackable(model, precision=precision, layer=layer, compile=compiled) as net:
+        builder = _Builder(net, source, recipe, options.dtype, device_of(model))
+        with _open_writer(builder, manifest, out, process) as growing, _stoppable(growing):
+            left = [c for c in chunks if not growing.done[np.searchsorted(kept, c)].all()]
+            batches = with_progress(
+                prefetched(builder.read(left)),
+                total=len(left),
+                label=recipe.method,
+                progress=options.progress if process.rank == 0 else False,
+            )
+            for places, found in builder.made(batches):
+                growing.put(np.searchsorted(kept, places), found)
+            growing.flush()
+            process.barrier()
+        return growing.dataset()
+
+
+def _chunks(source: Source, recipe: DatasetRecipe) -> list[Array]:
+    """Places of the rows that enter together.
+
+    Always the same, whatever is finished and whoever asks: a row's last digits can depend on its
+    batch.
+    """
+    size = source.batch_size
+    if recipe.may_stop_early:
+        size = max(1, size // _PORTIONS)
+    return np.split(np.arange(len(source)), np.arange(size, len(source), size))
+
+
+class _Builder:
+    """Makes rows of a set, a batch at a time."""
+
+    def __init__(
+        self,
+        net: Network,
+        source: Source,
+        recipe: DatasetRecipe,
+        dtype: Dtype,
+        device: torch.device,
+    ) -> None:
+        self._net, self._source, self._recipe = net, source, recipe
+        self._dtype, self._device = dtype, device
+        self._places = {row: place for place, row in enumerate(source.indices)}
+
+    def read(self, chunks: list[Array]) -> Iterator[Samples]:
+        """The chunks' rows, and their companions behind them, on the host."""
+        ids = [[self._source.indices[place] for place in chunk] for chunk in chunks]
+        wanted = [own + self._recipe.companions(own) for own in ids]
+        for own, rows in zip(ids, self._source.batches(torch.device("cpu"), wanted), strict=True):
+            yield rows._replace(ids=torch.tensor(own))
+
+    def example(self) -> dict[str, Array]:
+        """All fields of the first row, before any step."""
+        (rows,) = self.read([np.zeros(1, np.int64)])
+        batch = self._checked(rows)
+        attacked = self._recipe.begin(self._net, batch)
+        attack = self._recipe.attack
+        return self._described(batch, attacked, attack.result(attack.init(self._net, attacked)))
+
+    def made(self, batches: Iterable[Samples]) -> Iterator[tuple[Array, dict[str, Array]]]:
+        """All fields of the rows, and the places they go to."""
+        drive = self._pooled if self._recipe.may_stop_early else self._in_turn
+        for batch, attacked, images in drive(batches):
+            found = self._described(batch, attacked, images)
+            yield np.array([self._places[row] for row in found["index"].tolist()]), found
+
+    def _in_turn(self, batches: Iterable[Samples]) -> Iterator[tuple[Batch, Batch, Tensor]]:
+        """One batch after the other."""
+        net, attack = self._net, self._recipe.attack
+        for rows in batches:
+            batch = self._checked(rows)
+            attacked = self._recipe.begin(net, batch)
+            yield batch, attacked, attack.result(attack.run(net, attack.init(net, attacked)))
+
+    def _pooled(self, batches: Iterable[Samples]) -> Iterator[tuple[Batch, Batch, Tensor]]:
+        """Samples as they finish; the next ones take their places in portions of a batch."""
+        net, attack, size = self._net, self._recipe.attack, self._source.batch_size
+        waiting, more = iter(batches), True
+        pool: list[Any] = []  # rows as they came, as attacked, and their state
+        while True:
+            while more and (not pool or len(pool[0].ids) * _PORTIONS <= size * (_PORTIONS - 1)):
+                rows = next(waiting, None)
+                if rows is None:
+                    more = False
+                    break
+                batch = self._checked(rows)
+                attacked = self._recipe.begin(net, batch)
+                fresh = [batch, attacked, attack.init(net, attacked)]
+                pool = (
+                    [concat_samples(*pair) for pair in zip(pool, fresh, strict=True)]
+                    if pool
+                    else fresh
+                )
+            if not pool:
+                return
+            for _ in range(_LOOK):
+                pool[2] = attack.step(net, pool[2])
+            finished = attack.finished(pool[2])
+            leaving, staying = finished.nonzero().squeeze(1), (~finished).nonzero().squeeze(1)
+            if len(leaving) * _PORTIONS >= size or (len(leaving) and not more):
+                batch, attacked, state = (select_samples(part, leaving) for part in pool)
+                yield batch, attacked, attack.result(state)
+                pool = [select_samples(part, staying) for part in pool] if len(staying) else []
+
+    def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Array]:
+        net, recipe, bounds = self._net, self._recipe, self._recipe.attack.bounds
+        found = {"images": images, "index": batch.ids}
+        if self._dtype == "float32":
+            found |= recipe.describe(net, batch, attacked, images)
+        else:
+            levels = quantize(images, bounds)
+            rounded = dequantize(levels, bounds)
+            before = recipe.describe(net, batch, attacked, images)
+            found |= {"images": levels, **recipe.describe(net, batch, attacked, rounded)}
+            found |= {
+                f"{name}_unrounded": before[name]
+                for name in ("success", "distance")
+                if name in before
+            }
+            found["rounding"] = threat.size(rounded - images, "l2")
+        host = _on_host(found)
+        if companions := recipe.companions(host["index"].tolist()):
+            host["start_index"] = np.array(companions)
+        return host
+
+    def _checked(self, rows: Samples) -> Batch:
+        """Check on the host, where looking waits for nobody, and move to the device."""
+        net, bounds, count = self._net, self._recipe.attack.bounds, len(rows.ids)
+        checks.inputs(rows.inputs, bounds)
+        checks.labels(rows.labels, rows.inputs)
+        net.expect(rows.labels)
+        inputs = self._moved(rows.inputs)
+        start = inputs[count:] if len(inputs) > count else None
+        given = self._recipe.given_starts(rows.ids.tolist())
+        return Batch(
+            inputs[:count],
+            rows.labels[:count].to(self._device, torch.int64, non_blocking=True),
+            rows.ids.to(self._device, non_blocking=True),
+            start if given is None else self._moved(given),
+        )
+
+    def _moved(self, inputs: Tensor) -> Tensor:
+        if self._net.dtype not in (None, torch.float64):
+            # NumPy's float64, which the model would read in float32, doubles a set for nothing.
+            inputs = inputs.float()
+        moved = self._net.prepare(inputs.to(self._device, non_blocking=True))
+        return moved.clamp_(*self._recipe.attack.bounds)
+
+
+def _on_host(found: dict[str, Tensor]) -> dict[str, Array]:
+    """Move all fields, waiting for the device once."""
+    waits = any(value.is_cuda for value in found.values())
+    host = {name: value.to("cpu", non_blocking=value.is_cuda) for name, value in found.items()}
+    if waits:
+        torch.cuda.current_stream().synchronize()
+    return {name: value.numpy() for name, value in host.items()}
+
+
+@contextmanager
+def _open_writer(
+    builder: _Builder, manifest: dict[str, Any], out: Folder | None, process: distributed.Process
+) -> Iterator[MemoryWriter | FolderWriter]:
+    """Open the place where rows go: in memory, a new folder, or one that was begun before."""
+    if out is None:
+        with MemoryWriter(builder.example(), manifest["rows"], manifest) as growing:
+            yield growing
+        return
+    with lock_folder(out) if process.rank == 0 else nullcontext():
+        if process.rank == 0 and read_manifest(out) is None:
+            create_folder(out, builder.example(), manifest["rows"], manifest)
+        process.barrier()
+        check_same_manifest(out, manifest)
+        with FolderWriter(out) as growing:
+            yield growing
+
+
+@contextmanager
+def _stoppable(growing: MemoryWriter | FolderWriter) -> Iterator[None]:
+    """On Ctrl-C and SIGTERM, finish what is being written and say how to go on."""
+    if isinstance(growing, MemoryWriter):
+        yield
+        return
+    main = threading.current_thread() is threading.main_thread()
+    # A handler of the user's own stays in charge.
+    ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        growing.flush()
+        print(
+            f"advfeat: stopped; {int(growing.done.sum())} of {len(growing.done)} rows are safe in "
+            f"{str(growing.folder)!r}. The same call goes on:\n    {_command()}",
+            file=sys.stderr,
+        )
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _leave(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _command() -> str:
+    """The command line of this process, or of the torchrun that started it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} {shlex.join(sys.argv)}"
+    return shlex.join(sys.orig_argv)
+
+
+def indexed_source(data: Data, options: BuildOptions) -> Source:
+    """Samples that can be fetched by number, which every construction needs."""
+    source = Source(data, options.batch_size)
+    if source.is_stream:
+        checks.fail(
+            "data",
+            type(data).__name__,
+            "construction fetches rows by number; pass a map-style dataset or a loader of one",
+        )
+    sharded = isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler)
+    if sharded and options.out is not None and distributed.current_process().world_size > 1:
+        checks.fail(
+            "data",
+            "DistributedSampler",
+            "the ranks share the rows themselves; pass the dataset, or a loader without a sampler",
+        )
+    return source

@@ -1,0 +1,105 @@
+"""How a dataset is built, and what is particular to it."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, distributed, seeding
+from advfeat.attacks import Attack, Batch
+from advfeat.datasets.dataset import DTYPES, Dtype
+from advfeat.datasets.folder import read_manifest
+from advfeat.durable import Folder
+from advfeat.model import Layer, Network, Precision
+
+# In the name of a folder it stands for the rank.
+_RANK = "{rank}"
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a set is made, whatever the set is."""
+
+    batch_size: int | None
+    precision: Precision
+    progress: bool | None
+    out: Folder | None
+    dtype: Dtype
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse bad settings."""
+        checks.one_of("dtype", self.dtype, DTYPES)
+        if not (self.out is None or isinstance(self.out, (str, os.PathLike))):
+            raise TypeError(f"out={self.out!r}: expected the name of a folder")
+
+    @property
+    def has_own_folder(self) -> bool:
+        """Whether each rank has a folder of its own."""
+        return self.out is not None and _RANK in os.fspath(self.out)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where this rank's rows go."""
+        if self.out is None:
+            return None
+        rank = distributed.current_process().rank if self.has_own_folder else 0
+        return Path(os.fspath(self.out).replace(_RANK, str(rank)))
+
+    def seed(self, seed: int | torch.Generator | None) -> int:
+        """The seed to use: of a set that was begun in ``out`` its own, unless another is given."""
+        drawn = seeding.resolve(seed)
+        if seed is not None or self.folder is None:
+            return drawn
+        begun = read_manifest(self.folder)
+        if begun is not None:
+            drawn = begun.get("settings", {}).get("seed", drawn)
+        return distributed.current_process().broadcast_int(drawn)
+
+
+class DatasetRecipe(ABC):
+    """What is particular to a set."""
+
+    method: str
+    attack: Attack
+    layer: Layer = None
+
+    @property
+    def may_stop_early(self) -> bool:
+        """Whether rows may leave before the attack's steps are spent."""
+        return getattr(self.attack, "patience", None) is not None
+
+    @abstractmethod
+    def settings(self, model: nn.Module) -> dict[str, Any]:
+        """What goes into the manifest beside the attack's own settings."""
+
+    def companions(self, ids: list[int]) -> list[int]:
+        """The other rows, one for each row or none at all, that are to be read beside these."""
+        return []
+
+    def given_starts(self, ids: list[int]) -> Tensor | None:
+        """Starts that come from the user, one for each row."""
+        return None
+
+    @abstractmethod
+    def begin(self, net: Network, batch: Batch) -> Batch:
+        """Give the batch to attack: targets for labels, or another start.
+
+        The start that comes in is the user's, or the companions' inputs, where there are any.
+        """
+
+    @abstractmethod
+    def describe(
+        self, net: Network, batch: Batch, attacked: Batch, images: Tensor
+    ) -> dict[str, Tensor]:
+        """Fields to keep beside the images, ``labels`` among them, measured in float32.
+
+        Of the model, the rows as they came, the batch as it was attacked, and the very images that
+        are kept.
+        """

@@ -1,0 +1,22 @@
+"""Constructed datasets: open, save, inspect, exchange with other formats, and their controls."""
+
+from advfeat.datasets.dataset import ConstructedDataset
+from advfeat.datasets.exchange import (
+    export_images,
+    export_released,
+    import_images,
+    import_released,
+)
+from advfeat.datasets.inspection import Inspection, inspect, moved_control, noise_control
+
+__all__ = [
+    "ConstructedDataset",
+    "Inspection",
+    "export_images",
+    "export_released",
+    "import_images",
+    "import_released",
+    "inspect",
+    "moved_control",
+    "noise_control",
+]

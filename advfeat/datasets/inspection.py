@@ -1,0 +1,285 @@
+"""What a careful user checks before training on a constructed set, and the controls beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advfeat import checks, seeding, threat
+from advfeat.datasets.dataset import ConstructedDataset
+from advfeat.datasets.folder import Array
+from advfeat.loading import Data, Source
+
+__all__ = ["Inspection", "inspect", "moved_control", "noise_control"]
+
+_BATCH = 1024
+_BINS = 10
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found; printed, a short table. None is what the set does not tell."""
+
+    method: str
+    rows: int
+    label_counts: tuple[int, ...]  # by class
+    lowest: float
+    highest: float
+    outside: int  # images that leave the bounds, or hold NaN
+    duplicates: int  # images that another row has too
+    size_counts: tuple[int, ...] | None  # histogram of the perturbations' norms
+    size_edges: tuple[float, ...] | None
+    success: float | None  # share of rows for which the model says the label
+    success_unrounded: float | None  # before images were rounded to 256 levels
+    own_label: float | None  # share of rows whose target is their true label, t = y
+    distance_before: float | None  # mean distance of activations, at the start
+    distance: float | None  # and at the end
+    distance_unrounded: float | None
+    rounding: float | None  # mean l2 that images were moved by rounding
+
+    def __str__(self) -> str:
+        """The table."""
+        counts = self.label_counts
+        lines = [
+            f"{self.method}: {self.rows} rows, {len(counts)} classes of {min(counts)} to "
+            f"{max(counts)} rows",
+            f"pixels from {self.lowest:.4g} to {self.highest:.4g}; {self.outside} images outside "
+            f"the bounds, {self.duplicates} duplicates",
+        ]
+        if self.size_counts is not None and self.size_edges is not None:
+            lines += self._sizes(self.size_counts, self.size_edges)
+        for name, value in (
+            ("attack success", self.success),
+            ("attack success before rounding", self.success_unrounded),
+            ("share with t = y", self.own_label),
+            ("distance before", self.distance_before),
+            ("distance after", self.distance),
+            ("distance after, before rounding", self.distance_unrounded),
+            ("l2 moved by rounding", self.rounding),
+        ):
+            if value is not None:
+                lines.append(f"{name}: {value:.4g}")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _sizes(counts: tuple[int, ...], edges: tuple[float, ...]) -> list[str]:
+        """The histogram, or one line where all sizes agree to four digits, as on a ball's edge."""
+        if f"{edges[0]:.4g}" == f"{edges[-1]:.4g}":
+            return [f"size of the perturbation: {edges[-1]:.4g}"]
+        bins = zip(edges, edges[1:], counts, strict=False)
+        return ["size of the perturbation:"] + [
+            f"    {low:.4g} to {high:.4g}: {count}" for low, high, count in bins
+        ]
+
+
+def inspect(dataset: ConstructedDataset) -> Inspection:
+    """Look at every row of a set for what would spoil training on it.
+
+    Reads a part of the images at a time, so a set on disk may be larger than memory.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3))
+    >>> made = af.construct_det_dataset(torch.nn.Identity(), data, eps=0.9, steps=10)
+    >>> found = inspect(made)
+    >>> found.success, found.own_label, found.label_counts
+    (1.0, 0.0, (1, 1, 1))
+    """
+    low, high = dataset.bounds
+    lowest, highest, outside = np.inf, -np.inf, 0
+    seen: dict[bytes, int] = {}
+    for part in _parts(dataset):
+        smallest, largest = part.flatten(1).aminmax(dim=1)
+        lowest, highest = min(lowest, float(smallest.min())), max(highest, float(largest.max()))
+        # NaN fails this comparison too.
+        outside += int((~((smallest >= low - 1e-6) & (largest <= high + 1e-6))).sum())
+        for image in part.contiguous().numpy():
+            key = hashlib.blake2b(image.data, digest_size=16).digest()
+            seen[key] = seen.get(key, 0) + 1
+    has = dataset.fields.keys()
+    # In float64: bins between norms that differ by rounding alone have no width in float32.
+    sizes = dataset.field("size").double() if "size" in has else None
+    counts, edges = (None, None) if sizes is None else np.histogram(sizes, _BINS)
+    own = dataset.labels == dataset.field("source_labels") if "source_labels" in has else None
+
+    def mean(name: str) -> float | None:
+        return float(dataset.field(name).double().mean()) if name in has else None
+
+    return Inspection(
+        method=str(dataset.manifest.get("method", "unknown")),
+        rows=len(dataset),
+        label_counts=tuple(torch.bincount(dataset.labels).tolist()),
+        lowest=lowest,
+        highest=highest,
+        outside=outside,
+        duplicates=sum(count for count in seen.values() if count > 1),
+        size_counts=None if counts is None else tuple(counts.tolist()),
+        size_edges=None if edges is None else tuple(edges.tolist()),
+        success=mean("success"),
+        success_unrounded=mean("success_unrounded"),
+        own_label=None if own is None else float(own.double().mean()),
+        distance_before=mean("distance_before"),
+        distance=mean("distance"),
+        distance_unrounded=mean("distance_unrounded"),
+        rounding=mean("rounding"),
+    )
+
+
+def noise_control(
+    dataset: ConstructedDataset, data: Data, *, seed: int | torch.Generator | None = None
+) -> ConstructedDataset:
+    """Make the same set with noise in place of the perturbations: what its labels alone teach.
+
+    Every image is the one that the perturbation started from, moved by noise of the same norm, with
+    the same label. A model trained on it should be at chance (D_rand) or at what the true labels
+    say of the targets (D_det: always wrong).
+
+    Parameters
+    ----------
+    dataset
+        D_det or D_rand, or D_R or D_NR with ``start="images"``.
+    data
+        What it was constructed from.
+    seed
+        Of the noise; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    ConstructedDataset
+        In memory: ``images``, ``labels``, ``index`` and ``size``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> data = torch.utils.data.TensorDataset(torch.rand(8, 6), torch.arange(8) % 3)
+    >>> model = torch.nn.Linear(6, 3)
+    >>> made = af.construct_det_dataset(model, data, eps=0.1, steps=5)
+    >>> control = noise_control(made, data, seed=0)
+    >>> bool((control.field("size") - made.field("size")).abs().max() < 1e-4)
+    True
+    """
+    checks.seed(seed)
+    drawn = seeding.resolve(seed)
+    source, norm, (low, high) = Source(data), _norm(dataset), dataset.bounds
+    images = np.empty(dataset.fields["images"].shape, np.float32)
+    for rows, base in _bases(dataset, source):
+        keys = seeding.keys(drawn, torch.from_numpy(rows))
+        normal = torch.special.ndtri(seeding.uniform(keys, 0, base[0].numel())).view(base.shape)
+        # In l_inf a perturbation goes all the way in every pixel.
+        noise = normal.sign() if norm == "linf" else normal
+        wanted = dataset.field("size")[rows]
+        images[rows] = _moved(base, noise, wanted, norm, low, high).numpy()
+    return _control(dataset, source, images, np.arange(len(dataset)), "noise")
+
+
+def moved_control(
+    dataset: ConstructedDataset, data: Data, *, seed: int | torch.Generator | None = None
+) -> ConstructedDataset:
+    """Move each perturbation to another image with the same label: what perturbations alone teach.
+
+    Every perturbation and every image occurs once; the only row of a label is left out.
+
+    Parameters
+    ----------
+    dataset, data
+        As in `noise_control`.
+    seed
+        Of the exchange; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    ConstructedDataset
+        In memory: ``images``, ``labels``, ``index``, ``size`` and ``moved_from``, the row of
+        ``dataset`` that the perturbation is from.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> data = torch.utils.data.TensorDataset(torch.rand(8, 6), torch.arange(8) % 2)
+    >>> made = af.construct_det_dataset(torch.nn.Linear(6, 2), data, eps=0.1, steps=5)
+    >>> control = moved_control(made, data, seed=0)
+    >>> bool((control.field("moved_from") != torch.arange(8)).all())
+    True
+    """
+    checks.seed(seed)
+    generator = seeding.generator(seeding.resolve(seed))
+    source, labels, (low, high) = Source(data), dataset.labels, dataset.bounds
+    giver = torch.full((len(dataset),), -1)
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        if len(members) > 1:
+            giver[members] = members.roll(1)
+    kept = (giver >= 0).nonzero().squeeze(1)
+    if not len(kept):
+        checks.fail("dataset", len(dataset), "no label has two rows; there is nothing to exchange")
+    deltas = torch.empty(dataset.fields["images"].shape)
+    for rows, base in _bases(dataset, source):
+        deltas[rows] = dataset.subset(rows).images - base
+    images = np.empty(deltas.shape, np.float32)
+    for rows, base in _bases(dataset, source):
+        images[rows] = (base + deltas[giver[rows]]).clamp(low, high).numpy()
+    control = _control(dataset, source, images[kept.numpy()], kept.numpy(), "moved perturbations")
+    control.fields["moved_from"] = giver[kept].numpy()
+    return control
+
+
+def _control(
+    dataset: ConstructedDataset, source: Source, images: Array, rows: Array, name: str
+) -> ConstructedDataset:
+    fields = {"images": images} | {
+        field: np.array(dataset.fields[field][rows])
+        for field in ("labels", "index", "source_labels", "start_index")
+        if field in dataset.fields
+    }
+    manifest = {**dataset.manifest, "method": f"{dataset.manifest.get('method')}, {name}"}
+    control = ConstructedDataset(fields, manifest)
+    sizes = [
+        threat.size(control.subset(part).images - base, _norm(dataset))
+        for part, base in _bases(control, source)
+    ]
+    control.fields["size"] = torch.cat(sizes).numpy()
+    return control
+
+
+def _moved(
+    base: Tensor, noise: Tensor, wanted: Tensor, norm: threat.Norm, low: float, high: float
+) -> Tensor:
+    """Images at the wanted distance along the noise, as far as the box lets them."""
+    scale = wanted / threat.size(noise, norm)
+    for _ in range(20):
+        moved = (base + threat.per_sample(scale, noise) * noise).clamp(low, high)
+        # What the box took is made up for by a longer step.
+        scale = scale * (wanted / threat.size(moved - base, norm).clamp_min(1e-12)).clamp(0.5, 2)
+    return moved
+
+
+def _bases(dataset: ConstructedDataset, source: Source) -> Iterator[tuple[Array, Tensor]]:
+    """The rows a part at a time, each with the images that its perturbations started from."""
+    has_start = "start_index" in dataset.fields
+    if "distance" in dataset.fields and not has_start:
+        checks.fail("dataset", repr(dataset), "a control needs start='images'")
+    index = dataset.field("start_index" if has_start else "index").numpy()
+    for at in range(0, len(dataset), _BATCH):
+        rows = np.arange(at, min(at + _BATCH, len(dataset)))
+        found = source.rows(index[rows].tolist(), torch.device("cpu")).inputs
+        yield rows, found.to(torch.float32)
+
+
+def _norm(dataset: ConstructedDataset) -> threat.Norm:
+    norm: threat.Norm = dataset.manifest.get("settings", {}).get("norm", "l2")
+    return norm
+
+
+def _parts(dataset: ConstructedDataset) -> Iterator[Tensor]:
+    for at in range(0, len(dataset), _BATCH):
+        yield dataset.subset(slice(at, at + _BATCH)).images

@@ -1,0 +1,25 @@
+"""The only code that touches the user's module."""
+
+from advfeat.model.access import device_of, logits_of, unwrapped
+from advfeat.model.formats import Precision
+from advfeat.model.freezing import buffers_kept
+from advfeat.model.layers import Layer, find_layer
+from advfeat.model.network import Evaluation, Network, attackable
+from advfeat.model.trainable import Trainee, averaging, refuse_wrapped, trainable
+
+__all__ = [
+    "Evaluation",
+    "Layer",
+    "Network",
+    "Precision",
+    "Trainee",
+    "attackable",
+    "averaging",
+    "buffers_kept",
+    "device_of",
+    "find_layer",
+    "logits_of",
+    "refuse_wrapped",
+    "trainable",
+    "unwrapped",
+]

@@ -1,0 +1,33 @@
+"""Find the user's own module, its device, and the logits in what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The user's own module below a data-parallel wrapper, which would synchronise gradients."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return module.module if isinstance(module, wrappers) else module
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's first parameter or buffer is; the CPU if it has none."""
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def logits_of(output: object) -> object:
+    """Find the logits in what a module returned: tensor, tuple or list, mapping or ``.logits``."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if hasattr(output, "logits"):
+        return output.logits
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    return output

@@ -1,0 +1,107 @@
+"""Freeze a module while it is attacked, and leave it as it was found."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from advfeat import checks
+from advfeat.model.access import device_of
+
+
+@contextmanager
+def frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
+    """Freeze flags and parameters; put back flags, ``requires_grad`` and every buffer's value."""
+    flags = [(m, m.training) for m in module.modules()]
+    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    owned = [(m, dict(m._buffers.items())) for m in module.modules()]
+    recurrent = [(m, m.dropout) for m in module.modules() if isinstance(m, nn.RNNBase)]
+    try:
+        for m, _ in flags:
+            m.training = m.training and train
+        for m, _ in recurrent:
+            # cuDNN goes backward in training mode alone, which is the same without dropout.
+            if not train and device_of(m).type == "cuda":
+                m.training, m.dropout = True, 0.0
+        for parameter, _ in wanted:
+            parameter.requires_grad_(False)
+        with buffers_kept(module):
+            yield
+    finally:
+        for m, flag in flags:
+            m.training = flag
+        for m, dropout in recurrent:
+            m.dropout = dropout
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+        for owner, own in owned:
+            if isinstance(owner, torch.jit.ScriptModule):  # shows a view of its buffers
+                for name, buffer in own.items():
+                    setattr(owner, name, buffer)
+                continue
+            owner._buffers.clear()
+            owner._buffers.update(own)
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put back the values of all buffers: a pass that is not to count in BatchNorm statistics."""
+    # An expanded buffer (stride 0) cannot be written to, by anyone.
+    values = [(b, b.clone()) for b in module.buffers() if 0 not in b.stride()]
+    try:
+        yield
+    finally:
+        for buffer, value in values:
+            # Through .data: a counted write would break a graph the user holds. Always, for
+            # BatchNorm does not count its own.
+            buffer.data.copy_(value)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile(module)`` made it, or ``module.compile()`` was called."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+@contextmanager
+def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
+    """Warn of what is random, or looks at other rows, and was not put in evaluation mode.
+
+    A module that ``forward`` reaches as a global, or through a closure, is no part of the model.
+    """
+    own, found = set(module.modules()), set()
+
+    def look(called: nn.Module, _: object) -> None:
+        if called.training and called not in own and isinstance(called, (_BatchNorm, _DropoutNd)):
+            found.add(type(called).__name__)
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if found:
+        warnings.warn(
+            f"the model calls {' and '.join(sorted(found))} in training mode, in a module that is "
+            "no part of it (a global?): results depend on the batch or on chance, and statistics "
+            "move; make that module an attribute of the model, or call its .eval()",
+            stacklevel=2,
+        )
+
+
+def refuse_inference_tensors(module: nn.Module) -> None:
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if tensor.is_inference():
+            checks.fail(
+                "model",
+                name,
+                "made in torch.inference_mode, so it can enter no gradient; make the model, or "
+                "copy.deepcopy it, outside of that mode",
+            )

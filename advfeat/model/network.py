@@ -1,0 +1,295 @@
+"""A frozen module as attacks see it: logits, features and input gradients."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks, threat
+from advfeat.model import folding
+from advfeat.model.access import logits_of, unwrapped
+from advfeat.model.compiled import CompiledModule
+from advfeat.model.formats import (
+    CONVOLUTIONS,
+    Precision,
+    at_least_float32,
+    contiguous_only,
+    in_channels_last,
+    keep_pooled_gradient_in_channels_last,
+    set_memory_format,
+    supported_precision,
+)
+from advfeat.model.freezing import (
+    frozen,
+    is_compiled,
+    refuse_inference_tensors,
+    warn_about_training_submodules,
+)
+from advfeat.model.layers import Layer, LayerHook, find_layer, last_linear
+
+# A folded BatchNorm may differ by rounding, as a share of the largest output; bfloat16 has 4e-3.
+_ROUNDING = 1e-3
+
+
+# Size at which a row's gradient goes backward through a float16 model, which holds 6e-8 to 65504.
+_HALF_SCALE = 64.0
+
+
+class Evaluation(NamedTuple):
+    """What one forward and backward pass gives, each with the sample first."""
+
+    gradient: Tensor  # (N, ...) like the inputs, the objective's gradient
+    value: Tensor  # (N,) the objective
+    output: Tensor  # (N, C) logits or (N, F) features, float32 at least
+
+
+class Network:
+    """A frozen module as attacks see it: logits, features and input gradients, batch first.
+
+    Made for an attack, and handed to its ``init`` and ``step``; not meant to outlive the call.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        precision: Precision = "float32",
+        layer: Layer = None,
+        compile: bool = False,
+        fold: bool = False,
+    ) -> None:
+        self._module = module
+        self._own: nn.Module = getattr(module, "_orig_mod", module)  # inside torch.compile's
+        self._fold = fold
+        self._folded: dict[object, folding.Forwards] = {}  # by the function that is called
+        self._compile = compile
+        self._logits_call = CompiledModule(module) if compile else module
+        self._layer = layer
+        self._at_layer: Callable[[Tensor], object] | None = None
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        example = next((t for t in tensors if t.is_floating_point()), None)
+        self.device = None if example is None else example.device
+        self.dtype = None if example is None else example.dtype
+        self.low_precision = precision == "bfloat16"
+        self._has_convolution = any(isinstance(m, CONVOLUTIONS) for m in module.modules())
+        self.classes: int | None = None
+        self._largest_label, self._label_name = -1, "labels"
+        # A compiler would meet the hook that looks.
+        self._checked_submodules = compile or any(map(is_compiled, module.modules()))
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Copy the user's inputs: detached, float32 at least, in the fastest memory format."""
+        dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+        memory_format = self._memory_format(inputs)
+        return inputs.detach().to(dtype, copy=True).contiguous(memory_format=memory_format)
+
+    def expect(self, labels: Tensor, name: str = "labels") -> None:
+        """Check class indices against the number of logits, now or once it is known."""
+        largest = int(labels.max())
+        if self.classes is not None:
+            checks.class_range(largest, self.classes, name)
+        self._largest_label = max(self._largest_label, largest)
+        self._label_name = name
+
+    def class_count(self, inputs: Tensor) -> int:
+        """Number of logits; looked up on the first row if no forward pass has told it yet."""
+        if self.classes is None:
+            self.logits(inputs[:1])
+        assert self.classes is not None
+        return self.classes
+
+    def logits(self, inputs: Tensor, low_precision: bool = False) -> Tensor:
+        """Return logits ``(N, C)`` without a gradient, computed in float32 (or float64).
+
+        ``low_precision`` computes them as gradients are, for what is settled in float32 later.
+        """
+        with torch.no_grad():
+            return self._logits(inputs, low_precision and self.low_precision)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Activations at the layer, ``(N, F)``, without a gradient, in float32 (or float64)."""
+        with torch.no_grad():
+            return self._features(inputs, low_precision=False)
+
+    def logits_gradient(self, inputs: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
+        """Gradient of a per-sample objective of the logits, by the inputs.
+
+        Returned as ``gradient`` (like ``inputs``), ``value`` (the objective, ``(N,)``) and
+        ``output`` (the logits, ``(N, C)``), in bfloat16's precision where the user asked for it.
+        """
+        return self._gradient(inputs, self._logits, objective)
+
+    def features_gradient(
+        self, inputs: Tensor, objective: Callable[[Tensor], Tensor]
+    ) -> Evaluation:
+        """Gradient of a per-sample objective of the layer's activations, by the inputs.
+
+        Returned as ``gradient``, ``value`` and ``output`` (the activations, ``(N, F)``).
+        """
+        return self._gradient(inputs, self._features, objective)
+
+    def _gradient(
+        self,
+        inputs: Tensor,
+        forward: Callable[..., Tensor],
+        objective: Callable[[Tensor], Tensor],
+    ) -> Evaluation:
+        # The user's own autocast would decide the precision of the backward pass too.
+        with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+            leaf = inputs.detach().requires_grad_()
+            output = forward(leaf, low_precision=self.low_precision)
+            value = objective(output)
+            found = None
+            if value.requires_grad and output.requires_grad:
+                found = self._by_inputs(leaf, output, value)
+            gradient = self._no_gradient(leaf) if found is None else found
+        return Evaluation(gradient, value.detach(), output.detach())
+
+    def _by_inputs(self, leaf: Tensor, output: Tensor, value: Tensor) -> Tensor | None:
+        if not leaf.is_contiguous():
+            keep_pooled_gradient_in_channels_last(output)
+        # A sum, never a mean: no sample's gradient depends on its batch.
+        total = value.sum()
+        if self.dtype != torch.float16:
+            return torch.autograd.grad(total, leaf, allow_unused=True)[0]
+        # float16 holds neither the tiny gradient of a sure answer nor a huge one (pitfall 12):
+        # every row enters the model at one size, and has its own back in float32.
+        (by_output,) = torch.autograd.grad(total, output)
+        peak = by_output.abs().amax(1)
+        unit = by_output / threat.per_sample(peak.clamp_min(torch.finfo(peak.dtype).tiny), output)
+        (found,) = torch.autograd.grad(output, leaf, unit * _HALF_SCALE, allow_unused=True)
+        return None if found is None else found * threat.per_sample(peak / _HALF_SCALE, leaf)
+
+    @staticmethod
+    def _no_gradient(leaf: Tensor) -> Tensor:
+        warnings.warn(
+            "the model's output has no gradient by its input (detached, or computed outside "
+            "autograd): gradient attacks cannot move, and robustness measured so means nothing",
+            stacklevel=2,
+        )
+        return torch.zeros_like(leaf)
+
+    def _logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        output = self._call(self._logits_call, inputs, low_precision)
+        output = checks.logits(logits_of(output), inputs)
+        if self.classes is None:
+            self.classes = output.shape[1]
+            checks.class_range(self._largest_label, self.classes, self._label_name)
+        return at_least_float32(output)
+
+    def _features(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        output = self._call(self._layer_call, inputs, low_precision)
+        if not isinstance(output, Tensor) or output.shape[:1] != inputs.shape[:1]:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            checks.fail("layer", shape, "its activations must be a tensor (N, ...)")
+        return at_least_float32(output.flatten(1))
+
+    def _layer_call(self, inputs: Tensor) -> object:
+        if self._at_layer is None:
+            self._at_layer = self._function_of_layer(inputs[:1])
+        return self._at_layer(inputs)
+
+    def _function_of_layer(self, example: Tensor) -> Callable[[Tensor], object]:
+        layer = self._layer
+        assert not isinstance(layer, str)
+        if layer is None:
+            last, calls = last_linear(self._module, example)
+            return LayerHook(self._module, last, compile=self._compile, calls=calls, before=True)
+        if isinstance(layer, nn.Module):
+            return LayerHook(self._module, layer, compile=self._compile)
+        return CompiledModule(layer) if self._compile else layer
+
+    def _call(
+        self, function: Callable[[Tensor], object], inputs: Tensor, low_precision: bool
+    ) -> object:
+        if self.dtype is not None and not low_precision:
+            inputs = inputs.to(self.dtype)
+        if self._fold and low_precision and function not in self._folded:
+            self._folded[function] = self._checked_folding(function, inputs)
+        forwards = self._folded.get(function, {}) if low_precision else {}
+        looked, self._checked_submodules = self._checked_submodules, True
+        # Set either way: the user's own autocast does not decide the attack's precision.
+        with (
+            nullcontext() if looked else warn_about_training_submodules(self._module),
+            folding.forwards_replaced(forwards),
+            torch.autocast(inputs.device.type, torch.bfloat16, enabled=low_precision),
+        ):
+            # Images of one channel are contiguous in either format: then the weights decide.
+            if inputs.is_contiguous() and self._own not in in_channels_last:
+                return function(inputs)
+            try:
+                return function(inputs)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(error):
+                    raise
+                contiguous_only.add(self._own)
+                set_memory_format(in_channels_last.pop(self._own, []), torch.contiguous_format)
+                return function(inputs.contiguous())
+
+    def _checked_folding(
+        self, function: Callable[[Tensor], object], inputs: Tensor
+    ) -> folding.Forwards:
+        """Forwards with BatchNorms folded in, if the function then gives the same in float32."""
+        forwards = folding.fold_batchnorm(self._module)
+        if not forwards:
+            return {}
+        row = inputs.detach()[:1]
+        devices = [inputs.device] if inputs.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            own = logits_of(self._call(function, row, low_precision=False))
+            with folding.forwards_replaced(forwards):
+                found = logits_of(self._call(function, row, low_precision=False))
+        if not (isinstance(own, Tensor) and isinstance(found, Tensor)):
+            return {}
+        apart, size = (found - own).abs().max(), own.abs().max()
+        return forwards if bool(apart <= _ROUNDING * size) else {}
+
+    def _memory_format(self, inputs: Tensor) -> torch.memory_format:
+        fits = inputs.ndim == 4 and self._has_convolution
+        if fits and self._own not in contiguous_only:
+            return torch.channels_last
+        return torch.contiguous_format
+
+
+@contextmanager
+def attackable(
+    module: nn.Module,
+    *,
+    precision: Precision = "float32",
+    layer: Layer = None,
+    train: bool = False,
+    compile: bool = False,
+) -> Iterator[Network]:
+    """Freeze a module, yield its `Network`, and leave the module as it was found.
+
+    Parameters
+    ----------
+    module
+        Any module; a DataParallel or DistributedDataParallel wrapper is taken off.
+    precision
+        ``"bfloat16"`` takes gradients under autocast where the hardware computes in bfloat16, and
+        warns and stays in float32 where it does not. BatchNorm is then folded into the
+        convolution before it, where that is sure to give the same.
+    layer
+        Where `Network.features` looks: a module's name or the module (its output), a callable
+        of the inputs, or None for the input of the Linear that is called last.
+    train
+        Keep the training flags (BatchNorm uses batch statistics, dropout is on) instead of
+        evaluation mode. Buffers are restored all the same.
+    compile
+        Go through ``torch.compile``; warns and goes on without it where it fails.
+    """
+    checks.model(module)
+    checks.one_of("precision", precision, checks.PRECISIONS)
+    module = unwrapped(module)
+    refuse_inference_tensors(module)
+    layer = find_layer(module, layer)
+    # Not in the user's inference mode: its tensors could not enter a gradient.
+    with torch.inference_mode(False), torch.no_grad(), frozen(module, train=train):
+        fold = not (train or compile)  # a compiler does it itself
+        yield Network(module, supported_precision(precision, module), layer, compile, fold)

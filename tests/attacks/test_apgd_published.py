@@ -13,7 +13,7 @@ from toys import ORDER, WIDE, adv_lib
 
 from advfeat import threat
 from advfeat.attacks import APGD
-from advfeat.attacks._attack import checked_batch
+from advfeat.attacks.base import prepare_batch
 from advfeat.model import attackable
 
 NORMS = ("l1", "l2", "linf")
@@ -41,11 +41,11 @@ def points(count=12, shape=(3, 4, 4)):
 def run(attack, model, x, y, start=None, steps=None):
     """States before each evaluation and after the last; from ``start`` instead of a random one."""
     with attackable(model) as net:
-        state = attack.init(net, checked_batch(net, x, y, None, attack.bounds))
+        state = attack.init(net, prepare_batch(net, x, y, None, attack.bounds))
         if start is not None:
             state = state._replace(current=start, previous=start)
         states = [state]
-        for _ in range(attack.ticks if steps is None else steps):
+        for _ in range(attack.max_evaluations if steps is None else steps):
             states.append(attack.step(net, states[-1]))
     return states
 
@@ -182,7 +182,7 @@ def test_the_l1_phases_lie_in_balls_of_three_two_and_one_radius():
     model, x = curved(), points()
     y = model(x).argmax(1)
     attack = APGD(eps=0.25, norm="l1", loss="margin", seed=0)
-    assert attack.ticks == 103  # 30, 30 and 40 steps, and their starts
+    assert attack.max_evaluations == 103  # 30, 30 and 40 steps, and their starts
     states = run(attack, model, x, y)
     sizes = torch.stack([(s.current - x).flatten(1).norm(1, dim=1) for s in states[:-1]], 1)
     for part, radius in ((sizes[:, :31], 3), (sizes[:, 31:62], 2), (sizes[:, 62:], 1)):
@@ -190,7 +190,7 @@ def test_the_l1_phases_lie_in_balls_of_three_two_and_one_radius():
         np.testing.assert_allclose(part[:, 5:].amax(1), 0.25 * radius, atol=1e-9)
     # A phase begins at the best of the one before, projected.
     for at, radius in ((31, 2), (62, 1)):
-        start = project(states[at].peak, x, 0.25 * radius, "l1")
+        start = project(states[at].x_max, x, 0.25 * radius, "l1")
         torch.testing.assert_close(states[at].current, start, rtol=0, atol=1e-9)
 
 
@@ -327,7 +327,7 @@ def test_iterates_are_those_of_the_printed_algorithm(norm):
         expected = published_l1(model, x, y, found[0], eps)
     else:
         expected, best = published(model, x, y, found[0], eps, norm)
-        torch.testing.assert_close(states[-1].peak, best, rtol=0, atol=1e-6)
+        torch.testing.assert_close(states[-1].x_max, best, rtol=0, atol=1e-6)
     assert len(expected) == len(found)
     for k, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=lambda m, k=k: f"{k}: {m}")
@@ -358,9 +358,9 @@ def test_from_the_same_start_it_finds_what_torchattacks_finds(norm, loss):
     best, value, start = torchattacks_run(model, x, y, norm, loss)
     attack = APGD(eps=EPS[norm], norm=norm, loss=loss, seed=0)
     last = run(attack, model, x, y, start)[-1]
-    torch.testing.assert_close(last.peak_value, value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(last.value_max, value, rtol=1e-6, atol=0)
     if loss != "dlr":  # DLR has kinks, at which many points are as good
-        torch.testing.assert_close(last.peak, best, rtol=0, atol=1e-6)
+        torch.testing.assert_close(last.x_max, best, rtol=0, atol=1e-6)
 
 
 def adv_lib_run(model, x, y, norm, loss):
@@ -400,6 +400,6 @@ def test_it_climbs_as_high_as_adv_lib(norm, loss):
     last = run(attack, model, x, y, start)[-1]
     # Theirs halves the step more often, and in l1 a step moves up to one entry more.
     close = 1e-6 if norm != "l1" else 0.02
-    near = (last.peak_value - value).abs() <= close * value.abs()
+    near = (last.value_max - value).abs() <= close * value.abs()
     assert near.double().mean() >= 0.9
-    torch.testing.assert_close(last.peak_value.mean(), value.mean(), rtol=close, atol=0)
+    torch.testing.assert_close(last.value_max.mean(), value.mean(), rtol=close, atol=0)

@@ -211,6 +211,15 @@ def labels(value: object, inputs: Tensor, name: str = "labels") -> None:
         fail(name, smallest, "class indices start at 0; labels in {-1, +1} become (y + 1) // 2")
 
 
+def soft_or_hard_labels(value: object, inputs: Tensor, name: str = "labels") -> None:
+    """Refuse labels that are neither class indices nor class probabilities ``(N, C)``."""
+    soft = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 2
+    if not soft:
+        labels(value, inputs, name)
+    elif value.shape[0] != inputs.shape[0]:  # type: ignore[attr-defined]
+        fail(f"{name}.shape", tuple(value.shape), f"expected ({inputs.shape[0]}, C)")  # type: ignore[attr-defined]
+
+
 def logits(value: object, inputs: Tensor) -> Tensor:
     """Refuse a model output that is not one row of at least two logits for each input."""
     if not isinstance(value, Tensor):

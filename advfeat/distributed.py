@@ -7,12 +7,16 @@ the same rendezvous serves the few numbers that are exchanged here.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # The slowest rank may come days after the fastest.
@@ -26,13 +30,42 @@ class Process(NamedTuple):
     rank: int
     world_size: int
 
-    def broadcast_int(self, number: int) -> int:
-        """The first rank's number, on every rank."""
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that draws bars, calls back and writes files."""
+        return self.rank == 0
+
+    def broadcast_int(self, number: int, root: int = 0) -> int:
+        """The number of the first rank, or of another, on every rank."""
         if self.world_size == 1:
             return number
         sent = torch.tensor([number])
-        _gloo_group().broadcast(sent, 0).wait()
+        _gloo_group().broadcast(sent, root).wait()
         return int(sent)
+
+    def broadcast_bool(self, decision: bool) -> bool:
+        """The first rank's decision, on every rank."""
+        return bool(self.broadcast_int(int(decision)))
+
+    def all_equal(self, text: str) -> bool:
+        """Whether every rank has the same text."""
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return len({self.broadcast_int(number, rank) for rank in range(self.world_size)}) == 1
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks of the user's process group, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def shard(self, data: Any) -> Any:
+        """The rank's samples of a dataset; a loader or a list is taken as it is."""
+        if self.world_size == 1 or isinstance(data, (DataLoader, list, tuple)):
+            return data
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            data, self.world_size, self.rank, shuffle=False
+        )
+        return DataLoader(data, batch_size=128, sampler=sampler)
 
     def barrier(self) -> None:
         """Return once every rank has called this."""

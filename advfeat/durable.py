@@ -1,7 +1,8 @@
-"""Files and folders written whole or not at all, locks, and SIGTERM."""
+"""Files and folders written whole or not at all, locks, SIGTERM and Ctrl-C."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -9,22 +10,58 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 Folder: TypeAlias = str | os.PathLike[str]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of text whole or not at all, in the place of what was there."""
-    partial = path.with_name(f".{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all, in the place of what was there.
+
+    Parameters
+    ----------
+    path
+        The file.
+    content
+        Text, or a function that writes to a binary file.
+
+    Raises
+    ------
+    OSError
+        Naming the file, where the disk is full, say; what was there stays, and no partial file.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns what the file raised into a RuntimeError.
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        reason = os.strerror(cause.errno) if cause.errno else str(cause)
+        raise OSError(
+            cause.errno, f"{reason}, while {path.name!r} was written", str(path)
+        ) from error
+    finally:
+        # Gone where all went well.
+        partial.unlink(missing_ok=True)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """Find the OSError that an error is, or that it came from."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextmanager
@@ -44,25 +81,64 @@ def whole_folder(folder: Folder) -> Iterator[Path]:
         raise
 
 
+# Locks of this process, by file: locks of POSIX do not hold between threads, and are lost when any
+# of them closes the file. The process is kept, for a child that was forked holds none of them.
+_held: dict[str, int] = {}
+_held_guard = threading.Lock()
+
+
 @contextmanager
-def lock_file(path: Path) -> Iterator[None]:
-    """Keep other processes out; over with this process, however that ends."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def lock_file(path: Path, argument: str = "out") -> Iterator[None]:
+    """Keep other processes, and other threads of this one, out; over with this process.
+
+    Parameters
+    ----------
+    path
+        The file, which is there while the lock is held. Its folder must exist.
+    argument
+        The user's argument that named the folder, for the message.
+
+    Raises
+    ------
+    BlockingIOError
+        Naming who is at work in the folder.
+    """
+    name = f"{argument}={str(path.parent)!r}"
+    key = os.path.realpath(path)
+    with _held_guard:
+        if _held.get(key) == os.getpid():
+            raise BlockingIOError(errno.EWOULDBLOCK, f"{name}: in use by a thread of this process")
+        _held[key] = os.getpid()
     try:
+        file = _locked_file(path, name)
+        try:
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(file)
+    finally:
+        with _held_guard:
+            _held.pop(key, None)
+
+
+def _locked_file(path: Path, name: str) -> int:
+    """Open and lock a file."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             _lock(file)
         except OSError as error:
             holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
-            raise BlockingIOError(
-                error.errno, f"out={str(path.parent)!r}: in use by {holder}"
-            ) from error
-        os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            os.close(file)
+            raise BlockingIOError(error.errno, f"{name}: in use by {holder}") from error
+        # Whoever held it may have removed it meanwhile: then this is no file any more.
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
         os.close(file)
 
 
@@ -79,30 +155,43 @@ def _lock(file: int) -> None:
 
 
 class Termination:
-    """Notices SIGTERM, so that a run can be saved before the process ends."""
+    """Notices SIGTERM and Ctrl-C, so that a run can be saved before the process ends.
+
+    A second Ctrl-C is not waited with.
+    """
 
     def __init__(self) -> None:
-        self.noticed = False
-        self._previous: Any = None
+        self.noticed: int | None = None
+        self._previous: dict[int, Any] = {}
 
     @contextmanager
     def watched(self, wanted: bool) -> Iterator[None]:
-        """Notice the signal inside; only the main thread can."""
+        """Notice signals inside; only the main thread can."""
         if not wanted or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._previous = signal.signal(signal.SIGTERM, self._notice)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # What is ignored (of a job in the background, say) stays so.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._notice)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+            for watched in self._previous:
+                self._restore(watched)
 
     def pass_on(self) -> None:
         """Do what the signal would have done: by default, end the process."""
-        self.noticed = False
-        signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, self._notice)
+        number, self.noticed = self.noticed, None
+        assert number is not None
+        self._restore(number)
+        signal.raise_signal(number)
+        signal.signal(number, self._notice)
 
-    def _notice(self, *_: object) -> None:
-        self.noticed = True
+    def _restore(self, number: int) -> None:
+        signal.signal(number, self._previous[number] or signal.SIG_DFL)
+
+    def _notice(self, number: int, _: object) -> None:
+        if self.noticed == number == signal.SIGINT:
+            self.pass_on()
+        self.noticed = number

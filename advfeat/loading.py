@@ -16,14 +16,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     TensorDataset,
     default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from advfeat import checks, seeding
+from advfeat import checks
 
 Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Sequence[Any]"
 T = TypeVar("T")
@@ -38,25 +37,6 @@ class Samples(NamedTuple):
     ids: Tensor  # (N,) int64: the row in the dataset, or the place in a stream
     inputs: Tensor  # (N, ...)
     labels: Tensor  # (N,)
-
-
-class TrainBatch(NamedTuple):
-    """What one rank has of a batch to train on."""
-
-    ids: Tensor  # (N,) int64, as in `Rows`
-    inputs: Tensor  # (N, ...)
-    labels: Tensor  # (N,)
-    place: Tensor  # (N,) int64, on the CPU: where each row stands in the batch of all ranks
-    total: int  # rows of that batch
-
-    def parts(self, count: int, whole: int) -> list[TrainBatch]:
-        """Split into parts no longer than those of ``whole`` rows in ``count`` parts.
-
-        So few rows that are left over stay together: BatchNorm cannot train on a single one.
-        """
-        longest = -(-whole // count)
-        pieces = (torch.tensor_split(field, -(-len(self.ids) // longest)) for field in self[:4])
-        return [TrainBatch._make((*fields, self.total)) for fields in zip(*pieces, strict=True)]
 
 
 Check: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -83,9 +63,9 @@ class Source:
             checks.count("batch_size", batch_size, low=1)
         self._loader = data if isinstance(data, DataLoader) else None
         dataset = data.dataset if isinstance(data, DataLoader) else data
-        self.is_stream = _is_stream(data)
+        self.is_stream = is_stream(data)
         if self.is_stream:
-            _refuse_endless(data)
+            check_length(data)
             self._batches: Iterable[Any] = data  # type: ignore[assignment]
             self.indices: list[int] = []
             return
@@ -140,12 +120,12 @@ class Source:
 
     def rows(self, indices: list[int], device: torch.device, check: Check | None = None) -> Samples:
         """Give single rows by their numbers; map-style data only."""
-        return _rows(torch.tensor(indices), self._fetch(indices), device, check)
+        return _rows(torch.tensor(indices), self.fetch(indices), device, check)
 
     def _read(self, chunks: list[list[int]]) -> Iterable[Any]:
         workers = 0 if self._loader is None else self._loader.num_workers
         if workers == 0:
-            return map(self._fetch, chunks)
+            return map(self.fetch, chunks)
         assert self._loader is not None
         return DataLoader(
             self._dataset,
@@ -160,7 +140,8 @@ class Source:
             generator=torch.Generator(),
         )
 
-    def _fetch(self, indices: list[int]) -> Any:
+    def fetch(self, indices: list[int]) -> Any:
+        """Read samples by their indices, as one batch that is not unpacked."""
         dataset = self._dataset
         if type(dataset) is TensorDataset and self._collate is default_collate:
             # Whole-batch indexing is known to mean the same as row by row.
@@ -178,76 +159,6 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
         while (item := following.result()) is not None:
             following = reader.submit(next, iterator, None)
             yield item
-
-
-def training_batches(
-    data: Data,
-    batch_size: int | None,
-    seed: int,
-    epoch: int,
-    device: torch.device,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    check: Check | None = None,
-) -> Iterator[TrainBatch]:
-    """One epoch of batches to train on: a loader as it is, a dataset shuffled by (seed, epoch).
-
-    Of a dataset every rank has a part of the same batches that one rank would have; a loader gives
-    the rank's own rows. A single row that is left over is left out. ``check`` looks at inputs and
-    labels where they come from, before they are moved: on the CPU that needs no waiting for the
-    device.
-    """
-    if isinstance(data, DataLoader) or _is_stream(data):
-        if isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler):
-            data.sampler.set_epoch(epoch)
-        _refuse_endless(data)
-        largest = 0
-        for rows in _numbered(data, device, check):  # type: ignore[arg-type]
-            count = len(rows.ids)
-            largest = max(largest, count)
-            if count > 1 or largest == 1:
-                yield TrainBatch(*rows, rank + ranks * torch.arange(count), count * ranks)
-        return
-    source = Source(data, batch_size)
-    order = torch.randperm(len(source), generator=seeding.generator(seed, epoch))
-    size = min(batch_size or 128, len(order))
-    for chunk in torch.split(order, size):
-        # As for a loader: BatchNorm cannot train on a single sample that is left over.
-        if len(chunk) >= 2 * ranks or (size == 1 and ranks == 1):
-            rows = source.rows(chunk[rank::ranks].tolist(), device, check)
-            yield TrainBatch(*rows, torch.arange(rank, len(chunk), ranks), len(chunk))
-
-
-def batch_count(data: Data, batch_size: int | None) -> int:
-    """Batches of an epoch of `training_batches`, counting a last one that may be too small."""
-    if isinstance(data, DataLoader):
-        _refuse_endless(data)
-        return len(data)
-    return Source(data, batch_size).batch_count
-
-
-def row_count(data: Data) -> int | None:
-    """Samples of an epoch, where that is known without reading it; a loader's to a batch."""
-    if isinstance(data, DataLoader):
-        _refuse_endless(data)
-        return None if data.batch_size is None else len(data) * data.batch_size
-    return None if _is_stream(data) else len(Source(data))
-
-
-def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
-    """Split a share of a dataset off, at random by the seed: the rest, and what was split off."""
-    if isinstance(data, DataLoader) or _is_stream(data):
-        checks.fail(
-            "validation", share, "only a dataset can be split; pass the loader's dataset as data"
-        )
-    count = len(Source(data))
-    held = round(share * count)
-    if not 0 < held < count:
-        checks.fail("validation", share, f"leaves {held} of {count} rows to measure on")
-    order = torch.randperm(count, generator=seeding.generator(seed)).tolist()
-    rest, apart = sorted(order[held:]), sorted(order[:held])
-    return Subset(data, rest), Subset(data, apart)  # type: ignore[arg-type]
 
 
 def unpack(batch: object) -> tuple[Tensor, Tensor]:
@@ -309,7 +220,8 @@ def _numbered(
         checks.fail("data", type(batches).__name__, "it gave no rows")
 
 
-def _is_stream(data: object) -> bool:
+def is_stream(data: object) -> bool:
+    """Whether data come as batches, whose samples cannot be read by index."""
     if isinstance(data, DataLoader):
         return isinstance(data.dataset, IterableDataset) or data.batch_sampler is None
     if isinstance(data, (list, tuple)):
@@ -327,7 +239,8 @@ def _is_stream(data: object) -> bool:
     )
 
 
-def _refuse_endless(data: object) -> None:
+def check_length(data: object) -> None:
+    """Refuse a loader that has no length, or no batches."""
     try:
         empty = isinstance(data, Sized) and len(data) == 0
     except TypeError as error:

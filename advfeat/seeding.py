@@ -7,6 +7,9 @@ which is exact and equal on every device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -89,6 +92,22 @@ def derive(seed: int, draw: int) -> int:
 def generator(seed: int, draw: int = 0) -> torch.Generator:
     """Return a CPU generator for sequential work (shuffling an epoch), keyed by (seed, draw)."""
     return torch.Generator().manual_seed(derive(seed, draw))
+
+
+@contextmanager
+def default_generators(seed: int, draw: int, device: torch.device) -> Iterator[None]:
+    """Let torch's default generators follow from (seed, draw) inside, and put them back after.
+
+    Dropout, augmentation and the order of a user's loader are then the same in a run that was cut
+    and resumed, and the same seed gives the same weights.
+    """
+    number = derive(seed, draw)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(torch.Generator().manual_seed(number).get_state())
+        for gpu in devices:
+            torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(number).get_state(), gpu)
+        yield
 
 
 def _mix(value: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from advfeat.loading import Source, training_batches, unpack, wants_progress
+from advfeat.loading import Source, unpack, wants_progress
 from advfeat.progress import with_progress
 
 CPU = torch.device("cpu")
@@ -443,86 +443,6 @@ def test_images_that_are_no_tensors_are_refused_with_the_transform_to_add(batch)
 def test_labels_that_are_no_tensors_are_refused():
     with pytest.raises(TypeError, match="labels of a batch are list"):
         unpack((X, [0, 1]))
-
-
-# --- Training ---
-
-
-def trained_on(data, batch_size=None, seed=0, epoch=1):
-    return list(training_batches(data, batch_size, seed, epoch, CPU))
-
-
-def test_an_epoch_of_a_dataset_is_each_row_once_shuffled():
-    batches = trained_on(tensors(), 4)
-    assert [len(rows.ids) for rows in batches] == [4, 4, 3]
-    assert sorted(ids(batches)) == list(range(ROWS))
-    assert ids(batches) != list(range(ROWS))
-    assert_paired(batches)
-
-
-def test_the_order_follows_from_seed_and_epoch_alone():
-    before = torch.get_rng_state()
-    first = ids(trained_on(tensors(100), 8, seed=3, epoch=2))
-    torch.rand(5)
-    assert ids(trained_on(Pairs(100), 25, seed=3, epoch=2)) == first
-    assert ids(trained_on(tensors(100), 8, seed=3, epoch=1)) != first
-    assert ids(trained_on(tensors(100), 8, seed=4, epoch=2)) != first
-    torch.set_rng_state(before)
-
-
-def test_shuffling_a_dataset_leaves_the_global_random_state():
-    before = torch.get_rng_state()
-    trained_on(tensors())
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_last_batch_of_one_row_is_left_out():
-    # BatchNorm cannot train on it.
-    batches = trained_on(tensors(9), 4)
-    assert [len(rows.ids) for rows in batches] == [4, 4]
-
-
-def test_a_dataset_of_one_row_is_trained_on_all_the_same():
-    assert ids(trained_on(tensors(1))) == [0]
-
-
-def test_batches_of_one_row_are_given_where_asked_for():
-    assert sorted(ids(trained_on(tensors(), 1))) == list(range(ROWS))
-
-
-def test_a_loader_is_trained_on_as_it_is():
-    loader = several(tensors(), shuffle=True, drop_last=True)
-    torch.manual_seed(0)
-    expected = torch.cat([labels for _, labels in loader])
-    torch.manual_seed(0)
-    found = torch.cat([rows.labels for rows in trained_on(loader)])
-    assert len(found) == 8
-    assert torch.equal(found, expected)
-
-
-def test_a_sharded_loader_is_told_the_epoch():
-    sampler = DistributedSampler(tensors(), num_replicas=1, rank=0, shuffle=True)
-    loader = several(tensors(), sampler=sampler)
-
-    def order(epoch):
-        return torch.cat([rows.labels for rows in trained_on(loader, epoch=epoch)]).tolist()
-
-    assert order(1) == order(1)
-    assert order(1) != order(2)
-
-
-@pytest.mark.parametrize(
-    ("data", "error", "message"),
-    [
-        ([], ValueError, "no batches"),
-        (tensors(0), ValueError, "no rows"),
-        (several(Stream()), TypeError, "may never end"),
-        ((X, Y), TypeError, "TensorDataset"),
-    ],
-)
-def test_what_cannot_be_trained_on_is_refused(data, error, message):
-    with pytest.raises(error, match=message):
-        trained_on(data)
 
 
 # --- Progress ---

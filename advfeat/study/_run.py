@@ -29,7 +29,6 @@ from advfeat.study._result import Study
 from advfeat.study._stages import Stages
 from advfeat.threat import Bounds, Norm
 from advfeat.training import History, adversarial_fit, fit
-from advfeat.training._checkpoint import randomness
 
 _CONSTRUCT: dict[str, Callable[..., ConstructedDataset]] = {
     "D_R": robustify.construct_robust_dataset,
@@ -367,7 +366,7 @@ class Work:
     def _fresh(self, name: str) -> nn.Module:
         """An untrained model with weights of its own."""
         device = torch.device("cpu" if self.device is None else self.device)
-        with randomness(self._seed(training(name)), 0, device):
+        with seeding.default_generators(self._seed(training(name)), 0, device):
             model = self.make_model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"make_model: made {type(model).__name__}; expected a torch.nn.Module")

@@ -1,99 +1,90 @@
-"""Checkpoints: written whole or not at all, and what they hold of random numbers and signals."""
+"""The folder of a run's checkpoints: written whole or not at all, and locked while a run writes."""
 
 from __future__ import annotations
 
 import os
-import random
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from advfeat import checks, seeding
+from advfeat import checks
+from advfeat.durable import lock_file, write_whole
 
 State = dict[str, Any]
 
 
-class Folder:
+class CheckpointFolder:
     """A folder with ``last.pt`` and ``best.pt``."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"checkpoint={path!r}: expected the name of a folder")
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if self.path.exists() and not self.path.is_dir():
             checks.fail("checkpoint", str(path), "expected a folder, and this is a file")
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep other runs out of it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.path / ".lock", "checkpoint"):
+            yield
+
     def read(self, name: str = "last.pt") -> State | None:
-        """A checkpoint on the CPU, None where there is none."""
+        """Return a checkpoint on the CPU, None where there is none.
+
+        Raises
+        ------
+        OSError
+            Naming the file, where it is cut off or no checkpoint.
+        """
         file = self.path / name
         if not file.exists():
             return None
-        state: State = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state: State = torch.load(file, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise OSError(
+                f"checkpoint={str(file)!r}: cannot be read ({type(error).__name__}); cut off, or "
+                "written by something else? Remove the file to start the run anew"
+            ) from error
         return state
 
     def write(self, state: State, name: str = "last.pt") -> None:
         """Replace a checkpoint; killed at any moment, this leaves the old one or the new one."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.partial"
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        write_whole(self.path / name, lambda file: torch.save(state, file))
+
+    def check_readable(self) -> None:
+        """Raise an error where what was written holds objects that are not read back.
+
+        A schedule or an optimiser of the user's own may keep some.
+        """
+        file = self.path / "last.pt"
+        try:
+            torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            state = torch.load(file, map_location="cpu", weights_only=False)
+            file.unlink()
+            parts = [name for name, value in state.items() if not _is_readable(value)]
+            raise TypeError(
+                f"checkpoint: the state of {' and '.join(parts)} holds objects that are no "
+                "tensors, numbers, strings or containers of them, and cannot be saved safely"
+            ) from error
 
 
-def refuse_another_run(found: State, settings: State) -> None:
-    """Refuse to go on, with other settings, from where a run had come to."""
-    for name, value in settings.items():
-        # What was written before a setting was kept is not known.
-        if (had := found.get(name, value)) != value:
-            checks.fail(
-                name,
-                value,
-                f"the run in this checkpoint folder had {had!r}; give the same "
-                "arguments to go on with it, or another folder to begin anew",
-            )
+def _is_readable(value: Any) -> bool:
+    import io
 
-
-def random_state(device: torch.device) -> State:
-    """States of the generators that data and models draw from, as what weights_only loads."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - what users draw from
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: State, device: torch.device, *, torchs: bool) -> None:
-    """Go on where `random_state` was; torch's own generators only where asked for."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    if torchs:
-        torch.set_rng_state(state["torch"])
-        if device.type == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextmanager
-def randomness(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Let torch's default generators follow from (seed, epoch) inside, and put them back after.
-
-    Dropout, augmentation and the order of a user's loader are then the same in a run that was cut
-    and resumed, and the same seed gives the same weights.
-    """
-    number = seeding.derive(seed, epoch)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(torch.Generator().manual_seed(number).get_state())
-        for gpu in devices:
-            torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(number).get_state(), gpu)
-        yield
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True

@@ -2,491 +2,310 @@
 
 from __future__ import annotations
 
-import copy
 import gc
+import inspect
+import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+import warnings
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from advfeat import checks, seeding
 from advfeat.durable import Termination
-from advfeat.loading import Data, TrainBatch, row_count, training_batches
-from advfeat.model import Precision, Trainee, attackable, buffers_kept, device_of, trainable
-from advfeat.training._bar import Bar, progress_bar
-from advfeat.training._checkpoint import (
-    Folder,
-    State,
-    random_state,
-    randomness,
-    set_random_state,
-)
-from advfeat.training._guard import EVERY, Guard
+from advfeat.model import attackable, trainable
+from advfeat.training._batch_checks import BatchChecks
+from advfeat.training._batches import BatchReader, TrainBatch
 from advfeat.training._history import History
-from advfeat.training._lessons import Adversarial, Example, Lesson
-from advfeat.training._optim import is_stepped_every_batch
-from advfeat.training._options import Options
-from advfeat.training._ranks import Ranks
-from advfeat.training._weights import Average, perturbed
+from advfeat.training._learner import Learner
+from advfeat.training._method import AdversarialMethod, TrainingMethod
+from advfeat.training._overfitting import EVERY, OverfittingGuard
+from advfeat.training._parallel import broadcast_buffers, mean_accuracy
+from advfeat.training._pgd import PGDTraining
+from advfeat.training._plan import Plan, make_plan, own_seed
+from advfeat.training._progress import TrainingBar, progress_bar
+from advfeat.training._random import set_global_state
+from advfeat.training._resume import Checkpoints, Position
+from advfeat.training._settings import MethodSettings, Row, TrainingSettings
+from advfeat.training._totals import Totals, means
 
-Row: TypeAlias = dict[str, float]
-Callback: TypeAlias = Callable[[Row], object]
-Called: TypeAlias = Callable[..., tuple[Tensor, ...]]
-
-# Where looking at the loss means waiting for the device, steps between two looks.
-_LOOK = 50
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A training run, checked."""
-
-    model: nn.Module
-    data: Data
-    validation: Data | None
-    epochs: int
-    batch_size: int | None
-    augment: Callable[[Tensor], Tensor] | None
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    precision: Precision
-    options: Options
-    guarded: bool
-    folder: Folder | None
-    found: State | None  # the checkpoint to go on from
-    settings: State
-    on_step: Callback | None
-    on_epoch: Callback | None
-    ranks: Ranks
-    seed: int
-    progress: bool | None
+# Steps between two reads of whether the loss is still finite: each waits for the device.
+_DIVERGENCE_EVERY = 50
+# Training has not left chance with a loss above this fraction of a uniform guess's, and an accuracy
+# of no more than this above one in so many classes ...
+_CHANCE_LOSS, _CHANCE_ACCURACY = 0.9, 0.15
+# ... after so many epochs and steps.
+_CHANCE_EPOCHS, _CHANCE_STEPS = 3, 30
 
 
-class Totals:
-    """Loss, right answers and rows of an epoch so far, kept on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(3, dtype=kind, device=device)
-        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
-
-    def add(self, loss: Tensor, right: Tensor, count: int, step: int) -> None:
-        """Count a step: the sum of its losses, its right answers, its rows."""
-        self.sums += torch.stack([loss, right, torch.full_like(right, count)]).to(self.sums)
-        bad = ~torch.isfinite(loss) & (self._first_bad == 0)
-        self._first_bad = torch.where(bad, step, self._first_bad)
-
-    def first_bad(self) -> int:
-        """First step whose loss was not finite, 0 if there is none."""
-        return int(self._first_bad)
+def train(settings: TrainingSettings, method_settings: MethodSettings) -> History:
+    """Train a model; the one way from both public functions."""
+    with make_plan(settings, method_settings) as plan:
+        method = method_settings.method(settings, plan.seed)
+        return TrainingLoop(plan, method).run()
 
 
-class Run:
-    """One run of a plan: everything that changes while a model is trained."""
+class TrainingLoop:
+    """Epochs and steps of one run."""
 
-    def __init__(self, plan: Plan, lesson: Lesson) -> None:
-        self._plan, self._lesson, self._ranks = plan, lesson, plan.ranks
-        self._device = device_of(plan.model)
-        self._parameters: list[nn.Parameter] = [
-            p for group in plan.optimizer.param_groups for p in group["params"]
-        ]
-        self._history = History()
-        self._epoch = 0  # finished
-        self._batches = 0  # taken in the epoch after
-        self._step = 0  # batches in all epochs
-        self._first_rate = 0.0  # of that epoch
-        self._largest = 0  # batch of that epoch
-        self._totals = Totals(self._device)
-        self._classes: int | None = None
-        self._largest_label = -1
-        self._average: Average | None = None
-        self._guard: Guard | None = None
-        self._best: State | None = None  # kept here where there is no folder to keep it in
-        self._order: Tensor | None = None  # generator of a loader, as the epoch began
+    def __init__(self, plan: Plan, method: TrainingMethod) -> None:
+        self._plan, self._settings, self._method = plan, plan.settings, method
+        self._checks = BatchChecks(method.bounds)
+        self._reader = BatchReader(
+            plan.data,
+            batch_size=plan.settings.batch_size,
+            seed=plan.seed,
+            device=plan.device,
+            process=plan.process,
+            checked=self._checks,
+            weight_field=plan.settings.options.sample_weight,
+        )
+        self._totals = Totals(plan.device)
+        self._at = Position()
         self._termination = Termination()
 
-    def train(self) -> History:
-        """All epochs that are left; the model is then as it is to be used."""
-        plan, options = self._plan, self._plan.options
-        total = row_count(plan.data)
-        if total is not None and isinstance(plan.data, DataLoader):
-            total *= self._ranks.count  # each rank's loader has rows of its own
-        with trainable(plan.model, precision=plan.precision, compile=options.compile) as trainee:
-            if options.ema:
-                self._average = Average(plan.model, options.ema, plan.precision)
-            if plan.guarded:
-                assert isinstance(self._lesson, Adversarial)
-                self._guard = Guard(self._lesson, self._ranks, self._learned, self._unlearn)
-            finished = self._resume()
-            called = self._called(trainee)
+    def run(self) -> History:
+        """Train for the epochs that are left; the model is then as it is to be used."""
+        plan, settings, options = self._plan, self._settings, self._settings.options
+        total = plan.samples
+        with trainable(
+            plan.model, precision=settings.precision, compile=options.compile
+        ) as trainee:
+            self._learner = Learner(plan, self._method, trainee)
+            self._guard = self._make_guard()
+            self._checkpoints = Checkpoints(plan, self._method, self._learner, self._guard)
+            finished = self._checkpoints.resume(self._at, self._totals)
             with (
                 self._termination.watched(plan.folder is not None),
                 progress_bar(
-                    plan.progress,
-                    total=None if total is None else plan.epochs * total,
-                    done=0 if total is None else self._epoch * total,
-                    first=self._ranks.first,
+                    settings.progress,
+                    total=None if total is None else settings.epochs * total,
+                    done=0 if total is None else self._at.epoch * total,
+                    first=plan.process.is_first,
                 ) as bar,
             ):
                 while not finished:
-                    finished = self._train_epoch(trainee, called, bar)
-        self._leave()
-        if self._ranks.count > 1:
+                    finished = self._train_epoch(bar)
+            self._learner.set_mode("eval")
+        self._checkpoints.leave(self._at)
+        self._warn_at_chance()
+        if plan.process.world_size > 1:
             # DDP refers to itself. Alive when the user destroys the process group, it now and then
             # aborts the process as it ends.
-            del called
+            del self._learner, self._checkpoints, self._guard
             gc.collect()
-        return self._history
+        return self._at.history
+
+    def _make_guard(self) -> OverfittingGuard | None:
+        if not self._plan.needs_guard:
+            return None
+        assert isinstance(self._method, PGDTraining)
+        learner = self._learner
+        return OverfittingGuard(self._method, self._plan.process, learner.snapshot, learner.restore)
 
     # --- An epoch ---
 
-    def _train_epoch(self, trainee: Trainee, called: Called, bar: Bar) -> bool:
-        """Train an epoch, record it, save it; whether training is over."""
-        plan, began = self._plan, time.perf_counter()
-        row: Row = {"epoch": self._epoch + 1}
-        if self._batches == 0:
-            self._first_rate = self._rate()
-        with randomness(self._own_seed(), self._epoch + 1, self._device):
-            self._take_steps(trainee, called, bar)
-            self._refuse_broken_weights()
-            loss, right, count = self._ranks.summed(self._totals.sums).tolist()
-            row |= {"loss": loss / count, "accuracy": right / count, "lr": self._first_rate}
-            row["seconds"] = time.perf_counter() - began
-            row |= self._measured()
-        if not is_stepped_every_batch(plan.scheduler):
-            plan.scheduler.step()
-        self._epoch, self._batches = self._epoch + 1, 0
-        self._totals = Totals(self._device)
-        self._record(row)
-        # Written before on_epoch is asked: killed in there, a run out of patience is still over.
-        over = self._epoch == plan.epochs or self._is_out_of_patience()
-        self._save(finished=over)
-        if self._is_told_to_stop(row) and not over:
-            over = True
-            self._save(finished=over)
-        self._end_if_told(saved=True)
-        return over
+    def _train_epoch(self, bar: TrainingBar) -> bool:
+        """Train an epoch, record it, save it; return whether training is over."""
+        plan, at, began = self._plan, self._at, time.perf_counter()
+        row: Row = {"epoch": at.epoch + 1}
+        if at.batches == 0:
+            at.first_rate = self._rate()
+        with seeding.default_generators(own_seed(plan), at.epoch + 1, plan.device):
+            self._learner.set_mode("train")
+            self._take_steps(bar)
+            self._learner.set_mode("eval")
+            self._check_weights()
+            row |= means(plan.process.all_reduce_sum(self._totals.sums))
+            row |= {"lr": at.first_rate, "seconds": time.perf_counter() - began}
+            row |= self._validate()
+        plan.schedule.after_epoch(row, self._method.figure)
+        at.epoch, at.batches = at.epoch + 1, 0
+        self._totals = Totals(plan.device)
+        self._checkpoints.record(row, at, self._totals)
+        return self._finish_epoch(row)
 
-    def _take_steps(self, trainee: Trainee, called: Called, bar: Bar) -> None:
-        plan = self._plan
-        skipped = self._batches
+    def _finish_epoch(self, row: Row) -> bool:
+        """Save the epoch, and ask the user whether to stop."""
+        at = self._at
+        # Saved before on_epoch is called: killed in there, a run out of patience is still over.
+        over = at.epoch >= self._settings.epochs or self._is_out_of_patience()
+        self._save(finished=over)
+        before = self._checkpoints.fingerprint() if self._settings.on_epoch else None
+        stops = self._calls_to_stop(row) and not over
+        # And after it where it changed something, a rate for example.
+        if stops or (before is not None and before != self._checkpoints.fingerprint()):
+            self._save(finished=over or stops)
+        self._end_if_terminated(saved=True)
+        return over or stops
+
+    def _take_steps(self, bar: TrainingBar) -> None:
+        plan, at = self._plan, self._at
+        skipped = at.batches
         if skipped == 0:
-            self._lesson.begin_epoch()
-        self._order = self._loader_generator_state()
-        self._largest, last = 0, None
-        for number, rows in enumerate(self._portions(), 1):
-            self._largest, last = max(self._largest, len(rows.ids)), rows
+            self._method.begin_epoch()
+        self._checkpoints.begin_epoch()
+        at.largest, last = 0, None
+        for number, batch in enumerate(self._reader.epoch(at.epoch + 1), 1):
+            at.largest, last = max(at.largest, len(batch.ids)), batch
             if number <= skipped:
-                bar.advance(rows.total, dict)
+                bar.advance(batch.total, dict)
                 if number == skipped:
                     assert plan.found is not None
-                    set_random_state(plan.found["random"], self._device, torchs=True)
+                    set_global_state(plan.found["random"], plan.device, with_torch=True)
                 continue
-            self._batches, self._step = number, self._step + 1
-            self._take_step(trainee, called, self._augmented(rows), bar)
-            self._end_if_told()
+            at.batches, at.step = number, at.step + 1
+            self._take_step(self._augmented(batch), bar)
+            self._end_if_terminated()
         if last is None:
-            checks.fail("data", type(plan.data).__name__, "too few rows for a batch on each rank")
-        self._refuse_divergence()
-        if self._guard is not None and self._batches % EVERY:
-            # The rows as they were read, which a run that was ended after its last step has too.
-            self._guard.look(trainee.module, last, self._step)
+            checks.fail("data", type(plan.data).__name__, "too few samples to train on")
+        self._check_divergence()
+        if self._guard is not None and at.batches % EVERY:
+            # The samples as they were read, which a run that was ended after its last step has too.
+            self._guard.check(self._learner.trainee.module, last, at.step)
 
-    def _take_step(self, trainee: Trainee, called: Called, rows: TrainBatch, bar: Bar) -> None:
-        plan, rate = self._plan, self._rate()
-        loss, right = self._learn(trainee, called, rows)
-        count = len(rows.labels)
-        self._totals.add(loss, right, count, self._step)
-        if self._device.type == "cpu" or self._step % _LOOK == 0:
-            self._refuse_divergence()
-        if is_stepped_every_batch(plan.scheduler):
-            plan.scheduler.step()
-        if self._guard is not None and self._batches % EVERY == 0:
-            self._guard.look(trainee.module, rows, self._step)
-        if plan.on_step is not None and self._ranks.first:
-            row: Row = {"epoch": self._epoch + 1, "step": self._step}
-            row |= {"loss": float(loss) / count, "accuracy": float(right) / count, "lr": rate}
-            plan.on_step(row)
-        bar.advance(rows.total, lambda: self._figures(rows))
+    def _take_step(self, batch: TrainBatch, bar: TrainingBar) -> None:
+        plan, at, rate = self._plan, self._at, self._rate()
+        self._method.begin_step(at.epoch + min(1.0, at.batches / plan.batches))
+        result = self._learner.update(batch, at.step, at.largest)
+        self._totals.add(result, at.step)
+        if at.step % _DIVERGENCE_EVERY == 0:
+            self._check_divergence()
+        plan.schedule.after_step()
+        if self._guard is not None and at.batches % EVERY == 0:
+            self._guard.check(self._learner.trainee.module, batch, at.step)
+        if self._settings.on_step is not None and plan.process.is_first:
+            self._settings.on_step(
+                {"epoch": at.epoch + 1, "step": at.step, **result.means(), "lr": rate}
+            )
+        bar.advance(batch.total, lambda: self._figures(batch))
 
-    def _learn(self, trainee: Trainee, called: Called, rows: TrainBatch) -> tuple[Tensor, Tensor]:
-        """Update the weights from a batch; the sum of losses, and the right answers."""
-        plan, options = self._plan, self._plan.options
-        for _ in range(self._lesson.rounds):
-            examples = [
-                self._lesson.example(trainee.module, part, self._step)
-                for part in rows.parts(options.accumulate, self._largest)
-            ]
-            if options.awp:
-                with buffers_kept(plan.model):
-                    loss, right = self._backward(called, examples, rows.total)
-                with perturbed(self._parameters, options.awp):
-                    self._backward(called, examples, rows.total)
-            else:
-                loss, right = self._backward(called, examples, rows.total)
-            if options.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters, options.clip_norm)
-            plan.optimizer.step()
-            self._forget_gradients()
-            if self._average is not None:
-                seen = [example.inputs for example in examples]
-                self._average.update(plan.model, self._step, seen)
-        return loss, right
-
-    def _backward(
-        self, called: Called, examples: list[Example], total: int
-    ) -> tuple[Tensor, Tensor]:
-        """Gradient of the mean loss of a batch, its examples one after another."""
-        self._forget_gradients()
-        loss, right = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
-        for example in examples:
-            with self._synchronised(called, example is examples[-1]):
-                logits = called(*example.inputs)
-                losses = self._lesson.loss(logits, example.labels)
-                # DDP takes the mean over ranks, which may have unequal parts of the batch.
-                (losses.sum() * (self._ranks.count / total)).backward()  # type: ignore[no-untyped-call]
-            self._lesson.learned(example)
-            loss += losses.detach().sum()
-            right += (logits[-1].detach().argmax(1) == example.labels).sum()
-        return loss, right
-
-    def _forget_gradients(self) -> None:
-        # The model's as well: an optimiser may have only some of its parameters.
-        self._plan.optimizer.zero_grad(set_to_none=True)
-        self._plan.model.zero_grad(set_to_none=True)
-
-    @staticmethod
-    def _synchronised(called: Called, last: bool) -> AbstractContextManager[None]:
-        if isinstance(called, DistributedDataParallel) and not last:
-            found: AbstractContextManager[None] = called.no_sync()
-            return found
-        return nullcontext()
-
-    # --- Data ---
-
-    def _portions(self) -> Any:
-        plan = self._plan
-        return training_batches(
-            plan.data,
-            plan.batch_size,
-            plan.seed,
-            self._epoch + 1,
-            self._device,
-            rank=self._ranks.rank,
-            ranks=self._ranks.count,
-            check=self._check,
-        )
-
-    def _check(self, inputs: Tensor, labels: Tensor) -> None:
-        checks.inputs(inputs, self._lesson.bounds)
-        checks.labels(labels, inputs)
-        self._largest_label = int(labels.max())
-        if self._classes is not None:
-            checks.class_range(self._largest_label, self._classes)
-
-    def _augmented(self, rows: TrainBatch) -> TrainBatch:
-        inputs, labels = rows.inputs, rows.labels.to(torch.int64)
-        augment = self._plan.augment
+    def _augmented(self, batch: TrainBatch) -> TrainBatch:
+        augment = self._settings.augment
         if augment is not None:
-            inputs = augment(inputs)
-        if self._classes is None:
+            batch = _augment(augment, batch)
+        if self._checks.classes is None:
             if augment is not None:
-                checks.inputs(inputs, self._lesson.bounds, "augment")
+                checks.inputs(batch.inputs, self._method.bounds, "augment")
             with attackable(self._plan.model) as net:
-                self._classes = net.class_count(net.prepare(inputs[:1]))
-            checks.class_range(self._largest_label, self._classes)
-        return rows._replace(inputs=inputs, labels=labels)
+                classes = net.class_count(net.prepare(batch.inputs[:1]))
+            self._checks.set_classes(classes, self._plan.data)
+            self._learner.check_classes(classes)
+        return batch
 
-    # --- What is recorded ---
+    # --- Figures ---
 
-    def _measured(self) -> Row:
-        plan, model = self._plan, self._judged()
-        self._ranks.equalise(plan.model)
-        self._ranks.equalise(model)
+    def _validate(self) -> Row:
+        plan, model = self._plan, self._learner.result_module
+        broadcast_buffers(plan.process, plan.module)
+        broadcast_buffers(plan.process, model)
         if plan.validation is None:
             return {}
-        data = self._ranks.own_part(plan.validation)
-        found = self._lesson.measured(model, data)
-        return {name: self._ranks.share(value, self._device) for name, value in found.items()}
+        found = self._method.validate(model, plan.process.shard(plan.validation))
+        return {k: mean_accuracy(plan.process, v, plan.device) for k, v in found.items()}
 
-    def _record(self, row: Row) -> None:
-        history, figure = self._history, self._lesson.figure
-        history.rows.append(row)
-        if figure not in row:
-            return
-        if history.best is None or row[figure] > history.rows[history.best - 1][figure]:
-            history.best = self._epoch
-            if self._plan.folder is not None:
-                self._save(name="best.pt")
-            elif self._plan.options.patience is not None:
-                self._best = copy.deepcopy(self._judged().state_dict())
-
-    def _is_told_to_stop(self, row: Row) -> bool:
-        plan = self._plan
-        told = plan.on_epoch is not None and self._ranks.first and plan.on_epoch(row) is False
-        return self._ranks.firsts(told, self._device)
-
-    def _is_out_of_patience(self) -> bool:
-        patience, best = self._plan.options.patience, self._history.best
-        return patience is not None and best is not None and self._epoch - best >= patience
-
-    def _figures(self, rows: TrainBatch) -> Row:
-        """What the bar shows: of the epoch so far, and of a model in use on clean inputs."""
-        loss, right, count = self._totals.sums.tolist()
+    def _figures(self, batch: TrainBatch) -> Row:
+        """What the bar shows: of the epoch so far, and of the model on clean inputs."""
+        so_far = means(self._totals.sums)
         with attackable(self._plan.model) as net:
-            answers = net.logits(net.prepare(rows.inputs)).argmax(1)
-        clean = float((answers == rows.labels).float().mean())
-        name = "robust" if "robust" in self._lesson.figure else "accuracy"
-        return {"loss": loss / count, "clean": clean, name: right / count}
+            predicted = net.logits(net.prepare(batch.inputs)).argmax(1)
+        clean = float((predicted == batch.labels).float().mean())
+        name = "robust" if "robust" in self._method.figure else "accuracy"
+        return {"loss": so_far["loss"], "clean": clean, name: so_far["accuracy"]}
 
     def _rate(self) -> float:
         return float(self._plan.optimizer.param_groups[0]["lr"])
 
-    def _refuse_divergence(self) -> None:
+    def _calls_to_stop(self, row: Row) -> bool:
+        """Whether ``on_epoch`` returned False, in Python's or NumPy's spelling."""
+        stops = False
+        if self._settings.on_epoch is not None and self._plan.process.is_first:
+            answer: Any = self._settings.on_epoch(row)
+            stops = answer is not None and type(answer).__name__.startswith("bool") and not answer
+        return self._plan.process.broadcast_bool(stops)
+
+    def _is_out_of_patience(self) -> bool:
+        patience, best = self._settings.options.patience, self._at.history.best
+        return patience is not None and best is not None and self._at.epoch - best >= patience
+
+    def _warn_at_chance(self) -> None:
+        """Warn where adversarial training has learned nothing."""
+        rows, classes = self._at.history.rows, self._checks.classes
+        if not isinstance(self._method, AdversarialMethod) or classes is None:
+            return
+        chance, best = math.log(classes), min(row["loss"] for row in rows)
+        accuracy = max(row["accuracy"] for row in rows)
+        left = best < _CHANCE_LOSS * chance or accuracy > 1 / classes + _CHANCE_ACCURACY
+        if left or len(rows) < _CHANCE_EPOCHS or self._at.step < _CHANCE_STEPS:
+            return
+        warnings.warn(
+            f"the loss never left chance: {best:.3f} at best, and {chance:.3f} for a uniform guess "
+            f"among {classes} classes. The ball is too large to start with, or the rate too high: "
+            f"pass warmup={max(1, len(rows) // 3)} (epochs over which eps rises), or a lower lr",
+            stacklevel=2,
+        )
+
+    # --- Errors and signals ---
+
+    def _check_divergence(self) -> None:
         step = self._totals.first_bad()
         if step:
             self._diverged("the loss is not finite", step)
 
-    def _refuse_broken_weights(self) -> None:
-        tensors = [t for t in self._plan.model.state_dict().values() if t.is_floating_point()]
+    def _check_weights(self) -> None:
+        tensors = [t for t in self._plan.module.state_dict().values() if _is_floating(t)]
         if tensors and not bool(torch.stack([torch.isfinite(t).all() for t in tensors]).all()):
-            self._diverged("a weight is not finite", self._step)
+            self._diverged("a weight is not finite", self._at.step)
 
     def _diverged(self, what: str, step: int) -> None:
         folder, kept = self._plan.folder, ""
         if folder is not None:
-            kept = f"; {folder.path / 'last.pt'} holds epoch {self._epoch}"
+            kept = f"; {folder.path / 'last.pt'} holds epoch {self._at.epoch}"
         raise FloatingPointError(
-            f"{what} in epoch {self._epoch + 1} (step {step}, lr {self._rate():g}): training "
+            f"{what} in epoch {self._at.epoch + 1} (step {step}, lr {self._rate():g}): training "
             f"diverged; usually the learning rate is too high{kept}"
         )
 
-    # --- Ranks ---
+    def _save(self, *, finished: bool = False) -> None:
+        self._checkpoints.save(self._at, self._totals, finished=finished)
 
-    def _called(self, trainee: Trainee) -> Called:
-        if self._ranks.count == 1:
-            return trainee
-        devices = [self._device] if self._device.type == "cuda" else None
-        return DistributedDataParallel(trainee, device_ids=devices)
-
-    def _own_seed(self) -> int:
-        """Of this rank's random numbers; the order of the rows is the same on all ranks."""
-        return seeding.derive(self._plan.seed, -1 - self._ranks.rank)
-
-    # --- Checkpoints ---
-
-    def _judged(self) -> nn.Module:
-        """The model that is measured, saved as ``model``, and left at the end."""
-        return self._plan.model if self._average is None else self._average.module
-
-    def _learned(self) -> State:
-        """What one step changes, apart from counters; the learning rate is the schedule's."""
-        state = {
-            "raw": self._plan.model.state_dict(),
-            "moments": self._plan.optimizer.state_dict()["state"],
-        }
-        if self._average is not None:
-            state["average"] = self._average.module.state_dict()
-        return state
-
-    def _unlearn(self, state: State) -> None:
-        self._plan.model.load_state_dict(state["raw"])
-        groups = self._plan.optimizer.state_dict()["param_groups"]
-        self._plan.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
-        if self._average is not None:
-            self._average.module.load_state_dict(state["average"])
-
-    def _save(self, name: str = "last.pt", finished: bool = False) -> None:
-        folder = self._plan.folder
-        if folder is not None and self._ranks.first:
-            folder.write(self._state(finished), name)
-
-    def _state(self, finished: bool) -> State:
-        plan = self._plan
-        learned = self._learned()
-        return {
-            "model": self._judged().state_dict(),
-            "learned": learned if self._average is not None else learned | {"raw": None},
-            "groups": plan.optimizer.state_dict()["param_groups"],
-            "schedule": plan.scheduler.state_dict(),
-            "lesson": self._lesson.state(),
-            "guard": None if self._guard is None else self._guard.state(),
-            "epoch": self._epoch,
-            "batches": self._batches,
-            "step": self._step,
-            "totals": self._totals.sums,
-            "rate": self._first_rate,
-            "random": random_state(self._device),
-            "order": self._order if self._batches else self._loader_generator_state(),
-            "history": self._history.rows,
-            "best": self._history.best,
-            "seed": plan.seed,
-            "settings": plan.settings,
-            "finished": finished,
-        }
-
-    def _resume(self) -> bool:
-        """Go on from the checkpoint, or write the first; whether there is nothing left to do."""
-        plan, found = self._plan, self._plan.found
-        if found is None:
+    def _end_if_terminated(self, saved: bool = False) -> None:
+        """On a signal, save and end the process; several ranks resume from the last whole epoch."""
+        if self._termination.noticed is None:
+            return
+        if self._plan.process.world_size == 1 and not saved:
+            # A run that has diverged unseen must not replace the last good checkpoint.
+            self._check_divergence()
+            self._check_weights()
             self._save()
-            if plan.folder is not None and self._ranks.first:
-                plan.folder.read()  # a schedule's own objects may keep it from being read
-            return False
-        learned = found["learned"]
-        if learned["raw"] is None:
-            learned["raw"] = found["model"]
-        plan.optimizer.load_state_dict({"state": {}, "param_groups": found["groups"]})
-        self._unlearn(learned)
-        plan.scheduler.load_state_dict(found["schedule"])
-        self._lesson.resume(found["lesson"])
-        if self._guard is not None:
-            self._guard.resume(found["guard"])
-        self._epoch, self._batches, self._step = found["epoch"], found["batches"], found["step"]
-        self._first_rate = found["rate"]
-        self._totals.sums += found["totals"].to(self._totals.sums)
-        self._history = History(found["history"], found["best"])
-        set_random_state(found["random"], self._device, torchs=False)
-        if found["order"] is not None:
-            self._loader_generator().set_state(found["order"])  # type: ignore[union-attr]
-        return bool(found["finished"]) or self._epoch >= plan.epochs
+        self._termination.pass_on()
 
-    def _loader_generator(self) -> torch.Generator | None:
-        data = self._plan.data
-        return data.generator if isinstance(data, DataLoader) else None
 
-    def _loader_generator_state(self) -> Tensor | None:
-        generator = self._loader_generator()
-        return None if generator is None else generator.get_state()
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
-    def _end_if_told(self, saved: bool = False) -> None:
-        """Save and end where SIGTERM came; several ranks go on from the last whole epoch."""
-        if self._termination.noticed:
-            if self._ranks.count == 1 and not saved:
-                # A run that has diverged unseen is not to replace the last good checkpoint.
-                self._refuse_divergence()
-                self._refuse_broken_weights()
-                self._save()
-            self._termination.pass_on()
 
-    def _leave(self) -> None:
-        """Leave the model as the average, or as it was in the best epoch."""
-        plan = self._plan
-        if plan.options.patience is not None and self._history.best is not None:
-            best = self._best
-            if plan.folder is not None:
-                found = plan.folder.read("best.pt")
-                assert found is not None
-                best = found["model"]
-            assert best is not None
-            plan.model.load_state_dict(best)
-        elif self._average is not None:
-            plan.model.load_state_dict(self._average.module.state_dict())
+def _augment(augment: Any, batch: TrainBatch) -> TrainBatch:
+    """Augment inputs, or inputs and labels where ``augment`` takes both."""
+    if not takes_labels(augment):
+        return batch._replace(inputs=augment(batch.inputs))
+    targets = batch.labels if batch.targets is None else batch.targets
+    found = augment(batch.inputs, targets)
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise TypeError("augment: it takes inputs and labels, so it must return (inputs, labels)")
+    inputs, labels = found
+    checks.soft_or_hard_labels(labels, inputs, "augment")
+    if labels.is_floating_point():
+        return batch._replace(inputs=inputs, labels=labels.argmax(1), targets=labels)
+    return batch._replace(inputs=inputs, labels=labels.to(torch.int64), targets=None)
+
+
+def takes_labels(augment: Any) -> bool:
+    """Whether ``augment`` needs two positional arguments: inputs and labels."""
+    try:
+        parameters = inspect.signature(augment).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters) == 2

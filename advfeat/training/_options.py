@@ -1,15 +1,19 @@
-"""Settings of training that few runs need."""
+"""Options of training that few runs need."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from advfeat import checks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `fit` and `adversarial_fit` can do besides; all of it is off by default.
+    """Further options of `fit` and `adversarial_fit`; all of them are off by default.
 
     Parameters
     ----------
@@ -32,6 +36,12 @@ class Options:
         the result is the same.
     compile
         Compile the model by `torch.compile`, for training and for the attack.
+    class_weights
+        Weight of each class in the loss, ``C`` numbers. A batch's loss is the weighted mean, as in
+        ``torch.nn.CrossEntropyLoss(weight=...)``.
+    sample_weight
+        The field of a batch that holds a weight for each sample: a key of a mapping, or a position
+        in a tuple. They multiply the class weights.
     patience
         Stop after this many epochs without a better validation figure (robust accuracy; accuracy
         for `fit`), and leave the model as it was in the best epoch.
@@ -48,6 +58,8 @@ class Options:
     label_smoothing: float = 0.0
     accumulate: int = 1
     compile: bool = False
+    class_weights: Sequence[float] | Tensor | None = None
+    sample_weight: str | int | None = None
     patience: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,5 +74,20 @@ class Options:
         checks.count("accumulate", self.accumulate, low=1)
         if not isinstance(self.compile, bool):
             raise TypeError(f"compile={self.compile!r}: expected True or False")
+        if self.class_weights is not None:
+            _check_class_weights(self.class_weights)
+        if self.sample_weight is not None and not isinstance(self.sample_weight, (str, int)):
+            raise TypeError(
+                f"sample_weight={self.sample_weight!r}: expected a key or a position in a batch"
+            )
         if self.patience is not None:
             checks.count("patience", self.patience, low=1)
+
+
+def _check_class_weights(weights: Sequence[float] | Tensor) -> None:
+    try:
+        found = torch.as_tensor(weights, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError("class_weights: expected one number for each class") from error
+    if found.ndim != 1 or not bool(torch.isfinite(found).all()) or bool((found < 0).any()):
+        checks.fail("class_weights", found.tolist(), "expected finite numbers of at least 0")

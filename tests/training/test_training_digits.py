@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import advfeat as af
-from advfeat.training import _guard
+from advfeat.training import _overfitting
 
 datasets = pytest.importorskip("sklearn.datasets")
 
@@ -113,6 +113,7 @@ def standing(model, rows, eps):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:the loss never left chance")
 def test_fast_training_does_not_collapse_where_the_unguarded_one_does(digits):
     train, _ = digits
     settings = {"eps": 0.3, "norm": "linf", "epochs": 15, "batch_size": 64, **LEARNING}
@@ -151,8 +152,8 @@ def blobs():
 
 
 def test_what_was_learned_since_the_last_good_look_is_taken_back(monkeypatch):
-    monkeypatch.setattr(_guard, "_SHARE", float("nan"))
-    monkeypatch.setattr(_guard, "_DIFFERENCE", -2.0)
+    monkeypatch.setattr(_overfitting, "_FRACTION", float("nan"))
+    monkeypatch.setattr(_overfitting, "_DIFFERENCE", -2.0)
     model, heard = mlp(), []
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.register_forward_pre_hook(lambda m, _: heard.append(next(m.parameters()).requires_grad))

@@ -234,8 +234,8 @@ def test_a_share_of_a_dataset_is_split_off_for_validation():
     [
         (DataLoader(blobs()), 0.1, "only a dataset can be split"),
         ([blobs().tensors], 0.1, "only a dataset can be split"),
-        (blobs(), 0.001, "leaves 0 of 60 rows"),
-        (blobs(), 1.0, "leaves 60 of 60 rows"),
+        (blobs(), 0.001, "leaves 0 of 60 samples"),
+        (blobs(), 1.0, "leaves 60 of 60 samples"),
         (blobs(), 10.0, "share, not a percentage"),
     ],
 )
@@ -381,7 +381,7 @@ def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch):
 
 
 def test_the_bar_shows_losses_accuracies_and_images(capsys, monkeypatch):
-    monkeypatch.setattr("advfeat.training._bar._READING", 0.0)
+    monkeypatch.setattr("advfeat.training._progress._SECONDS", 0.0)
     model, twin = normed(), normed()
     settings = {"eps": 0.1, "norm": "l2", "epochs": 2, "batch_size": 20, "seed": 0}
     af.adversarial_fit(model, blobs(), progress=True, **settings)

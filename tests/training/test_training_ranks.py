@@ -218,7 +218,7 @@ def test_what_would_train_each_rank_alone_or_twice_is_refused(ranks):
     (first, second), _ = ranks
     for found in (first, second):
         assert "call torch.distributed.init_process_group() first" in found["without a group"]
-        assert found["shared"].startswith("data: this loader gives each of the 2 ranks all rows")
+        assert found["shared"].startswith("data: this loader gives each of the 2 ranks all samples")
         assert found["wrapped"].startswith("model: a DistributedDataParallel; pass the module")
 
 

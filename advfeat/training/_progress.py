@@ -10,10 +10,10 @@ from typing import Any
 from advfeat.progress import wants_progress
 
 # Seconds between two readings of the figures: each waits for the device.
-_READING = 1.0
+_SECONDS = 1.0
 
 
-class Bar:
+class TrainingBar:
     """Images so far and a second, time left, and figures that are looked up now and then."""
 
     def __init__(self, bar: Any | None) -> None:
@@ -27,21 +27,21 @@ class Bar:
         if time.monotonic() >= self._next:
             found = {name: f"{value:.3f}" for name, value in figures().items()}
             self._bar.set_postfix(found)
-            self._next = time.monotonic() + _READING
+            self._next = time.monotonic() + _SECONDS
         self._bar.update(images)
 
 
 @contextmanager
 def progress_bar(
     progress: bool | None, *, total: int | None, done: int, first: bool
-) -> Iterator[Bar]:
+) -> Iterator[TrainingBar]:
     """A bar over all images of all epochs, on the first rank, where one is wanted."""
     if not first or not wants_progress(progress):
-        yield Bar(None)
+        yield TrainingBar(None)
         return
     from tqdm.auto import tqdm
 
     with tqdm(
         total=total, initial=done, unit="img", unit_scale=True, desc="training", leave=False
     ) as bar:
-        yield Bar(bar)
+        yield TrainingBar(bar)

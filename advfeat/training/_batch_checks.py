@@ -1,0 +1,156 @@
+"""Checks of the samples to train on: all labels before work starts, and every batch as it comes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+
+from advfeat import checks
+from advfeat.loading import Data, Source, is_stream, unpack
+from advfeat.threat import Bounds
+
+# Names a sample, of its index and its position in the batch.
+Naming = Callable[[int, int], str]
+
+# Class probabilities may sum to 1 within this.
+_SUM = 1e-3
+
+
+class BatchChecks:
+    """Checks inputs and labels of a batch with one value read from their device."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._classes: int | None = None
+        self._largest = -1
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes, once it is known."""
+        return self._classes
+
+    def set_classes(self, classes: int, data: Data) -> None:
+        """Check all labels that can be read without reading the samples, and each batch from here.
+
+        The batches so far are checked too.
+        """
+        self._classes = classes
+        check_labels(data, classes)
+        checks.class_range(self._largest, classes)
+
+    def batch(self, inputs: Tensor, labels: Tensor, ids: Tensor, names: Naming) -> None:
+        """Raise an error that names the sample, where a batch cannot be trained on."""
+        if _is_plain(inputs, labels):
+            found = _extremes(inputs, labels)
+            if self._is_good(found, soft=labels.is_floating_point()):
+                self._largest = max(self._largest, int(found[3]))
+                return
+        self._explain(inputs, labels, ids, names)
+
+    def _is_good(self, found: list[float], *, soft: bool) -> bool:
+        low, high = self._bounds
+        smallest, largest, first, last = found[:4]
+        good = math.isfinite(smallest) and math.isfinite(largest)
+        good &= low - checks.CLIPPED <= smallest and largest <= high + checks.CLIPPED
+        good &= first >= 0 and (self._classes is None or last < self._classes)
+        return good and (not soft or (found[4] >= 0 and found[5] < _SUM))
+
+    def _explain(self, inputs: Tensor, labels: Tensor, ids: Tensor, names: Naming) -> None:
+        """Check sample by sample, for the index; the whole batch first where that is malformed."""
+        if not _is_plain(inputs, labels):
+            checks.inputs(inputs, self._bounds)
+            checks.labels(labels, inputs)
+        for position, sample in enumerate(ids.tolist()):
+            here, name = slice(position, position + 1), names(sample, position)
+            checks.inputs(inputs[here], self._bounds, f"{name}inputs")
+            if labels.is_floating_point():
+                check_soft_label(labels[here], self._classes, f"{name}labels")
+                continue
+            checks.labels(labels[here], inputs[here], f"{name}labels")
+            if self._classes is not None:
+                checks.class_range(int(labels[position]), self._classes, f"{name}labels")
+
+
+def check_soft_label(labels: Tensor, classes: int | None, name: str) -> None:
+    """Refuse class probabilities that are negative, do not sum to 1, or are of other classes."""
+    if classes is not None and labels.shape[1] != classes:
+        checks.fail(f"{name}.shape", tuple(labels.shape), f"the model has {classes} classes")
+    total = float(labels.sum())
+    if not (float(labels.min()) >= 0 and abs(total - 1) < _SUM):
+        checks.fail(
+            name, f"sum {total:.4g}", "soft labels are class probabilities (N, C) that sum to 1"
+        )
+
+
+def check_labels(data: Data, classes: int | None = None) -> None:
+    """Check the labels of a dataset that keeps them apart, before any sample is used."""
+    dataset: Any = data.dataset if isinstance(data, DataLoader) else data
+    labels = known_labels(dataset)
+    if labels is None:
+        return
+    wrong = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+    for sample in wrong.nonzero().flatten()[:1].tolist():
+        # Read, for what the dataset returns may be another label than the one it keeps.
+        inputs, found = unpack(Source(dataset).fetch([sample]))
+        if found.ndim == 1 and not found.is_floating_point():
+            name = f"sample {sample}: labels"
+            checks.labels(found, inputs, name)
+            if classes is not None:
+                checks.class_range(int(found), classes, name)
+
+
+def known_labels(dataset: Any) -> Tensor | None:
+    """Return the class indices of a dataset without reading its samples, where it has them."""
+    if isinstance(dataset, Subset):
+        labels = known_labels(dataset.dataset)
+        return None if labels is None else labels[list(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [known_labels(part) for part in dataset.datasets]
+        return None if None in [p if p is None else 0 for p in parts] else torch.cat(parts)  # type: ignore[arg-type]
+    if isinstance(dataset, (list, tuple)) or is_stream(dataset):
+        return None
+    if type(dataset) is TensorDataset:
+        found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    else:
+        found = next(
+            (v for n in ("labels", "targets") if (v := getattr(dataset, n, None)) is not None), None
+        )
+    try:
+        labels = torch.as_tensor(np.asarray(found) if isinstance(found, list) else found)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    fits = labels.ndim == 1 and len(labels) == len(dataset) and labels.dtype != torch.bool
+    return labels if fits and not (labels.is_floating_point() or labels.is_complex()) else None
+
+
+def _is_plain(inputs: object, labels: object) -> bool:
+    """Whether a batch has the types and shapes that training takes."""
+    if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
+        return False
+    if not inputs.is_floating_point() or inputs.ndim < 2 or not inputs.numel() or inputs.is_meta:
+        return False
+    if labels.shape[:1] != inputs.shape[:1] or labels.device != inputs.device:
+        return False
+    if labels.is_floating_point():
+        return labels.ndim == 2 and labels.shape[1] > 1
+    return labels.ndim == 1 and labels.dtype != torch.bool and not labels.is_complex()
+
+
+def _extremes(inputs: Tensor, labels: Tensor) -> list[float]:
+    """Smallest and largest input and label; of soft labels also the least, and the worst sum."""
+    values = [*inputs.detach().aminmax()]
+    if labels.is_floating_point():
+        classes = labels.argmax(1)
+        worst = (labels.sum(1, dtype=torch.float32) - 1).abs().max()
+        values += [*classes.aminmax(), labels.min(), worst]
+    else:
+        values += [*labels.aminmax()]
+    kind = torch.float32 if inputs.device.type == "mps" else torch.float64
+    found: list[float] = torch.stack([value.to(kind) for value in values]).tolist()
+    return found

@@ -45,7 +45,9 @@ class PGDTraining(AdversarialMethod):
 
     def example(self, model: nn.Module, batch: TrainBatch, step: int) -> Example:
         """Attack the samples that are not left clean."""
-        clean = int((batch.place < round(self._mix * batch.total)).sum())
+        clean = 0
+        if self._mix:  # places are on the CPU: no waiting
+            clean = int((batch.place < round(self._mix * batch.total)).sum())
         if clean == len(batch.labels):
             return as_example((batch.inputs,), batch)
         attacked = self.perturb(model, batch, step, clean).to(batch.inputs.dtype)

@@ -221,7 +221,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", half)
     from advfeat.training._checkpoint import CheckpointFolder
 
-    with pytest.raises(OSError, match="last.pt"):
+    with pytest.raises(OSError, match=r"last\.pt"):
         CheckpointFolder(tmp_path / "other").write({"epoch": 9})
     assert (tmp_path / "other" / "last.pt").read_bytes() == before
 

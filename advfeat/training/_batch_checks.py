@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
 from advfeat import checks
-from advfeat.loading import Data, Source, is_stream, unpack
+from advfeat.loading import Data, Source, unpack
 from advfeat.threat import Bounds
 
 # Names a sample, of its index and its position in the batch.
@@ -113,7 +113,7 @@ def known_labels(dataset: Any) -> Tensor | None:
     if isinstance(dataset, ConcatDataset):
         parts = [known_labels(part) for part in dataset.datasets]
         return None if None in [p if p is None else 0 for p in parts] else torch.cat(parts)  # type: ignore[arg-type]
-    if isinstance(dataset, (list, tuple)) or is_stream(dataset):
+    if isinstance(dataset, (list, tuple, IterableDataset)):
         return None
     if type(dataset) is TensorDataset:
         found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None

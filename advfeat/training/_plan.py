@@ -105,8 +105,8 @@ def make_plan(settings: TrainingSettings, method: MethodSettings) -> Iterator[Pl
             found=found,
             identity={} if folder is None else {
                 "epochs": settings.epochs,
-                "optimizer": described_optimizer,
                 **_describe(settings, method, module, scheduler, every, seed),
+                "optimizer": described_optimizer,
                 **_describe_data(settings, generators, process),
             },
             process=process,

@@ -19,8 +19,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from advfeat.loading import Source, unpack, wants_progress
-from advfeat.progress import with_progress
+from advfeat.loading import Source, unpack
+from advfeat.progress import wants_progress, with_progress
 
 CPU = torch.device("cpu")
 ROWS = 11

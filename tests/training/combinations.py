@@ -148,9 +148,7 @@ def generator():
 
 
 def constructed(folder):
-    return af.construct_det_dataset(
-        nn.Linear(3, 3), blobs(), eps=0.05, steps=1, out=folder / "det"
-    )
+    return af.construct_det_dataset(nn.Linear(3, 3), blobs(), eps=0.05, steps=1, out=folder / "det")
 
 
 DATA = {

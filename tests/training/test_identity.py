@@ -57,7 +57,9 @@ def reordered():
     return TensorDataset(x.flip(0), y.flip(0))
 
 
-@pytest.mark.parametrize("other", [partial(blobs, seed=1), one_pixel_changed, one_label_changed, reordered])
+@pytest.mark.parametrize(
+    "other", [partial(blobs, seed=1), one_pixel_changed, one_label_changed, reordered]
+)
 def test_another_dataset_of_the_same_length_is_refused(other, tmp_path):
     af.fit(network(), blobs(), **BASE, checkpoint=tmp_path)
     with pytest.raises(ValueError, match=r"data\.digest=.*the run in this checkpoint folder had"):
@@ -106,7 +108,7 @@ class Augmenting(Dataset):
 def test_data_that_are_augmented_at_random_are_the_same_data(tmp_path):
     first, second = network(), network()
     af.fit(first, Augmenting(), **BASE, checkpoint=tmp_path)
-    torch.rand(3), random.random(), np.random.rand()  # noqa: B018, NPY002
+    torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
     af.fit(second, Augmenting(), **BASE, checkpoint=tmp_path)
     assert torch.equal(weights(first), weights(second))
 

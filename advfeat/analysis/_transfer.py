@@ -20,6 +20,7 @@ from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import Network, Precision, logits_of
 from advfeat.tables import table
+from advfeat.statistics import correlation_interval
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
@@ -38,50 +39,88 @@ class TransferPoint:
     name
         Of the architecture.
     learned
-        Accuracy on true test data after training on the constructed set.
+        Accuracy on the original test data after training on the constructed dataset.
+    fooled
+        Fraction that the architecture gets wrong of the test images constructed on the source,
+        among those that source and architecture both classify correctly without a perturbation:
+        a model that is wrong anyway is not fooled.
     of_fooled
-        Share that the architecture gets wrong of the test images constructed on the source, among
-        those that the source had right and is now fooled on.
+        The same among those that the source had right and is now fooled on.
     of_all
         The same among all test images.
+    clean_error
+        Fraction that the architecture gets wrong of the test images as they are.
     """
 
     name: str
     learned: Accuracy
+    fooled: Accuracy
     of_fooled: Accuracy
     of_all: Accuracy
+    clean_error: Accuracy
 
 
 @dataclass(frozen=True, eq=False)
 class Transfer:
-    """Learning from a constructed set against being fooled by transfer; see `transfer`.
+    """Learning from a constructed dataset against being fooled by transfer; see `transfer`.
 
     Attributes
     ----------
     points
-        One for each architecture: its ``name``; ``learned``, its accuracy on true test data after
-        training on the constructed set; and its share of wrong answers on the test images that
-        were constructed on the source, ``of_fooled`` among those that the source had right and is
-        now fooled on, ``of_all`` among all.
+        One for each architecture: its ``name``; ``learned``, its accuracy on the original test
+        data after training on the constructed dataset; its fraction of wrong answers on the test
+        images that were constructed on the source: ``fooled`` among those that both models
+        classify correctly without a perturbation, ``of_fooled`` among those that the source had
+        right and is now fooled on, ``of_all`` among all; and ``clean_error``, its fraction of
+        wrong answers without a perturbation.
     """
 
     points: tuple[TransferPoint, ...]
 
     @property
     def correlation(self) -> float:
-        """Pearson's correlation of learned accuracy and transfer rate over the architectures."""
-        pairs = [[float(point.learned), float(point.of_fooled)] for point in self.points]
-        found: Tensor = torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)
+        """Pearson's correlation of learned accuracy and fooled rate over the architectures.
+
+        NaN where either does not vary.
+        """
+        found: Tensor = torch.corrcoef(self._pairs().T)
         return float(found[0, 1])
+
+    @property
+    def correlation_interval(self) -> tuple[float, float]:
+        """95% interval of the correlation by Fisher's z; (-1, 1) below four architectures."""
+        return correlation_interval(self.correlation, len(self._pairs()))
+
+    def _pairs(self) -> Tensor:
+        """Learned accuracy and fooled rate, of the architectures that have both."""
+        pairs = [[float(point.learned), float(point.fooled)] for point in self.points]
+        found = torch.tensor(pairs, dtype=torch.float64)
+        return found[found.isfinite().all(1)]
+
+    def _correlation_text(self) -> str:
+        low, high = self.correlation_interval
+        return f"correlation {self.correlation:.2f} (95% interval {low:.2f} to {high:.2f})"
 
     def __str__(self) -> str:
         """A line an architecture, and the correlation."""
         rows: list[tuple[object, ...]] = [
-            (point.name, *(f"{v:.1%}" for v in (point.learned, point.of_fooled, point.of_all)))
+            (
+                point.name,
+                *(
+                    f"{v:.1%}"
+                    for v in (
+                        point.learned,
+                        point.fooled,
+                        point.of_fooled,
+                        point.of_all,
+                        point.clean_error,
+                    )
+                ),
+            )
             for point in self.points
         ]
-        head = ("architecture", "learned", "fooled, of fooled", "of all")
-        return table(head, rows) + f"\ncorrelation {self.correlation:.2f}"
+        head = ("architecture", "learned", "fooled", "of fooled", "of all", "clean error")
+        return table(head, rows) + "\n" + self._correlation_text()
 
     def plot(self, others: Mapping[str, Transfer] | None = None) -> Figure:
         """Figure 3: learned accuracy against transfer rate; other constructions beside it."""
@@ -92,14 +131,14 @@ class Transfer:
         ):
             for point, style in zip(found.points, plots.styles(), strict=False):
                 axes.plot(
-                    100 * point.learned, 100 * point.of_fooled, linestyle="", fillstyle=fill,
+                    100 * point.learned, 100 * point.fooled, linestyle="", fillstyle=fill,
                     markersize=9, color=style["color"], marker=style["marker"], clip_on=False,
                     label=f"{point.name}, {kind}" if kind else point.name,
                 )  # fmt: skip
         axes.set(xlabel="accuracy learned from the constructed set (%)", ylim=(0, 102))
-        axes.set(ylabel="transfer rate from the source (%)")
+        axes.set(ylabel="fooled by examples of the source (%)")
         axes.set_xlim(left=0)
-        axes.set_title(f"correlation {self.correlation:.2f}")
+        axes.set_title(self._correlation_text(), fontsize=10)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right center", frameon=False, fontsize=9)
         return figure
@@ -133,6 +172,17 @@ def transfer(
     learn
         ``(name, dataset) -> model``: makes a new model of that architecture and trains it.
 
+    Returns
+    -------
+    Transfer
+        A point for each architecture, and the correlation with its interval.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause; also where the source is fooled on no
+        test image.
+
     Examples
     --------
     >>> import functools, torch
@@ -144,8 +194,8 @@ def transfer(
     >>> found = analysis.transfer(
     ...     mine, {"mine": mine}, data, data, construct=det, learn=lambda name, d_det: mine
     ... )
-    >>> float(found.points[0].of_fooled)
-    1.0
+    >>> float(found.points[0].fooled), float(found.points[0].clean_error)
+    (1.0, 0.0)
     """
     named = named_models(models)
     checks.model(source)
@@ -160,11 +210,11 @@ def transfer(
         checks.fail("construct", "no test image", "the source is fooled on none; a larger eps?")
     points = []
     for name, model in named.items():
+        right = accuracy(model, TensorDataset(*true), progress=False).correct.cpu()
         fooled = ~accuracy(model, attacked, progress=False).correct.cpu()
         learned = accuracy(learn(name, made), TensorDataset(*true), progress=False)
-        points.append(
-            TransferPoint(name, learned, Accuracy.of(fooled[chosen]), Accuracy.of(fooled))
-        )
+        rates = (fooled[clean & right], fooled[chosen], fooled, ~right)
+        points.append(TransferPoint(name, learned, *(Accuracy.of(rate) for rate in rates)))
     return Transfer(tuple(points))
 
 

@@ -18,6 +18,7 @@ from advfeat.attacks.ensemble import seed_attacks
 from advfeat.loading import Data, Source
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import with_progress
+from advfeat.statistics import wilson_interval
 from advfeat.threat import Bounds, Norm
 
 _EVERYWHERE = (-math.inf, math.inf)
@@ -54,9 +55,9 @@ class Accuracy(float):
 
     @classmethod
     def of(cls, correct: Tensor, index: Tensor | None = None) -> Self:
-        """Count outcomes, bool ``(N,)``."""
+        """Count outcomes, bool ``(N,)``; of none the accuracy is NaN."""
         count, total = int(correct.sum()), len(correct)
-        value = cls(count / total)
+        value = cls(count / total if total else math.nan)
         value.count, value.total, value.correct = count, total, correct
         value.index = torch.arange(total) if index is None else index
         return value
@@ -64,13 +65,7 @@ class Accuracy(float):
     @property
     def interval(self) -> tuple[float, float]:
         """95% Wilson score interval."""
-        z = 1.959963984540054
-        spread = z * math.sqrt(
-            float(self) * (1 - float(self)) / self.total + z * z / (4 * self.total**2)
-        )
-        middle = float(self) + z * z / (2 * self.total)
-        scale = 1 + z * z / self.total
-        return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+        return wilson_interval(self.count, self.total)
 
     def __repr__(self) -> str:
         """Share, count and interval."""

@@ -15,6 +15,8 @@ from advfeat.attacks.base import check_attack, is_success, prepare_batch
 from advfeat.loading import Data, Source
 from advfeat.model import attackable, device_of
 from advfeat.progress import with_progress
+from advfeat.statistics import wilson_interval
+from advfeat.tables import table
 
 
 @dataclass(frozen=True)
@@ -25,33 +27,54 @@ class TransferMatrix:
     ----------
     sources, targets
         Names of rows and columns.
-    of_all
-        Share of all samples that the target gets wrong on the source's example, ``(S, T)``.
+    fooled
+        Fraction that the target gets wrong on the source's example, among samples that source and
+        target both classify correctly without one, ``(S, T)``; NaN where there are none. A target
+        that is wrong anyway is not fooled.
+    both_right
+        How many samples these are, int64 ``(S, T)``.
     of_fooled
         The same among samples that the source had right and was fooled on, ``(S, T)``; NaN where
         there are none.
+    of_all
+        The same among all samples, ``(S, T)``.
     clean_error
-        Share of samples that each target gets wrong on the clean input, ``(T,)``: what ``of_all``
-        would be without an attack.
+        Fraction of samples that each target gets wrong on the clean input, ``(T,)``: what
+        ``of_all`` would be without an attack.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    of_all: Tensor
+    fooled: Tensor
+    both_right: Tensor
     of_fooled: Tensor
+    of_all: Tensor
     clean_error: Tensor
 
+    def interval(self, source: str, target: str) -> tuple[float, float]:
+        """95% Wilson interval of ``fooled`` for one pair, by names."""
+        checks.one_of("source", source, self.sources)
+        checks.one_of("target", target, self.targets)
+        place = self.sources.index(source), self.targets.index(target)
+        total = int(self.both_right[place])
+        count = round(float(self.fooled[place]) * total) if total else 0
+        return wilson_interval(count, total)
+
     def __str__(self) -> str:
-        """A table: of all samples / of those fooled on the source."""
-        width = max(15, *(len(name) + 2 for name in self.targets))
-        first = max(len(name) for name in ("source", *self.sources))
-        lines = ["source".ljust(first) + "".join(name.rjust(width) for name in self.targets)]
-        for name, all_row, fooled_row in zip(
-            self.sources, self.of_all.tolist(), self.of_fooled.tolist(), strict=True
-        ):
-            cells = [f"{a:.3f} / {b:.3f}" for a, b in zip(all_row, fooled_row, strict=True)]
-            lines.append(name.ljust(first) + "".join(cell.rjust(width) for cell in cells))
-        return "\n".join(lines)
+        """Percent fooled, of samples that both models have right; clean error in the last row."""
+        rows: list[tuple[object, ...]] = [
+            (name, *(_percent(value) for value in row))
+            for name, row in zip(
+                (*self.sources, "clean error"),
+                (*self.fooled.tolist(), self.clean_error.tolist()),
+                strict=True,
+            )
+        ]
+        return table(("% fooled, made on", *self.targets), rows)
+
+
+def _percent(value: float) -> str:
+    return "none right" if math.isnan(value) else f"{100 * value:.1f}"
 
 
 def transfer_matrix(
@@ -77,7 +100,12 @@ def transfer_matrix(
     Returns
     -------
     TransferMatrix
-        With both denominators, and each target's clean error.
+        By three denominators, and each target's clean error.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause, before any work is done.
 
     Examples
     --------
@@ -87,7 +115,7 @@ def transfer_matrix(
     >>> data = torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3))
     >>> models = {"a": torch.nn.Identity(), "b": torch.nn.Softmax(1)}
     >>> matrix = transfer_matrix(models, models, data, PGD(eps=0.9, norm="linf"))
-    >>> matrix.of_all.shape, float(matrix.of_fooled[0, 1])
+    >>> matrix.fooled.shape, float(matrix.fooled[0, 1])
     (torch.Size([2, 2]), 1.0)
     """
     for models in (sources, targets):
@@ -101,30 +129,38 @@ def transfer_matrix(
     if attack.is_random:
         # One seed for all sources: each is attacked from the same random starts.
         attack = attack.with_seed(seeding.resolve(getattr(attack, "seed", None)))
-    counts = torch.zeros(2, len(sources), len(targets))
-    fooled_of, wrong, total = torch.zeros(len(sources)), torch.zeros(len(targets)), 0
+    shape = (len(sources), len(targets))
+    missed_of = {name: torch.zeros(shape) for name in ("both_right", "fooled", "all")}
+    both_right, fooled_of = torch.zeros(shape, dtype=torch.int64), torch.zeros(len(sources), 1)
+    clean_wrong, total = torch.zeros(len(targets)), 0
     batches = source_data.batches(device_of(next(iter(sources.values()))))
     for rows in with_progress(
         batches, total=source_data.batch_count, label="transfer", progress=progress
     ):
         total += len(rows.ids)
-        wrong += torch.stack([_wrong(t, rows.inputs, rows.labels).sum() for t in targets.values()])
+        wrong = [_wrong(target, rows.inputs, rows.labels) for target in targets.values()]
+        clean_wrong += torch.stack([each.sum() for each in wrong])
         for i, source in enumerate(sources.values()):
             device = device_of(source)
             ids, inputs, labels = (field.to(device) for field in rows)
             made = attack(source, inputs, labels, index=ids)
-            fooled = ~_wrong(source, inputs, labels) & _wrong(source, made, labels)
+            right = ~_wrong(source, inputs, labels)
+            fooled = right & _wrong(source, made, labels)
             fooled_of[i] += fooled.sum()
             for j, target in enumerate(targets.values()):
-                missed = _wrong(target, made, labels)
-                counts[0, i, j] += missed.sum()
-                counts[1, i, j] += (missed & fooled).sum()
+                missed, both = _wrong(target, made, labels), right & ~wrong[j]
+                both_right[i, j] += both.sum()
+                missed_of["both_right"][i, j] += (missed & both).sum()
+                missed_of["fooled"][i, j] += (missed & fooled).sum()
+                missed_of["all"][i, j] += missed.sum()
     return TransferMatrix(
         tuple(sources),
         tuple(targets),
-        counts[0] / total,
-        counts[1] / fooled_of[:, None],
-        wrong / total,
+        fooled=missed_of["both_right"] / both_right,
+        both_right=both_right,
+        of_fooled=missed_of["fooled"] / fooled_of,
+        of_all=missed_of["all"] / total,
+        clean_error=clean_wrong / total,
     )
 
 

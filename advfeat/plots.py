@@ -29,6 +29,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\")
 
 
+# More steps than this no screen shows.
+_MOST_STEPS = 2000
+
+
 def new_figure(width: float = 6.4, height: float = 4.0) -> Figure:
     """An empty figure that no window belongs to."""
     try:
@@ -229,19 +233,33 @@ def robustness_curves(
     figure = new_figure(5.4, 3.8)
     axes = figure.add_subplot()
     for (name, d), style in zip(tensors.items(), styles(), strict=False):
-        edges = torch.cat([torch.zeros(1), d[d <= end].float().sort().values.cpu()])
-        left = [100 * float((d > edge).float().mean()) for edge in edges]
+        edges, left = _remaining(d, end)
         axes.step(
-            [*_list(edges), end], [*left, left[-1]], where="post", label=name,
+            [*edges, end], [*left, left[-1]], where="post", label=name,
             color=style["color"], linestyle=style["linestyle"],
         )  # fmt: skip
     axes.set(
-        xlim=(0, end), ylim=(0, 102), ylabel="samples that resist (%)",
+        xlim=(0, end), ylim=(0, 102), ylabel="samples still robust (%)",
         xlabel=f"{norm} size of the perturbation".strip(),
     )  # fmt: skip
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     return figure
+
+
+def _remaining(distances: Tensor, end: float) -> tuple[list[float], list[float]]:
+    """Distances up to ``end`` and the percentage of samples beyond each; thinned where many.
+
+    A distance that is NaN counts as none: the sample is not robust.
+    """
+    ordered = distances.detach().double().cpu().flatten().nan_to_num(nan=-1.0, posinf=torch.inf)
+    ordered = ordered.sort().values
+    shown = ordered[(ordered >= 0) & (ordered <= end)]
+    edges = torch.cat([torch.zeros(1, dtype=torch.float64), shown]).unique()
+    if len(edges) > _MOST_STEPS:
+        edges = edges[torch.linspace(0, len(edges) - 1, _MOST_STEPS).round().long()]
+    beyond = len(ordered) - torch.searchsorted(ordered, edges, right=True)
+    return edges.tolist(), (100 * beyond / max(1, len(ordered))).tolist()
 
 
 def samples(
@@ -382,4 +400,6 @@ def _legend_above(axes: Axes) -> None:
 
 
 def _list(values: Sequence[float] | Tensor) -> list[float]:
+    if isinstance(values, Tensor):
+        return [float(value) for value in values.tolist()]
     return [float(value) for value in values]

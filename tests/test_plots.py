@@ -78,6 +78,19 @@ def test_robustness_curves_are_shares_above_each_distance():
     rendered(figure)
 
 
+def test_the_curve_of_many_samples_is_thinned_and_exact_at_every_step():
+    distance = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
+    distance[:7] = torch.nan  # not robust
+    distance[7:10] = torch.inf
+    axes = plots.robustness_curves({"m": distance}, largest=1.0).axes[0]
+    x, y = (part[:-1] for part in axes.lines[0].get_data())
+    assert 1000 < len(x) <= 2000
+    assert (x[0], y[0]) == (0.0, pytest.approx(100 * (50_000 - 7) / 50_000, abs=0.01))
+    for at in (0, 17, 900, -1):
+        expected = 100 * float((distance.double() > x[at]).double().mean())
+        assert y[at] == pytest.approx(expected, abs=1e-9)
+
+
 def test_differences_are_magnified_and_say_how_much():
     x = torch.full((2, 1, 3, 3), 0.5)
     y = x.clone()

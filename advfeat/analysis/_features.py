@@ -56,6 +56,11 @@ def stacked(data: Data, device: torch.device, batch_size: int | None = None) -> 
     return Stacked(inputs, labels.to(torch.int64))
 
 
+def commonest(labels: Tensor) -> float:
+    """Fraction of the commonest class: what a constant answer gets right."""
+    return int(labels.bincount().max()) / len(labels)
+
+
 def batches(
     net: Network, model: nn.Module, data: Data, bounds: Bounds, batch_size: int | None = None
 ) -> list[Batch]:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from advfeat import checks, plots, threat
-from advfeat.analysis._features import Stacked, stacked
+from advfeat import checks, plots, seeding, threat
+from advfeat.analysis._features import Stacked, commonest, stacked
 from advfeat.analysis._usefulness import DUAL, ROBUST, Usefulness, linear_usefulness
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy
@@ -30,16 +30,18 @@ class Leakage:
     Attributes
     ----------
     learned
-        Accuracy on true test data of a linear classifier of the robust features that was trained
-        on the constructed set: a lower bound of what leaks.
+        Accuracy on original test data of a linear classifier of the robust features that was
+        trained on the constructed dataset: a lower bound of what leaks. Where ``features`` is 0,
+        that of the class that is commonest in the constructed dataset.
     reference
         The same features and classifier, trained on the true training data.
     chance
-        One over the number of classes.
+        Fraction of the commonest class of the test data: what a constant answer gets right.
     features
-        How many features were provably robust.
+        How many features are provably robust.
     usefulness
-        Of all features that were looked at, one for each class, in closed form.
+        Of all features that were tried, one for each class, in closed form, on samples that they
+        were not chosen on.
     """
 
     learned: Accuracy
@@ -64,6 +66,8 @@ class Leakage:
         ]
         rows.append(("chance", f"{self.chance:.1%}", ""))
         title = f"{self.features} provably robust linear features, trained on:"
+        if not self.features:
+            title = "no linear feature is robust for certain; the commonest class instead:"
         return title + "\n" + table(("", "accuracy", "95% interval"), rows)
 
     def plot(self) -> Figure:
@@ -87,10 +91,11 @@ def leakage(
 ) -> Leakage:
     """Bound from below what robust features teach a model that is trained on a constructed set.
 
-    For each class the linear feature of the largest robust usefulness on the true data is found,
-    and kept where that is above 0 by the closed form (see `linear_usefulness`): it is robust for
-    certain. A linear classifier of these features alone is then trained on the constructed set
-    and tested on true data. What it gets right above chance, robust features have leaked.
+    For each class the linear feature of the largest robust usefulness on one half of the training
+    data is found, and kept where its robust usefulness on the other half is above 0 with all of
+    its interval (see `linear_usefulness`). A linear classifier of these features alone is then
+    trained on the constructed dataset and tested on original data. What it gets right above
+    chance, robust features have leaked.
 
     Parameters
     ----------
@@ -101,12 +106,18 @@ def leakage(
     eps, norm
         Ball of the closed form: the one the set was constructed in, or a larger one.
     seed
-        Of the bootstrap of usefulness; None draws one number from torch's default generator.
+        Of the two halves and the bootstrap; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    Leakage
+        Accuracy learned from the constructed dataset and from the original one, and chance.
 
     Raises
     ------
     ValueError
-        No linear feature is robust at this radius.
+        No linear feature is robust at this radius, even on the samples it was chosen on; or a
+        class has fewer than two samples.
 
     Examples
     --------
@@ -129,22 +140,47 @@ def leakage(
         for rows in (stacked(data, cpu) for data in (constructed, train, test))
     )
     classes = max(int(rows.labels.max()) for rows in (made, true, judged)) + 1
-    weight = _most_robust(true, classes, eps, norm)
-    found = linear_usefulness(weight, TensorDataset(*true), eps=eps, norm=norm, seed=seed)
-    robust = (found.kind == ROBUST).any(1)
-    if not bool(robust.any()):
+    drawn = seeding.resolve(seed)
+    chosen_on, tested_on = _halves(true, drawn)
+    weight = _most_robust(chosen_on, classes, eps, norm)
+    if not bool((_robust_usefulness(weight, chosen_on, classes, eps, norm) > 0).any()):
         checks.fail("eps", eps, "no linear feature is robust here: class means are too close")
-    weight = weight[robust]
-    scale = (true.inputs @ weight.T).std(0)
+    found = linear_usefulness(weight, TensorDataset(*tested_on), eps=eps, norm=norm, seed=drawn)
+    weight = weight[(found.kind == ROBUST).any(1)]
 
     def features(rows: Stacked) -> Tensor:
+        scale = (true.inputs @ weight.T).std(0)
         return (rows.inputs - true.inputs.mean(0)) @ weight.T / scale
 
     def learned_from(rows: Stacked) -> Accuracy:
+        if not len(weight):
+            return Accuracy.of(judged.labels == rows.labels.bincount().argmax())
         answer = _logistic_regression(features(rows), rows.labels, classes)
         return Accuracy.of(answer(features(judged)).argmax(1) == judged.labels)
 
-    return Leakage(learned_from(made), learned_from(true), 1 / classes, len(weight), found)
+    chance = commonest(judged.labels)
+    return Leakage(learned_from(made), learned_from(true), chance, len(weight), found)
+
+
+def _halves(rows: Stacked, seed: int) -> tuple[Stacked, Stacked]:
+    """Two halves of the samples at random, with half of each class."""
+    if int(rows.labels.bincount().min()) < 2:
+        checks.fail("train", "a class of fewer than two samples", "one half chooses, one tests")
+    order = torch.randperm(len(rows.labels), generator=seeding.generator(seed))
+    order = order[rows.labels[order].argsort(stable=True)]
+    first, second = (
+        Stacked(rows.inputs[half], rows.labels[half]) for half in (order[::2], order[1::2])
+    )
+    return first, second
+
+
+def _robust_usefulness(
+    weight: Tensor, rows: Stacked, classes: int, eps: float, norm: Norm
+) -> Tensor:
+    """What `_most_robust` maximises, for each class with its own feature."""
+    own = F.one_hot(rows.labels, classes).float()
+    half_gap = (own / own.sum(0) - (1 - own) / (1 - own).sum(0)).T @ rows.inputs / 2
+    return (weight * half_gap).sum(1) - eps * threat.size(weight, DUAL[norm])
 
 
 def _most_robust(rows: Stacked, classes: int, eps: float, norm: Norm) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from advfeat import checks, plots
-from advfeat.analysis._features import stacked
+from advfeat.analysis._features import commonest, stacked
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.metrics import Accuracy, accuracy
@@ -34,13 +34,18 @@ class Mislabelled:
     mistakes
         The set that was learned from; every label in it is wrong.
     chance
-        One over the number of classes.
+        Fraction of the commonest class of the test data: what a constant answer gets right.
     """
 
     learned: Accuracy
     teacher: Accuracy
     mistakes: ConstructedDataset
     chance: float
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether the whole 95% interval of ``learned`` lies above chance."""
+        return self.learned.interval[0] > self.chance
 
     def __str__(self) -> str:
         """Accuracies with intervals."""
@@ -142,8 +147,6 @@ def mislabelled(
     """
     checks.function("learn", learn)
     wrong = mistakes(model, train)
-    true = stacked(test, device_of(model))
-    with attackable(model) as net:
-        classes = net.class_count(true.inputs)
+    chance = commonest(stacked(test, torch.device("cpu")).labels)
     learned = accuracy(learn(wrong), test, progress=False)
-    return Mislabelled(learned, accuracy(model, test, progress=False), wrong, 1 / classes)
+    return Mislabelled(learned, accuracy(model, test, progress=False), wrong, chance)

@@ -19,8 +19,8 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import Network, Precision, logits_of
-from advfeat.tables import table
 from advfeat.statistics import correlation_interval
+from advfeat.tables import table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:

@@ -109,10 +109,11 @@ def _transfer(study: Study) -> list[str]:
     rows = [
         # NaN where no example fools the model it was made on.
         [source, *("none" if math.isnan(value) else f"{100 * value:.1f}" for value in row)]
-        for source, row in zip(matrix.sources, matrix.of_fooled.tolist(), strict=True)
+        for source, row in zip(matrix.sources, matrix.fooled.tolist(), strict=True)
     ]
     note = (
-        "Percent of the examples that fool the model they were made on, and fool the other as well."
+        "Percent of the test samples that both models classify correctly, and that the second one "
+        "gets wrong when they are attacked on the first; clean error in the last row."
     )
     return [
         "<h2>Transfer</h2>",

@@ -289,7 +289,7 @@ class Work:
             attack = PGD(**{"eps": self.eps, "norm": self.norm, "bounds": self.bounds, **settings})
             data = self.test if rows is None else first(self.test, rows)
             matrix = transfer_matrix(sources, models, data, attack, progress=self.progress)
-            tensors = ("of_all", "of_fooled", "clean_error")
+            tensors = ("fooled", "both_right", "of_fooled", "of_all", "clean_error")
             return {name: getattr(matrix, name).tolist() for name in tensors}
 
         models = [self._behind_model(name) for name in self.names]

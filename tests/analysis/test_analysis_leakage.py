@@ -44,7 +44,8 @@ def test_what_robust_features_teach_is_found(sets, made, lowest, highest):
     found = analysis.leakage(sets[made], sets["true"], sets["test"], eps=0.2, seed=0)
     assert lowest <= found.learned <= highest
     assert found.above_chance == (made == "leaking")
-    assert found.chance == 0.5
+    counts = sets["test"].tensors[1].bincount()
+    assert found.chance == int(counts.max()) / 400
     assert found.reference > 0.95
     assert str(found.features) in str(found)
 
@@ -59,6 +60,41 @@ def test_the_features_that_are_used_are_robust_by_the_closed_form(sets):
 def test_a_radius_at_which_nothing_is_robust_is_refused(sets):
     with pytest.raises(ValueError, match="eps"):
         analysis.leakage(sets["random"], sets["true"], sets["test"], eps=2.0, seed=0)
+
+
+def noise(count, features, classes, generator, commonest=0.0):
+    """Inputs that know nothing of their labels, of which this fraction more is of class 0."""
+    labels = torch.randint(classes, (count,), generator=generator)
+    labels[torch.rand(count, generator=generator) < commonest] = 0
+    labels[: 4 * classes] = torch.arange(4 * classes) % classes
+    return TensorDataset(torch.rand(count, features, generator=generator), labels)
+
+
+def test_chance_is_the_commonest_class():
+    """Classes of 85 and 15 percent, pixels of noise: whoever says the first is right in 85%."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = (noise(600, 64, 2, generator, commonest=0.7) for _ in range(2))
+    found = analysis.leakage(train, train, test, eps=0.01, seed=0)
+    assert found.chance == float((test.tensors[1] == 0).double().mean()) > 0.8
+    assert found.learned <= found.chance
+    assert not found.above_chance
+    assert found.features == 0
+    assert "no linear feature is robust for certain" in str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("classes", "commonest"), [(2, 0.7), (4, 0.0)])
+def test_noise_does_not_leak(classes, commonest):
+    """200 draws: above chance in at most 5%, give or take 3, and no feature is robust in 95%."""
+    generator = torch.Generator().manual_seed(0)
+    above = robust = 0
+    for seed in range(200):
+        train, test = (noise(120, 10, classes, generator, commonest) for _ in range(2))
+        found = analysis.leakage(train, train, test, eps=0.001, seed=seed)
+        above += found.above_chance
+        robust += found.features > 0
+    assert above <= 16
+    assert robust <= 16
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])

@@ -147,7 +147,31 @@ def test_mistakes_alone_teach_what_their_maker_knew():
 
     found = analysis.mislabelled(model, train, test, learn=student)
     # Every label it saw was wrong.
-    assert found.learned.interval[0] > found.chance == 0.5
+    assert found.above_chance
+    assert found.chance == int(test.tensors[1].bincount().max()) / len(test)
     assert found.teacher == af.accuracy(model, test)
     assert str(len(found.mistakes)) in str(found)
     assert len(found.plot().axes[0].patches) == 2
+
+
+@pytest.mark.slow
+def test_mistakes_on_noise_teach_nothing():
+    """200 draws of labels 70 to 30 percent: above chance in at most 5%, give or take 3."""
+    generator = torch.Generator().manual_seed(0)
+    above = 0
+    for seed in range(200):
+        x = torch.rand(2, 60, 4, generator=generator)
+        y = (torch.rand(2, 60, generator=generator) < 0.3).long()
+        train, test = (TensorDataset(*part) for part in zip(x, y, strict=True))
+
+        def student(wrong, seed=seed):
+            with torch.random.fork_rng():
+                fresh = nn.Linear(4, 2)
+            af.fit(fresh, wrong, epochs=2, lr=0.5, batch_size=30, seed=seed, progress=False)
+            return fresh
+
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            teacher = nn.Linear(4, 2)
+        above += analysis.mislabelled(teacher, train, test, learn=student).above_chance
+    assert above <= 16

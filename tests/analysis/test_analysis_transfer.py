@@ -42,13 +42,13 @@ def test_examples_transfer_to_models_that_read_the_same_features():
     found = analysis.transfer(
         reads(0, 1), models, data, data, construct=DET, learn=lambda name, d_det: models[name]
     )
-    rates = {point.name: float(point.of_fooled) for point in found.points}
+    rates = {point.name: float(point.fooled) for point in found.points}
     assert rates == {"same": 1.0, "half": 1.0, "other": 0.0}
     assert [float(point.learned) for point in found.points] == [1.0, 1.0, 1.0]
 
 
-def test_both_denominators():
-    """Of the rows that the source has right and is fooled on, and of all rows."""
+def test_all_denominators():
+    """Of samples both models have right, of those that the source is fooled on, and of all."""
     x, y = made(40).tensors
     wrong = y.clone()
     wrong[:10] = 1 - wrong[:10]  # the source is wrong on these as they are
@@ -57,7 +57,8 @@ def test_both_denominators():
     found = analysis.transfer(
         source, {"same": reads(0, 1)}, data, data, construct=DET, learn=lambda n, d: source
     ).points[0]
-    assert (found.of_fooled.total, found.of_all.total) == (30, 40)
+    assert (found.fooled.total, found.of_fooled.total, found.of_all.total) == (30, 30, 40)
+    assert float(found.clean_error) == 0.25
     # The first ten were moved towards the class they look like: still "wrong".
     assert float(found.of_fooled) == 1.0
 
@@ -80,18 +81,68 @@ def test_the_correlation_is_pearsons():
         return Accuracy.of(torch.arange(100) < count)
 
     points = tuple(
-        TransferPoint(str(place), share(x), share(y), share(y))
+        TransferPoint(str(place), share(x), share(y), share(y), share(y), share(5))
         for place, (x, y) in enumerate([(10, 20), (20, 30), (35, 60), (50, 55)])
     )
     found = Transfer(points)
     expected = torch.corrcoef(torch.tensor([[10.0, 20, 35, 50], [20, 30, 60, 55]]))[0, 1]
     assert found.correlation == pytest.approx(float(expected))
     assert f"{found.correlation:.2f}" in str(found)
+    low, high = found.correlation_interval
+    assert f"{low:.2f} to {high:.2f}" in str(found)
+    assert low < float(expected) < high
     other = Transfer(points[:2])
     axes = found.plot({"just bugs": other}).axes[0]
     assert len(axes.lines) == 6
     assert axes.lines[0].get_xydata()[0].tolist() == pytest.approx([10, 20])
     assert axes.lines[0].get_color() == axes.lines[4].get_color()
+
+
+class Constant(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return nn.functional.one_hot(torch.full((len(x),), self.answer), 2) + 0.0 * x[:, :1]
+
+
+def test_a_constant_model_is_wrong_and_not_fooled():
+    data = made()
+    found = analysis.transfer(
+        reads(0, 1), {"constant": Constant(1), "reads": reads(0)}, data, data, construct=DET,
+        learn=lambda name, d_det: reads(0),
+    )  # fmt: skip
+    constant, other = found.points
+    assert (float(constant.fooled), constant.fooled.total) == (0.0, 20)
+    assert float(constant.of_fooled) == float(constant.clean_error) == 0.5
+    assert (float(other.fooled), float(other.clean_error)) == (1.0, 0.0)
+
+
+def test_architectures_that_learn_by_chance_do_not_correlate():
+    """200 draws of six architectures without any relation: the interval has 0 in it in 95%."""
+    generator = torch.Generator().manual_seed(0)
+
+    def share():
+        return Accuracy.of(torch.rand(100, generator=generator) < 0.3)
+
+    wrong = 0
+    for _ in range(200):
+        points = [TransferPoint("a", *(share() for _ in range(5))) for _ in range(6)]
+        low, high = Transfer(tuple(points)).correlation_interval
+        wrong += low > 0 or high < 0
+    assert wrong <= 16  # 8%
+
+
+def test_an_architecture_that_is_always_wrong_is_left_out_of_the_correlation():
+    none = Accuracy.of(torch.zeros(0, dtype=torch.bool))
+    share = [Accuracy.of(torch.arange(10) < count) for count in (2, 4, 5, 7)]
+    points = [TransferPoint("a", each, each, each, each, each) for each in share]
+    odd = TransferPoint("never", share[0], none, none, share[3], share[3])
+    found = Transfer((*points, odd))
+    assert found.correlation == pytest.approx(1.0)
+    assert found.correlation_interval == Transfer(tuple(points)).correlation_interval
+    assert "nan" in str(found)
 
 
 def test_a_source_that_cannot_be_fooled_is_reported():

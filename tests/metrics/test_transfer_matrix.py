@@ -1,4 +1,4 @@
-"""Transfer: both denominators, counted by hand where the model is simple enough."""
+"""Transfer: three denominators, counted by hand where the model is simple enough."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import advfeat as af
 from advfeat.attacks import APGD, AutoAttack
 from advfeat.metrics import transfer_matrix
+from advfeat.statistics import wilson_interval
 
 
 class Threshold(nn.Module):
@@ -28,7 +29,7 @@ def rows():
     return TensorDataset(x, torch.tensor([0, 0, 1, 1, 1]))
 
 
-def test_both_denominators_counted_by_hand():
+def test_all_denominators_counted_by_hand():
     first, second = Threshold(0), Threshold(1)
     models = {"first": first, "second": second}
     attack = af.PGD(eps=0.25, norm="linf", steps=5)
@@ -40,8 +41,41 @@ def test_both_denominators_counted_by_hand():
     assert matrix.clean_error.tolist() == pytest.approx([0.0, 0.4])
     assert matrix.of_all.tolist() == [pytest.approx([0.4, 0.4]), pytest.approx([0.0, 0.6])]
     assert matrix.of_fooled.tolist() == [pytest.approx([1.0, 0.5]), pytest.approx([0.0, 1.0])]
-    assert "first" in str(matrix)
-    assert "0.400 / 0.500" in str(matrix)
+    # Both have rows 0, 2 and 3 right.
+    assert matrix.both_right.tolist() == [[5, 3], [3, 3]]
+    assert matrix.fooled.tolist() == [pytest.approx([0.4, 0.0]), pytest.approx([0.0, 1 / 3])]
+    assert matrix.interval("second", "second") == wilson_interval(1, 3)
+    lines = [line.split() for line in str(matrix).splitlines()]
+    assert lines[1:] == [["first", "40.0", "0.0"], ["second", "0.0", "33.3"],
+                         ["clean", "error", "0.0", "40.0"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_a_constant_model_is_never_fooled(answer):
+    class Constant(nn.Module):
+        def forward(self, x):
+            return nn.functional.one_hot(torch.full((len(x),), answer), 2) + 0.0 * x[:, :1]
+
+    models = {"constant": Constant(), "other": Threshold(0)}
+    matrix = transfer_matrix(
+        {"other": models["other"]}, models, rows(), af.PGD(eps=0.5, norm="linf", steps=5)
+    )
+    assert matrix.fooled.tolist() == [[0.0, 1.0]]
+    assert matrix.clean_error[0] > 0.3
+
+
+def test_a_model_that_is_always_wrong_has_no_rate():
+    class Never(nn.Module):
+        def forward(self, x):
+            return torch.stack([x[:, 0], -x[:, 0], x[:, 0] + 100], 1)
+
+    matrix = transfer_matrix(
+        {"a": Threshold(0)}, {"never": Never()}, rows(), af.PGD(eps=0.5, norm="linf", steps=2)
+    )
+    assert matrix.both_right.tolist() == [[0]]
+    assert bool(matrix.fooled.isnan().all())
+    assert "none right" in str(matrix)
+    assert matrix.interval("a", "never") == (0.0, 1.0)
 
 
 def test_a_source_that_is_never_fooled_has_no_share_of_fooled():

@@ -212,7 +212,7 @@ test_study.run(out={out!r})
 def test_killed_at_any_moment_it_goes_on_to_the_same_table(tmp_path, found):
     """SIGKILL, in the middle of whatever goes on, until a run comes through."""
     out = tmp_path / "study"
-    script = KILLED.format(tests=os.path.dirname(os.path.dirname(__file__)), out=str(out))
+    script = KILLED.format(tests=os.path.dirname(__file__), out=str(out))
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     killed = 0
     for stages in (1, 6, 13):
@@ -231,7 +231,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_table(tmp_path, found):
 def test_two_ranks_share_the_work(tmp_path, found):
     script = tmp_path / "ranks.py"
     script.write_text(
-        KILLED.format(tests=os.path.dirname(os.path.dirname(__file__)), out=str(tmp_path / "study"))
+        KILLED.format(tests=os.path.dirname(__file__), out=str(tmp_path / "study"))
         + "import torch.distributed as dist; dist.destroy_process_group()\n"
     )
     # Models and sets of an earlier call are read by both, whoever measures them.

@@ -255,11 +255,11 @@ def _remaining(distances: Tensor, end: float) -> tuple[list[float], list[float]]
     ordered = distances.detach().double().cpu().flatten().nan_to_num(nan=-1.0, posinf=torch.inf)
     ordered = ordered.sort().values
     shown = ordered[(ordered >= 0) & (ordered <= end)]
-    edges = torch.cat([torch.zeros(1, dtype=torch.float64), shown]).unique()
+    edges: Tensor = torch.unique(torch.cat([torch.zeros(1, dtype=torch.float64), shown]))
     if len(edges) > _MOST_STEPS:
         edges = edges[torch.linspace(0, len(edges) - 1, _MOST_STEPS).round().long()]
     beyond = len(ordered) - torch.searchsorted(ordered, edges, right=True)
-    return edges.tolist(), (100 * beyond / max(1, len(ordered))).tolist()
+    return edges.tolist(), (100 * beyond.double() / max(1, len(ordered))).tolist()
 
 
 def samples(

@@ -51,7 +51,7 @@ def main(kills: int, place: str) -> None:
             process = subprocess.Popen([*command, folder])
             time.sleep(generator.uniform(0, start + 2 * (took - start) / kills))
             process.kill()
-            if process.barrier() == -signal.SIGKILL:
+            if process.wait() == -signal.SIGKILL:
                 seen.append(finished(folder))
         subprocess.run([*command, folder], check=True)
         names = sorted(path.name for path in Path(whole).iterdir())

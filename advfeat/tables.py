@@ -1,11 +1,36 @@
-"""Tables as text."""
+"""The one table: as text, Markdown, HTML or CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import Literal, TypeAlias
 
-def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    """Lines of aligned columns, the first to the left."""
-    cells = [head, *([_cell(value) for value in row] for row in rows)]
+Format: TypeAlias = Literal["text", "markdown", "html", "csv"]
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]], format: Format = "text") -> str:
+    """Lines of columns, the first to the left, the others to the right.
+
+    Floats have four digits; anything else is printed as it is.
+    """
+    cells = [[str(value) for value in head], *([_cell(value) for value in row] for row in rows)]
+    if format == "csv":
+        file = io.StringIO()
+        csv.writer(file, lineterminator="\n").writerows(cells)
+        return file.getvalue()
+    if format == "markdown":
+        rule = ["---", *("---:" for _ in head[1:])]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], rule, *cells[1:]])
+    if format == "html":
+        titles = "".join(f"<th>{escape(cell)}</th>" for cell in cells[0])
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>"
+            for line in cells[1:]
+        )
+        return f'<div class="wide"><table><tr>{titles}</tr>{body}</table></div>'
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(

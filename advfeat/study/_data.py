@@ -48,14 +48,21 @@ def resident(made: ConstructedDataset, model: nn.Module) -> Dataset[Any]:
     return made
 
 
-def digits(share: Accuracy) -> str:
-    """Outcomes as text, a digit a row."""
-    return "".join("1" if right else "0" for right in share.correct.tolist())
+def as_text(accuracy: Accuracy) -> str:
+    """Outcomes as text, a digit a sample."""
+    return "".join("1" if right else "0" for right in accuracy.correct.tolist())
 
 
-def share(outcomes: str) -> Accuracy:
+def from_text(outcomes: str) -> Accuracy:
     """The accuracy behind outcomes as text."""
     return Accuracy.of(torch.tensor([digit == "1" for digit in outcomes]))
+
+
+def commonest(data: Dataset[Any]) -> float:
+    """Fraction of the commonest class of a dataset: what a constant answer gets right."""
+    batches = Source(data, 1024).batches(torch.device("cpu"))
+    counts = torch.bincount(torch.cat([batch.labels for batch in batches]))
+    return int(counts.max()) / int(counts.sum())
 
 
 def plain(settings: Any) -> Any:
@@ -63,8 +70,8 @@ def plain(settings: Any) -> Any:
     return json.loads(json.dumps(settings, default=lambda v: getattr(v, "__qualname__", str(v))))
 
 
-class Moved(Dataset[tuple[Tensor, Tensor]]):
-    """True inputs, labels moved on by one class: what D_det pretends."""
+class Shifted(Dataset[tuple[Tensor, Tensor]]):
+    """Original inputs, labels shifted by one class: what D_det pretends."""
 
     def __init__(self, data: Dataset[Any], model: nn.Module) -> None:
         self._source = Source(data)

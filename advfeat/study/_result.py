@@ -1,13 +1,10 @@
-"""What a study found: a table, pictures, a report."""
+"""What a study found: a table, claims, pictures, a report."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,111 +16,130 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.study import _report
-from advfeat.study._data import share
-from advfeat.study._recipe import SOURCES, TARGETED
-from advfeat.tables import table as aligned
+from advfeat.study._claims import Claim, claims_table
+from advfeat.study._findings import Findings, Measured, Run, Spread, percent
+from advfeat.study._sections import sections
+from advfeat.tables import table as lines
 from advfeat.training import History
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from advfeat.study._run import Work
-
 Format = Literal["text", "markdown", "csv", "json"]
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """How a model does on true test data.
-
-    Attributes
-    ----------
-    standard
-        Accuracy on clean inputs.
-    robust
-        Robust accuracy at each radius.
-    moved
-        Share of rows that the model takes for the class after their own. For a model that learned
-        from D_det, what robust features have taught it.
-    """
-
-    standard: Accuracy
-    robust: dict[float, Accuracy]
-    moved: Accuracy
 
 
 class Study:
     """What `run` found, of the stages that are done.
 
+    The attributes are those of one seed. A study of several seeds has a `Study` for each in
+    ``runs``; its table, claims, pictures and report are of all of them, and its other attributes
+    raise an error.
+
     Attributes
     ----------
+    runs
+        One study for each seed; of a single seed, the study itself.
     measured
-        Each model on true test data: ``"standard"``, ``"robust"``, and those that learned from a
-        set by its name. ``standard`` is the accuracy, ``robust`` the robust accuracy at each
-        radius, ``moved`` the share of rows taken for the class after their own: for a model that
-        learned from D_det, what robust features have taught it.
+        Each model on original test data: ``"standard"``, ``"robust"``, and those that learned
+        from a dataset by its name. ``standard`` is the accuracy, ``robust`` the robust accuracy at
+        each radius, ``shifted`` the fraction of samples classified as the class after their own:
+        for a model that learned from D_det, what robust features have taught it.
     histories
         `advfeat.training.History` of each model's training.
     made
-        For each set, means over its rows: ``success`` of the targeted ones, ``distance`` and
-        ``distance_before`` of the inverted ones, ``size``.
+        For each dataset, means over its samples: ``success`` of the targeted ones, ``distance``
+        and ``distance_before`` of the inverted ones, ``size``.
     transfer
         `advfeat.metrics.TransferMatrix` from the standard and the robust model to all; None before
         that stage.
     leakage
-        For D_rand and D_det, accuracy on true data that provably robust linear features alone
-        learn from the set (see `advfeat.analysis.leakage`); None where there is no such feature.
+        For D_rand and D_det, accuracy on original data that provably robust linear features alone
+        learn from the dataset (see `advfeat.analysis.leakage`); None where there is no such
+        feature.
     seconds
-        Of each stage, in the call that finished it.
+        Of each stage, in the call that finished it; of several seeds their sum.
     settings
         What the stages share: eps, norm, bounds, precision, seed, and digests of model and data.
     """
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self.settings = work.identity
-        records = {name: work.stages.record(name) for name in work.order()}
-        done = {name: record for name, record in records.items() if record is not None}
-        self.seconds: dict[str, float] = {name: each["seconds"] for name, each in done.items()}
-        found = {name: each["result"] for name, each in done.items()}
-        self.measured = {
-            name: self._measured(found[f"measure {name}"])
-            for name in work.names
-            if f"measure {name}" in found
-        }
-        self.histories = {
-            name.removeprefix("train ").removeprefix("on "): History(rows)
-            for name, rows in found.items()
-            if name.startswith("train ")
-        }
-        self.made: dict[str, dict[str, float]] = {
-            name: found[f"make {name}"] for name in work.recipe.sets if f"make {name}" in found
-        }
-        self.transfer: TransferMatrix | None = None
-        if "transfer" in found:
-            tensors = {name: torch.tensor(rows) for name, rows in found["transfer"].items()}
-            self.transfer = TransferMatrix(("standard", "robust"), tuple(work.names), **tensors)
-        self.leakage: dict[str, Accuracy | None] = {
-            name: share(each["learned"]) if "learned" in each else None
-            for name, each in found.get("leakage", {}).items()
-        }
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._found = Findings(tuple(runs))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._found.settings
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return self._found.seconds
+
+    @property
+    def chance(self) -> float:
+        """Fraction of the commonest class of the test data: what a constant answer gets right."""
+        return self._found.chance
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        """The paper's claims, each with its evidence and a verdict.
+
+        Every ``difference`` is on the same test samples. With one seed its interval speaks of new
+        test samples for these very models; with several also of newly trained models.
+        """
+        return self._found.claims
+
+    @property
+    def notes(self) -> list[str]:
+        """What these data or settings lack for the paper's findings, with numbers and remedies."""
+        return self._found.notes
+
+    @property
+    def runs(self) -> tuple[Study, ...]:
+        return (
+            (self,)
+            if len(self._found.runs) == 1
+            else tuple(Study([run]) for run in self._found.runs)
+        )
+
+    @property
+    def measured(self) -> dict[str, Measured]:
+        return self._single("measured").measured
+
+    @property
+    def histories(self) -> dict[str, History]:
+        return self._single("histories").histories
+
+    @property
+    def made(self) -> dict[str, dict[str, float]]:
+        return self._single("made").made
+
+    @property
+    def transfer(self) -> TransferMatrix | None:
+        return self._single("transfer").transfer
+
+    @property
+    def leakage(self) -> dict[str, Accuracy | None]:
+        return self._single("leakage").leakage
 
     def model(self, name: str) -> nn.Module:
         """A trained model; read from the folder, or trained now where it is not there."""
-        checks.one_of("name", name, tuple(self._work.names))
-        return self._work.model(name)
+        return self._single("model").model(name)
 
     def dataset(self, name: str) -> ConstructedDataset:
-        """A set; opened in the folder, or made now where it is not there."""
-        checks.one_of("name", name, tuple(self._work.recipe.sets))
-        return self._work.dataset(name)
+        """A dataset; opened in the folder, or made now where it is not there."""
+        return self._single("dataset").dataset(name)
 
     def __str__(self) -> str:
-        """The table as text."""
-        return self.table()
+        """The table, the claims and the notes as text."""
+        parts = [self.table()]
+        if self.claims:
+            parts.append(claims_table(self.claims))
+            parts.append(self._found.about_intervals())
+        return "\n\n".join(parts + [f"Note: {text}" for text in self.notes])
 
     def table(self, format: Format = "text") -> str:
-        """Accuracies of all models, in percent; in JSON from 0 to 1, with counts and intervals.
+        """Accuracies of all models, in percent; of several seeds the mean, lowest and highest.
+
+        In JSON from 0 to 1, with counts and intervals, of several seeds as a list.
 
         Parameters
         ----------
@@ -131,22 +147,28 @@ class Study:
             ``"text"``, ``"markdown"``, ``"csv"`` or ``"json"``.
         """
         checks.one_of("format", format, ("text", "markdown", "csv", "json"))
+        shares = self._found.shares()
         if format == "json":
-            rows = {name: _as_json(shares) for name, shares in self.shares().items()}
-            return json.dumps(rows, indent=1)
-        head = ["trained on", *self.columns()]
+            found = {
+                name: {
+                    column: _as_json(values[0])
+                    if len(values) == 1
+                    else [_as_json(value) for value in values]
+                    for column, values in columns.items()
+                }
+                for name, columns in shares.items()
+            }
+            return json.dumps(found, indent=1)
         body = [
-            [name, *(f"{100 * share:.1f}" for share in shares.values())]
-            for name, shares in self.shares().items()
+            [name, *(percent(values) for values in columns.values())]
+            for name, columns in shares.items()
         ]
-        if format == "csv":
-            file = io.StringIO()
-            csv.writer(file, lineterminator="\n").writerows([head, *body])
-            return file.getvalue()
-        if format == "markdown":
-            rule = ["---", *("---:" for _ in head[1:])]
-            return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *body])
-        return aligned(tuple(head), [tuple(line) for line in body])
+        return lines(["trained on", *self._found.columns()], body, format)
+
+    def claims_table(self, format: Literal["text", "markdown", "csv"] = "text") -> str:
+        """The claims with their evidence: differences in points with 95% intervals, verdicts."""
+        checks.one_of("format", format, ("text", "markdown", "csv"))
+        return claims_table(self.claims, format)
 
     def plot(self, kind: Literal["accuracy", "samples", "curves"] = "accuracy") -> Figure:
         """Figure 2 of the paper: accuracy and robust accuracy of every model.
@@ -154,94 +176,70 @@ class Study:
         Parameters
         ----------
         kind
-            ``"samples"`` for images of every set beside the originals with their labels,
-            ``"curves"`` for the trainings.
+            ``"samples"`` for images of every dataset beside the originals with their labels,
+            ``"curves"`` for the trainings; of several seeds, both show the first.
         """
         checks.one_of("kind", kind, ("accuracy", "samples", "curves"))
+        return self._draw(kind)
+
+    def _draw(self, kind: str) -> Figure:
         if kind == "samples":
             return self._samples()
         if kind == "curves":
-            return plots.trainings(self.histories)
+            return plots.trainings(self._found.runs[0].histories)
         groups = {
             name.replace(" ", "\n", 1): {
-                "accuracy": each.standard,
-                **{
-                    f"robust accuracy, {self._work.norm} {radius:g}": each.robust[radius]
-                    for radius in self._work.at
-                },
+                column if column == "accuracy" else f"robust accuracy, {column}": (
+                    values[0] if len(values) == 1 else Spread.of(values)
+                )
+                for column, values in columns.items()
+                if column != "shifted labels"
             }
-            for name, each in self.measured.items()
+            for name, columns in self._found.shares().items()
         }
-        return plots.bars(groups, chance=1 / self._classes(), ylabel="% of test rows")
+        return plots.bars(groups, chance=self.chance, ylabel="% of test samples")
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
-        """Write one HTML file with tables, pictures, settings, times and provenance.
+        """Write one HTML file with tables, claims, pictures, settings, times and provenance.
 
         Without matplotlib it has no pictures, and says so.
         """
-        _report.save(Path(path), self, self._work.recipe)
+        s = self.settings
+        summary = (
+            "After Ilyas et al. (2019), “Adversarial Examples Are Not Bugs, They Are Features”. "
+            f"A {s['model']['class']} in {s['norm']} {s['eps']:g}, inputs in {s['bounds']}; "
+            f"seed {s['seed']}. Accuracies are on the original test data."
+        )
+        _report.write(Path(path), summary, list(sections(self._found, self._draw)))
 
     # --- Parts ---
 
-    def _measured(self, found: dict[str, str]) -> Measured:
-        robust = {radius: share(found[f"{radius:g}"]) for radius in self._work.at}
-        return Measured(share(found["accuracy"]), robust, share(found["moved"]))
-
-    def shares(self) -> dict[str, dict[str, Accuracy]]:
-        """The table: for each model its accuracies, by the names of `columns`."""
-        return {
-            name: dict(
-                zip(
-                    self.columns(),
-                    (each.standard, *each.robust.values(), each.moved),
-                    strict=True,
-                )
+    def _single(self, attribute: str) -> Run:
+        """The only run."""
+        if len(self._found.runs) > 1:
+            raise ValueError(
+                f"{attribute}: this study has {len(self._found.runs)} seeds; take it from one of "
+                f".runs, as in study.runs[0].{attribute}"
             )
-            for name, each in self.measured.items()
-        }
-
-    def columns(self) -> list[str]:
-        """Names of the table's columns."""
-        per_sample_eps = [f"{self._work.norm} {radius:g}" for radius in self._work.at]
-        return ["accuracy", *per_sample_eps, "as label + 1"]
-
-    def _classes(self) -> int:
-        return 1 + max(int(label) for label in self._first_rows(2048)[1])
-
-    def _first_rows(self, count: int) -> tuple[Tensor, Tensor]:
-        source = Source(self._work.rows)
-        rows = source.rows(source.indices[:count], torch.device("cpu"))
-        return rows.inputs, rows.labels
+        return self._found.runs[0]
 
     def _samples(self, count: int = 8) -> Figure:
-        images, labels = self._first_rows(count)
-        shown, under = {"original": images}, {"original": labels.tolist()}
-        for name in self.made:
-            made = self.dataset(name).subset(slice(count))
+        run = self._found.runs[0]
+        source = Source(self._found.work.rows)
+        found = source.rows(source.indices[:count], torch.device("cpu"))
+        shown: dict[str, Tensor] = {"original": found.inputs}
+        under: dict[str, Sequence[object]] = {"original": found.labels.tolist()}
+        for name in run.made:
+            made = run.dataset(name).subset(slice(count))
             shown[name] = made.images
             under[name] = made.labels.tolist()
-        return plots.samples(shown, labels=under, bounds=self._work.bounds)
-
-    def made_lines(self) -> Iterator[tuple[str, str]]:
-        """What each set's rows say on average, as sentences."""
-        for name, means in self.made.items():
-            if name.split()[0] in TARGETED:
-                text = f"{means['success']:.1%} of rows are taken for their target"
-            else:
-                text = (
-                    f"activations of the {SOURCES[name]} model: distance "
-                    f"{means['distance']:.3g}, {means['distance_before']:.3g} at the start"
-                )
-            yield name, text
+        return plots.samples(shown, labels=under, bounds=self._found.work.bounds)
 
 
-def _as_json(shares: dict[str, Accuracy]) -> dict[str, Any]:
+def _as_json(found: Accuracy) -> dict[str, Any]:
     return {
-        name: {
-            "share": float(found),
-            "count": found.count,
-            "total": found.total,
-            "interval": list(found.interval),
-        }
-        for name, found in shares.items()
+        "share": float(found),
+        "count": found.count,
+        "total": found.total,
+        "interval": list(found.interval),
     }

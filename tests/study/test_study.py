@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorData
 
 import advfeat as af
 from advfeat import plots, study
-from advfeat.study._data import Moved
+from advfeat.study._data import Shifted
 from advfeat.study._result import Study
 
 RADII = [0.1, 0.2]
@@ -27,10 +27,13 @@ RECIPE = study.Recipe(
     robust={"steps": 2},
     sets={
         "D_R": {"layer": "0", "steps": 3},
+        "D_R control": {},
         "D_NR from noise": {"layer": "0", "steps": 3, "start": "noise"},
         "D_rand": {"steps": 3},
         "D_det": {"steps": 3, "eps": 0.4},
-        "D_det control": {"steps": 3, "eps": 0.4},
+        "D_det control": {},
+        "D_det noise control": {},
+        "D_det moved control": {},
     },
     fresh={"D_rand": {"lr": 0.2}},
     measured={"steps": 3},
@@ -39,10 +42,13 @@ RECIPE = study.Recipe(
 STAGES = [
     "train standard", "train robust",
     "make D_R", "make D_NR from noise", "make D_rand", "make D_det", "make D_det control",
-    "train on D_R", "train on D_NR from noise", "train on D_rand", "train on D_det",
-    "train on D_det control",
-    "measure standard", "measure robust", "measure D_R", "measure D_NR from noise",
-    "measure D_rand", "measure D_det", "measure D_det control",
+    "make D_det noise control", "make D_det moved control",
+    "train on D_R", "train on D_R control", "train on D_NR from noise", "train on D_rand",
+    "train on D_det", "train on D_det control", "train on D_det noise control",
+    "train on D_det moved control",
+    "measure standard", "measure robust", "measure D_R", "measure D_R control",
+    "measure D_NR from noise", "measure D_rand", "measure D_det", "measure D_det control",
+    "measure D_det noise control", "measure D_det moved control",
     "transfer", "leakage",
 ]  # fmt: skip
 
@@ -94,8 +100,8 @@ def test_as_label_plus_one_counts_the_class_after_the_true_one(found):
     for name, measured in found.measured.items():
         with torch.no_grad():
             said = found.model(name).eval()(inputs).argmax(1)
-        assert measured.moved.count == int((said == (labels + 1) % 3).sum())
-        assert not bool((measured.moved.correct & measured.standard.correct).any())
+        assert measured.shifted.count == int((said == (labels + 1) % 3).sum())
+        assert not bool((measured.shifted.correct & measured.standard.correct).any())
 
 
 def test_each_set_comes_from_the_model_that_the_paper_takes(found):
@@ -122,7 +128,7 @@ def test_the_models_are_those_that_the_functions_train(found):
             found.model(name).parameters(), again.model(name).parameters(), strict=True
         ):
             assert torch.equal(one, other)
-    starts = [next(found._work._fresh(n).parameters()) for n in ("standard", "robust", "D_R")]
+    starts = [next(found._found.work._fresh(n).parameters()) for n in ("standard", "robust", "D_R")]
     assert not torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
@@ -146,10 +152,10 @@ def test_a_loader_counts_as_the_rows_it_covers():
     assert torch.equal(by_loader.dataset("D_det").images, by_subset.dataset("D_det").images)
 
 
-def test_moved_labels_go_round():
+def test_shifted_labels_go_round():
     model = nn.Linear(6, 5)
-    moved = Moved(TensorDataset(torch.rand(5, 6), torch.arange(5)), model)
-    assert [int(label) for _, label in moved] == [1, 2, 3, 4, 0]
+    shifted = Shifted(TensorDataset(torch.rand(5, 6), torch.arange(5)), model)
+    assert [int(label) for _, label in shifted] == [1, 2, 3, 4, 0]
 
 
 # --- Once each ---
@@ -266,11 +272,11 @@ def test_two_ranks_share_the_work(tmp_path, found):
 )
 def test_other_settings_are_refused_and_named(found, changes, named):
     with pytest.raises(ValueError, match=re.escape(named)):
-        run(out=found._work.stages.folder, **changes)
+        run(out=found._found.work.stages.folder, **changes)
 
 
 def test_other_data_and_another_model_are_refused(found):
-    out = found._work.stages.folder
+    out = found._found.work.stages.folder
     given = {"eps": 0.2, "norm": "l2", "at": RADII, "recipe": RECIPE, "seed": 3, "out": out}
     with pytest.raises(ValueError, match=r"train\.sha256"):
         study.run(network, rows(5), TEST, **given)
@@ -328,7 +334,7 @@ def test_a_model_in_place_of_a_function_is_refused():
 
 def test_tables_agree_with_each_other(found):
     rows = list(csv.reader(io.StringIO(found.table("csv"))))
-    assert rows[0] == ["trained on", "accuracy", "l2 0.1", "l2 0.2", "as label + 1"]
+    assert rows[0] == ["trained on", "accuracy", "l2 0.1", "l2 0.2", "shifted labels"]
     as_json = json.loads(found.table("json"))
     for name, *cells in rows[1:]:
         shares = [f"{100 * each['share']:.1f}" for each in as_json[name].values()]
@@ -338,7 +344,7 @@ def test_tables_agree_with_each_other(found):
 
 
 def test_the_report_stands_alone(found):
-    page = (found._work.stages.folder / "report.html").read_text()
+    page = (found._found.work.stages.folder / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("data:image/png;base64,") == 2  # accuracies and trainings; rows, no images
     assert "No picture" in page
@@ -348,14 +354,14 @@ def test_the_report_stands_alone(found):
 
 
 def test_pictures_of_the_report_are_scrolled_on_a_narrow_screen_not_shrunk(found):
-    page = (found._work.stages.folder / "report.html").read_text()
+    page = (found._found.work.stages.folder / "report.html").read_text()
     pictures = re.findall(r'<div class="wide"><img alt="[^"]*" style="min-width: min', page)
     assert len(pictures) == page.count("<img")
 
 
 def test_a_transfer_rate_of_no_example_is_no_number(found, tmp_path, monkeypatch):
-    of_none = dataclasses.replace(found.transfer, of_fooled=torch.full((2, 7), torch.nan))
-    monkeypatch.setattr(found, "transfer", of_none)
+    of_none = dataclasses.replace(found.transfer, fooled=torch.full((2, 10), torch.nan))
+    monkeypatch.setattr(found._found.runs[0], "transfer", of_none)
     found.save_report(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<td>none</td>" in page

@@ -1,0 +1,183 @@
+"""The paper's claims, each with the paired differences that speak for or against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from advfeat.statistics import Estimate, mean_outcome, paired_difference
+from advfeat.tables import Format, table
+
+Verdict: TypeAlias = Literal["confirmed", "not confirmed", "undecided"]
+
+
+class Outcomes(NamedTuple):
+    """Of the models of one name, ``(S, N)`` bool: a row for each seed, a column for each sample."""
+
+    standard: Tensor
+    robust: Mapping[float, Tensor]
+    shifted: Tensor
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A difference that is above 0 if the claim is true.
+
+    Attributes
+    ----------
+    text
+        What is compared.
+    difference
+        `advfeat.statistics.Estimate` of it.
+    """
+
+    text: str
+    difference: Estimate
+
+    @property
+    def verdict(self) -> Verdict:
+        """By the interval: above 0, below 0, or with 0 inside."""
+        verdicts: dict[int, Verdict] = {1: "confirmed", -1: "not confirmed"}
+        return verdicts.get(self.difference.sign, "undecided")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper, and what was measured of it.
+
+    Attributes
+    ----------
+    text
+        The claim.
+    evidence
+        Differences that are all above 0 if it is true: each with its ``text``, its ``difference``
+        (an `advfeat.statistics.Estimate`) and its ``verdict``.
+    """
+
+    text: str
+    evidence: tuple[Evidence, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Confirmed if all evidence confirms it, not confirmed if any is against it."""
+        verdicts = {each.verdict for each in self.evidence}
+        if "not confirmed" in verdicts:
+            return "not confirmed"
+        return "undecided" if "undecided" in verdicts else "confirmed"
+
+
+def claims_table(claims: tuple[Claim, ...], format: Format = "text") -> str:
+    """A line for each piece of evidence, with the verdict on the claim in its first."""
+    rows = [
+        (
+            claim.text if not place else "",
+            evidence.text,
+            str(evidence.difference),
+            claim.verdict if not place else "",
+        )
+        for claim in claims
+        for place, evidence in enumerate(claim.evidence)
+    ]
+    return table(("claim", "evidence", "points (95% interval)", "verdict"), rows, format)
+
+
+def judge(
+    measured: Mapping[str, Outcomes],
+    *,
+    norm: str,
+    chance: float,
+    control: Callable[[str], str | None],
+) -> tuple[Claim, ...]:
+    """Compare the models that a study measured; claims without measurements are left out.
+
+    Robust accuracies are compared at the radius where the robust model is furthest above the
+    standard one: below and beyond it there is less to tell apart. That radius is chosen on these
+    two models alone.
+    """
+    if not {"standard", "robust"} <= measured.keys():
+        return ()
+    radius = _widest(measured)
+    judge = _Judge(measured, norm, chance, control, radius)
+    found = (Claim(text, tuple(evidence)) for text, evidence in judge.claims())
+    return tuple(claim for claim in found if claim.evidence)
+
+
+def _widest(measured: Mapping[str, Outcomes]) -> float | None:
+    def gap(radius: float) -> float:
+        robust, standard = (measured[n].robust[radius] for n in ("robust", "standard"))
+        return float(robust.double().mean() - standard.double().mean())
+
+    return max(measured["robust"].robust, key=gap, default=None)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    measured: Mapping[str, Outcomes]
+    norm: str
+    chance: float
+    control: Callable[[str], str | None]
+    radius: float | None
+
+    def claims(self) -> Iterator[tuple[str, Iterator[Evidence]]]:
+        yield "adversarial training makes a model robust", self._robuster("robust", "standard")
+        for name in ("D_R", "D_R from noise"):
+            control = self.control(name)
+            yield (
+                f"{name}: robust features suffice for robust accuracy",
+                _chain(self._robuster(name, control), self._above_chance(name)),
+            )
+        for name in ("D_NR", "D_NR from noise"):
+            robust = name.replace("D_NR", "D_R")
+            yield (
+                f"{name}: accurate and less robust than {robust}",
+                _chain(self._above_chance(name), self._robuster(robust, name)),
+            )
+        for name in ("D_rand", "D_det"):
+            control = self.control(name)
+            against = "" if name == "D_rand" else ", even against robust ones"
+            parts = [self._above_chance(name), self._more_accurate(name, control)]
+            if name == "D_det":
+                parts.append(self._not_shifted(name, f"{name}, original - shifted labels", 1))
+            yield f"{name}: non-robust features generalise{against}", _chain(*parts)
+        yield (
+            "a robust model has few non-robust features to construct with",
+            self._not_shifted("D_det control", "D_det control, shifted - original labels", -1),
+        )
+
+    def _robuster(self, name: str, other: str | None) -> Iterator[Evidence]:
+        if self._both(name, other) and self.radius is not None:
+            first, second = (self.measured[n].robust[self.radius] for n in (name, other or ""))
+            text = f"{name} - {other}, {self.norm} {self.radius:g}"
+            yield Evidence(text, paired_difference(first, second))
+
+    def _more_accurate(self, name: str, other: str | None) -> Iterator[Evidence]:
+        if self._both(name, other):
+            first, second = (self.measured[n].standard for n in (name, other or ""))
+            yield Evidence(f"{name} - {other}, accuracy", paired_difference(first, second))
+
+    def _not_shifted(self, name: str, text: str, sign: int) -> Iterator[Evidence]:
+        if name in self.measured:
+            first, second = (self.measured[name].standard, self.measured[name].shifted)[::sign]
+            yield Evidence(text, paired_difference(first, second))
+
+    def _above_chance(self, name: str) -> Iterator[Evidence]:
+        if name in self.measured:
+            found = mean_outcome(self.measured[name].standard)
+            low, high = found.interval
+            shifted = replace(
+                found,
+                value=found.value - self.chance,
+                interval=(low - self.chance, high - self.chance),
+            )
+            yield Evidence(f"{name} - chance ({self.chance:.1%}), accuracy", shifted)
+
+    def _both(self, name: str, other: str | None) -> bool:
+        return name in self.measured and other in self.measured
+
+
+def _chain(*parts: Iterator[Evidence]) -> Iterator[Evidence]:
+    for part in parts:
+        yield from part

@@ -1,0 +1,132 @@
+"""The sections of a study's report."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from advfeat._version import __version__
+from advfeat.metrics import Accuracy
+from advfeat.study import _report
+from advfeat.study._claims import claims_table
+from advfeat.study._data import plain
+from advfeat.study._findings import Findings, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def sections(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
+    """All of them, in order; ``draw`` makes a figure by its kind."""
+    yield from _accuracies(found, draw)
+    yield from _claims(found)
+    yield from _datasets(found, draw)
+    yield from _transfer(found)
+    yield from _leakage(found)
+    if found.runs[0].histories:
+        yield _report.heading("Trainings")
+        yield _report.picture("loss and accuracy", lambda: draw("curves"))
+    yield from _provenance(found)
+
+
+def _accuracies(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
+    shares = found.shares()
+    if not shares:
+        return
+    cell = _with_interval if len(found.runs) == 1 else percent
+    body = [[name, *(cell(v) for v in columns.values())] for name, columns in shares.items()]
+    shown = "95% intervals" if len(found.runs) == 1 else "lowest and highest of all seeds"
+    yield _report.heading("Accuracy")
+    yield _report.rows(["trained on", *found.columns()], body)
+    yield _report.note(
+        f"Percent, with {shown}. “Shifted labels” is the fraction of test samples classified as "
+        "the class after their own: what robust features teach a model of D_det."
+    )
+    yield _report.picture("accuracy of every model", lambda: draw("accuracy"))
+
+
+def _claims(found: Findings) -> Iterator[str]:
+    if found.claims:
+        yield _report.heading("Claims of the paper")
+        yield claims_table(found.claims, "html")
+        yield _report.note(found.about_intervals())
+    for text in found.notes:
+        yield _report.paragraph(text)
+
+
+def _datasets(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
+    if found.means():
+        yield _report.heading("Datasets")
+        yield _report.bullets(list(found.made_lines()))
+        alternative = "images of every dataset, with their labels"
+        yield _report.picture(alternative, lambda: draw("samples"))
+
+
+def _transfer(found: Findings) -> Iterator[str]:
+    matrices = [run.transfer for run in found.runs if run.transfer is not None]
+    if not matrices:
+        return
+    fooled = torch.stack([matrix.fooled for matrix in matrices]).nanmean(0)
+    errors = torch.stack([matrix.clean_error for matrix in matrices]).mean(0)
+    names = (*matrices[0].sources, "clean error")
+    body = [
+        # NaN where the two models have no sample right.
+        [source, *("none" if math.isnan(value) else f"{100 * value:.1f}" for value in row)]
+        for source, row in zip(names, (*fooled.tolist(), errors.tolist()), strict=True)
+    ]
+    yield _report.heading("Transfer")
+    yield _report.rows(["made on", *matrices[0].targets], body)
+    yield _report.note(
+        "Percent of the test samples that both models classify correctly, and that the second one "
+        "gets wrong when they are attacked on the first; means over seeds."
+    )
+
+
+def _leakage(found: Findings) -> Iterator[str]:
+    names = found.runs[0].leakage
+    if not names:
+        return
+    heads = ["accuracy"] if len(found.runs) == 1 else [f"seed {s}" for s in found.seeds]
+    body = [
+        [
+            name,
+            *(
+                "no linear feature is robust" if each is None else _with_interval([each])
+                for each in (run.leakage.get(name) for run in found.runs)
+            ),
+        ]
+        for name in names
+    ]
+    yield _report.heading("Leakage")
+    yield _report.rows(["dataset", *heads], body)
+    yield _report.note(
+        "Accuracy on original data of provably robust linear features alone that learned from a "
+        f"dataset; chance is {found.chance:.1%}."
+    )
+
+
+def _provenance(found: Findings) -> Iterator[str]:
+    seconds = found.seconds
+    times = [[name, f"{value:.1f}"] for name, value in seconds.items()]
+    times.append(["all", f"{sum(seconds.values()):.1f}"])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    settings = {**found.settings, "recipe": vars(found.work.recipe)}
+    yield _report.heading("Time")
+    yield _report.rows(["stage", "seconds"], times)
+    yield _report.note("Of the call that finished the stage.")
+    yield _report.heading("Settings")
+    yield _report.paragraph(
+        f"advfeat {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {device or platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    yield _report.preformatted(json.dumps(plain(settings), indent=1))
+
+
+def _with_interval(values: Sequence[Accuracy]) -> str:
+    low, high = values[0].interval
+    return f"{100 * values[0]:.1f} ({100 * low:.1f} to {100 * high:.1f})"

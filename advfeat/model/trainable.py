@@ -50,13 +50,15 @@ def trainable(
 ) -> Iterator[Trainee]:
     """Put a module in training mode, yield its `Trainee`, and leave its flags as they were.
 
-    A module that is in training mode keeps its frozen parts. Weights of convolutions are in
-    channels_last meanwhile, the fastest format on the CPU and on CUDA.
+    A module that is in training mode keeps its frozen parts; of one in evaluation mode those parts
+    stay so that have parameters, all of them frozen, for the statistics of a frozen backbone.
+    Weights of convolutions are in channels_last meanwhile, the fastest format on CPU and CUDA.
     """
     flags = [(m, m.training) for m in module.modules()]
     weights = [p for p in convolution_weights(module) if p.is_contiguous()]
     if not module.training:
         module.train()
+        _keep_frozen_in_evaluation(module)
     try:
         if module not in contiguous_only:
             set_memory_format(weights, torch.channels_last)
@@ -68,6 +70,13 @@ def trainable(
             m.training = flag
         set_memory_format(weights, torch.contiguous_format)
         in_channels_last.pop(module, None)
+
+
+def _keep_frozen_in_evaluation(module: nn.Module) -> None:
+    for part in module.modules():
+        parameters = list(part.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            part.train(False)
 
 
 def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Trainee:

@@ -28,7 +28,8 @@ class BatchChecks:
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
         self._classes: int | None = None
-        self._largest = -1
+        self._largest = -1  # of the labels so far
+        self._columns: int | None = None  # of soft labels
 
     @property
     def classes(self) -> int | None:
@@ -43,12 +44,18 @@ class BatchChecks:
         self._classes = classes
         check_labels(data, classes)
         checks.class_range(self._largest, classes)
+        if self._columns not in (None, classes):
+            checks.fail("labels.shape", ("N", self._columns), f"the model has {classes} classes")
 
     def batch(self, inputs: Tensor, labels: Tensor, ids: Tensor, names: Naming) -> None:
         """Raise an error that names the sample, where a batch cannot be trained on."""
         if _is_plain(inputs, labels):
-            found = _extremes(inputs, labels)
-            if self._is_good(found, soft=labels.is_floating_point()):
+            found, soft = _extremes(inputs, labels), labels.is_floating_point()
+            self._columns = labels.shape[1] if soft else self._columns
+            if self._is_good(found, soft=soft) and self._columns in (
+                None,
+                self._classes or self._columns,
+            ):
                 self._largest = max(self._largest, int(found[3]))
                 return
         self._explain(inputs, labels, ids, names)

@@ -9,6 +9,7 @@ import time
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from advfeat.training._batches import BatchReader, TrainBatch
 from advfeat.training._history import History
 from advfeat.training._learner import Learner
 from advfeat.training._method import AdversarialMethod, TrainingMethod
+from advfeat.training._optimizer import needs_closure
 from advfeat.training._overfitting import EVERY, OverfittingGuard
 from advfeat.training._parallel import broadcast_buffers, mean_accuracy
 from advfeat.training._pgd import PGDTraining
@@ -43,7 +45,19 @@ def train(settings: TrainingSettings, method_settings: MethodSettings) -> Histor
     """Train a model; the one way from both public functions."""
     with make_plan(settings, method_settings) as plan:
         method = method_settings.method(settings, plan.seed)
+        _check_closure(plan, method)
         return TrainingLoop(plan, method).run()
+
+
+def _check_closure(plan: Plan, method: TrainingMethod) -> None:
+    """Refuse an optimiser that evaluates the loss again, where that is not the same loss."""
+    if not needs_closure(plan.optimizer):
+        return
+    name = type(plan.optimizer).__name__
+    if plan.settings.options.awp:
+        checks.fail("optimizer", name, "its closure would not see the weights that awp perturbs")
+    if method.updates_per_batch > 1:
+        checks.fail("optimizer", name, "needs a closure; method 'free' has one pass for each step")
 
 
 class TrainingLoop:
@@ -218,11 +232,13 @@ class TrainingLoop:
         return float(self._plan.optimizer.param_groups[0]["lr"])
 
     def _calls_to_stop(self, row: Row) -> bool:
-        """Whether ``on_epoch`` returned False, in Python's or NumPy's spelling."""
+        """Whether ``on_epoch`` returned False, of Python, NumPy or torch."""
         stops = False
         if self._settings.on_epoch is not None and self._plan.process.is_first:
             answer: Any = self._settings.on_epoch(row)
-            stops = answer is not None and type(answer).__name__.startswith("bool") and not answer
+            is_bool = isinstance(answer, (bool, np.bool_))
+            is_bool |= isinstance(answer, Tensor) and answer.dtype == torch.bool
+            stops = is_bool and not answer
         return self._plan.process.broadcast_bool(stops)
 
     def _is_out_of_patience(self) -> bool:

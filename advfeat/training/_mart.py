@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from advfeat import losses
+from advfeat import checks, losses
 from advfeat.attacks import PGD
 from advfeat.training._batches import TrainBatch
 from advfeat.training._method import Example, as_example
@@ -24,6 +24,8 @@ class Mart(PGDTraining):
 
     def example(self, model: nn.Module, batch: TrainBatch, step: int) -> Example:
         """Return clean and attacked inputs."""
+        if batch.targets is not None:
+            checks.fail("labels.shape", tuple(batch.targets.shape), "MART needs class indices (N,)")
         attacked = self.perturb(model, batch, step).to(batch.inputs.dtype)
         return as_example((batch.inputs, attacked), batch)
 

@@ -158,6 +158,8 @@ def _extremes(inputs: Tensor, labels: Tensor) -> list[float]:
         values += [*classes.aminmax(), labels.min(), worst]
     else:
         values += [*labels.aminmax()]
-    kind = torch.float32 if inputs.device.type == "mps" else torch.float64
-    found: list[float] = torch.stack([value.to(kind) for value in values]).tolist()
+    if inputs.dtype in (torch.float16, torch.bfloat16):
+        # These hold no label above 256 or 2048 exactly.
+        values = [value.float() for value in values]
+    found: list[float] = torch.stack(values).tolist()
     return found

@@ -84,7 +84,7 @@ class Learner:
     def _backward(self, examples: list[Example], scale: float | Tensor) -> StepResult:
         """Compute the gradient of the mean loss of a batch, its examples one after another."""
         self.forget_gradients()
-        result = StepResult.zero(self._device)
+        result: StepResult | None = None
         for example in examples:
             with self._synchronised(example is examples[-1]):
                 logits = self._called(*example.inputs)
@@ -92,10 +92,18 @@ class Learner:
                 weights = self._weights(example)
                 if weights is not None:
                     losses = losses * weights
-                (losses.sum() * scale).backward()  # type: ignore[no-untyped-call]
+                total = losses.sum()
+                (total * scale).backward()  # type: ignore[no-untyped-call]
             self._method.after_backward(example)
             hits = logits[-1].detach().argmax(1) == example.labels
-            result = result.plus(losses.detach(), hits, weights)
+            own = StepResult(
+                total.detach(),
+                hits.sum(),
+                len(losses),
+                None if weights is None else weights.sum(),
+            )
+            result = own if result is None else result.plus(own)
+        assert result is not None
         return result
 
     def _weights(self, example: Example) -> Tensor | None:

@@ -75,6 +75,7 @@ class TrainingLoop:
             checked=self._checks,
             weight_field=plan.settings.options.sample_weight,
         )
+        self._batches = plan.batches
         self._totals = Totals(plan.device)
         self._at = Position()
         self._termination = Termination()
@@ -181,7 +182,7 @@ class TrainingLoop:
 
     def _take_step(self, batch: TrainBatch, bar: TrainingBar) -> None:
         plan, at, rate = self._plan, self._at, self._rate()
-        self._method.begin_step(at.epoch + min(1.0, at.batches / plan.batches))
+        self._method.begin_step(at.epoch + min(1.0, at.batches / self._batches))
         result = self._learner.update(batch, at.step, at.largest)
         self._totals.add(result, at.step)
         if at.step % _DIVERGENCE_EVERY == 0:

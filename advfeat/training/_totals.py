@@ -16,19 +16,13 @@ class StepResult(NamedTuple):
     samples: int
     weight: Tensor | None  # of the samples; None where each counts 1
 
-    @classmethod
-    def zero(cls, device: torch.device) -> StepResult:
-        """Nothing so far."""
-        zero = torch.zeros((), device=device)
-        return cls(zero, zero, 0, None)
-
-    def plus(self, losses: Tensor, hits: Tensor, weights: Tensor | None) -> StepResult:
-        """Add samples."""
-        weight = self.weight
-        if weights is not None:
-            weight = weights.sum() if weight is None else weight + weights.sum()
+    def plus(self, other: StepResult) -> StepResult:
+        """Add the samples of another part of the batch."""
+        weight = None
+        if self.weight is not None and other.weight is not None:
+            weight = self.weight + other.weight
         return StepResult(
-            self.loss + losses.sum(), self.hits + hits.sum(), self.samples + len(losses), weight
+            self.loss + other.loss, self.hits + other.hits, self.samples + other.samples, weight
         )
 
     def without_idle(self) -> StepResult:
@@ -53,9 +47,9 @@ class Totals:
     def add(self, result: StepResult, step: int) -> None:
         """Add a step."""
         loss, hits, count, weight = result
-        number = torch.full_like(hits, count)
-        weight = number if weight is None else weight.to(number)
-        self.sums += torch.stack([loss, hits, number, weight]).to(self.sums)
+        number = torch.full_like(loss, count)
+        weight = number if weight is None else weight
+        self.sums += torch.stack([loss, hits, number, weight])
         bad = ~torch.isfinite(loss) & (self._first_bad == 0)
         self._first_bad = torch.where(bad, step, self._first_bad)
 

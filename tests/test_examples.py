@@ -17,10 +17,13 @@ SMALL = {
     "tabular": ["--epochs", "2"],
     "callbacks": ["--enough", "0"],
     "lightning_module": ["--epochs", "1"],
+    "accelerate_loop": ["--epochs", "1"],
+    "mixup": ["--epochs", "1", "--adversarial"],
 }
 NEEDS = {
     "callbacks": "torch.utils.tensorboard",
     "lightning_module": "lightning",
+    "accelerate_loop": "accelerate",
 }
 
 

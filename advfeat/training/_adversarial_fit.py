@@ -19,6 +19,7 @@ from advfeat.training._loop import train
 from advfeat.training._method import Loss
 from advfeat.training._optimizer import OptimizerLike
 from advfeat.training._options import Options
+from advfeat.training._output import Output
 from advfeat.training._pgd import AttackMode
 from advfeat.training._schedule import Schedule
 from advfeat.training._settings import Callback, TrainingSettings
@@ -49,6 +50,7 @@ def adversarial_fit(
     schedule: Schedule | None = None,
     schedule_every: Literal["step", "epoch"] | None = None,
     batch_size: int | None = None,
+    output: Output | None = None,
     loss: Loss | None = None,
     augment: Callable[..., Any] | None = None,
     precision: Precision = "float32",
@@ -64,26 +66,26 @@ def adversarial_fit(
 
     Parameters
     ----------
-    model, data, epochs, lr, momentum, weight_decay, optimizer, schedule, batch_size, augment, \
-checkpoint, on_step, on_epoch, options, seed, progress
+    model, data, epochs, lr, momentum, weight_decay, optimizer, schedule, schedule_every, \
+batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progress
         As in `fit`. The seed also governs random starts.
     eps, norm
         The ball, in the units of the inputs; required unless ``attack`` is given. The paper's are
         0.5 in ``"l2"`` for CIFAR-10 and 3 for Restricted ImageNet.
     objective
         ``"pgd"``: cross-entropy on adversarial examples (Madry et al. 2018). ``"trades"``: on clean
-        inputs, plus ``beta`` times the divergence of the answers to attacked ones, which the
-        attack climbs (Zhang et al. 2019). ``"mart"``: a cross-entropy that looks at the likeliest
-        wrong class too, plus ``beta`` times that divergence where the model doubts the label
-        (Wang et al. 2020).
+        inputs, plus ``beta`` times the divergence of the predictions for attacked ones, which the
+        attack maximises (Zhang et al. 2019). ``"mart"``: a cross-entropy that includes the
+        likeliest wrong class, plus ``beta`` times that divergence, weighted by the model's doubt about the
+        label (Wang et al. 2020).
     beta
         Weight of the second term; default 6 for TRADES, 5 for MART.
     method
         How examples are made. ``"pgd"``: by ``steps`` gradients. ``"fast"``: by one, from a random
         start (Wong et al. 2020), with a guard against catastrophic overfitting: every 20 steps a
         batch is attacked by PGD-10 as well; where that leaves less than half of the right answers,
-        training goes back to the look before, and on with one gradient more. ``"free"``: each
-        batch is trained on ``steps`` times, each pass giving both gradients (Shafahi et al. 2019);
+        training goes back to the check before, and continues with one gradient more. ``"free"``:
+        each batch is trained on ``steps`` times, each pass giving both gradients (Shafahi et al. 2019);
         divide the epochs by as much. Its examples are those of the model in training mode.
     steps
         Gradients for each example; default 7 as in the paper (appendix C), 8 for ``"free"``.
@@ -98,9 +100,15 @@ checkpoint, on_step, on_epoch, options, seed, progress
         ``"eval"`` attacks the model with running BatchNorm statistics and no dropout;
         ``"train"`` with batch statistics and dropout. Neither changes the statistics.
     mix
-        Share of each batch that is left clean, from 0 to 1, for the objective ``"pgd"``.
+        Fraction of each batch that is left clean, from 0 to 1, for the objective ``"pgd"``.
+    warmup
+        Epochs over which ``eps`` (and the step size) rises linearly to its value, a float; 0 by
+        default. A large ball (l_inf 0.3 on MNIST) is not learned from scratch without it.
+    loss
+        As in `fit`: of the training step, of TRADES its first term. The attack maximises the
+        cross-entropy, unless ``attack=PGD(..., loss=...)``. Not for MART.
     bounds
-        The box ``(low, high)`` of valid inputs.
+        The range ``(low, high)`` of valid inputs.
     precision
         As in `fit`; ``"bfloat16"`` is for the attack's gradients too.
     validation
@@ -114,8 +122,14 @@ checkpoint, on_step, on_epoch, options, seed, progress
 
     Raises
     ------
-    ValueError, TypeError, FloatingPointError
+    ValueError, TypeError, FloatingPointError, BlockingIOError, OSError
         As in `fit`.
+
+    Warns
+    -----
+    UserWarning
+        As in `fit`; and where after three epochs or more the loss never left that of a uniform
+        guess.
 
     Examples
     --------
@@ -139,6 +153,7 @@ checkpoint, on_step, on_epoch, options, seed, progress
         schedule=schedule,
         schedule_every=schedule_every,
         batch_size=batch_size,
+        output=output,
         loss=loss,
         augment=augment,
         precision=precision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from advfeat.training._batches import TrainBatch
 from advfeat.training._checkpoint import State
 from advfeat.training._method import Example, TrainingMethod
 from advfeat.training._optimizer import OptimizerStepper, has_modes, set_mode
-from advfeat.training._plan import Plan
+from advfeat.training._plan import Plan, as_called
 from advfeat.training._totals import StepResult
 from advfeat.training._weights import Average, perturbed
 
@@ -36,7 +37,10 @@ class Learner:
         options = self._options
         self.average: Average | None = None
         if options.ema:
-            self.average = Average(plan.module, options.ema, plan.settings.precision)
+            settings = plan.settings
+            self.average = Average(
+                plan.module, options.ema, settings.precision, partial(as_called, settings)
+            )
         weights = options.class_weights
         self._class_weights = (
             None if weights is None else torch.as_tensor(weights).to(self._device, torch.float32)

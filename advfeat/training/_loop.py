@@ -22,10 +22,11 @@ from advfeat.training._history import History
 from advfeat.training._learner import Learner
 from advfeat.training._method import AdversarialMethod, TrainingMethod
 from advfeat.training._optimizer import needs_closure
+from advfeat.training._output import OutputInspector
 from advfeat.training._overfitting import EVERY, OverfittingGuard
 from advfeat.training._parallel import broadcast_buffers, mean_accuracy
 from advfeat.training._pgd import PGDTraining
-from advfeat.training._plan import Plan, make_plan, own_seed
+from advfeat.training._plan import Plan, as_called, make_plan, own_seed
 from advfeat.training._progress import TrainingBar, progress_bar
 from advfeat.training._random import set_global_state
 from advfeat.training._resume import Checkpoints, Position
@@ -203,7 +204,10 @@ class TrainingLoop:
         if self._checks.classes is None:
             if augment is not None:
                 checks.inputs(batch.inputs, self._method.bounds, "augment")
-            with attackable(self._plan.model) as net:
+            model = self._plan.model
+            if self._settings.output is None:
+                model = OutputInspector(model)
+            with attackable(model) as net:
                 classes = net.class_count(net.prepare(batch.inputs[:1]))
             self._checks.set_classes(classes, self._plan.data)
             self._learner.check_classes(classes)
@@ -217,6 +221,7 @@ class TrainingLoop:
         broadcast_buffers(plan.process, model)
         if plan.validation is None:
             return {}
+        model = as_called(self._settings, model)
         found = self._method.validate(model, plan.process.shard(plan.validation))
         return {k: mean_accuracy(plan.process, v, plan.device) for k, v in found.items()}
 

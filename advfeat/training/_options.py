@@ -20,16 +20,16 @@ class Options:
     ema
         Decay of an exponential moving average of the weights, from 0 (none) to below 1; 0.999 is
         common. After ``t`` steps the decay is at most ``(1 + t) / (10 + t)``, so that the
-        beginning is forgotten. The averaged model has BatchNorm statistics of its own, from the
+        first steps do not count. The averaged model has BatchNorm statistics of its own, from the
         same batches. It is what validation measures and what ``model`` is at the end.
     awp
         Adversarial weight perturbation (Wu et al. 2020): the gradient is taken where each weight
-        tensor has been moved up the loss by this share of its own norm; 0.005 in the paper.
+        tensor has been moved up the loss by this fraction of its own norm; 0.005 in the paper.
         It doubles the cost of a step without its attack.
     clip_norm
         Gradients longer than this, all parameters together, are shortened to it.
     label_smoothing
-        Share of the label's probability that is spread over all classes, in the cross-entropy of
+        Fraction of the label's probability that is spread over all classes, in the cross-entropy of
         ``fit`` and of the objectives ``"pgd"`` and ``"trades"``.
     accumulate
         Parts in which each batch goes through the model, to need less memory: without BatchNorm

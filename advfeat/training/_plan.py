@@ -22,6 +22,7 @@ from advfeat.training._batch_checks import check_labels
 from advfeat.training._batches import split
 from advfeat.training._checkpoint import CheckpointFolder, State
 from advfeat.training._optimizer import make_optimizer
+from advfeat.training._output import OutputChoice
 from advfeat.training._parallel import check_sharded, common_seed, training_process
 from advfeat.training._random import OwnGenerators, global_state, same_state
 from advfeat.training._schedule import ScheduleStepper, make_scheduler, stepped_every
@@ -92,7 +93,7 @@ def make_plan(settings: TrainingSettings, method: MethodSettings) -> Iterator[Pl
         generators = OwnGenerators(data)
         plan = Plan(
             settings=settings,
-            model=settings.model,
+            model=as_called(settings, settings.model),
             module=module,
             device=device_of(module),
             data=data,
@@ -114,6 +115,11 @@ def make_plan(settings: TrainingSettings, method: MethodSettings) -> Iterator[Pl
         )  # fmt: skip
         _check_same_run(plan)
         yield plan
+
+
+def as_called(settings: TrainingSettings, module: nn.Module) -> nn.Module:
+    """Return a module, or a copy of it, so that it returns what the user chose as logits."""
+    return module if settings.output is None else OutputChoice(module, settings.output)
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -211,6 +217,7 @@ def _describe(
         "weight_decay": settings.weight_decay,
         "schedule": "default" if schedule is None else schedule,
         "schedule_every": every,
+        "output": identity.describe(settings.output),
         "loss": identity.describe(settings.loss),
         "augment": identity.describe(settings.augment),
         "batch_size": settings.batch_size,

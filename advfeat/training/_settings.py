@@ -16,6 +16,7 @@ from advfeat.model import Precision
 from advfeat.training._method import Loss, TrainingMethod
 from advfeat.training._optimizer import OptimizerLike
 from advfeat.training._options import Options
+from advfeat.training._output import Output, check_output
 from advfeat.training._schedule import Schedule
 
 Row: TypeAlias = dict[str, float]
@@ -37,6 +38,7 @@ class TrainingSettings:
     schedule: Schedule | None
     schedule_every: Literal["step", "epoch"] | None
     batch_size: int | None
+    output: Output | None
     loss: Loss | None
     augment: Augment | None
     precision: Precision
@@ -57,6 +59,7 @@ class TrainingSettings:
             checks.one_of("schedule_every", self.schedule_every, ("step", "epoch"))
         for name in ("loss", "augment", "on_step", "on_epoch"):
             checks.function(name, getattr(self, name))
+        check_output(self.output)
         _check_loss(self.loss)
         if not isinstance(self.options, Options):
             raise TypeError(f"options={self.options!r}: expected advfeat.training.Options(...)")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from advfeat import model as border
-from advfeat.model import Precision
+from advfeat.model import Precision, averaging
 
 
 class Average:
     """Exponential moving average of a module's weights, with BatchNorm statistics of its own."""
 
-    def __init__(self, module: nn.Module, decay: float, precision: Precision) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        decay: float,
+        precision: Precision,
+        as_called: Callable[[nn.Module], nn.Module],
+    ) -> None:
         self.module = copy.deepcopy(module)
-        self._called = border.averaging(self.module, module, precision)
+        self._called = averaging(as_called(self.module), as_called(module), precision)
         self._decay = decay
         # What the average learns from batches itself; any other buffer is the module's.
         self._learning = [m for m in self.module.modules() if m.training]
@@ -39,8 +44,8 @@ class Average:
 
 
 @contextmanager
-def perturbed(parameters: Iterable[nn.Parameter], share: float) -> Iterator[None]:
-    """Weights moved along their gradients by a share of their own norm (Wu et al. 2020)."""
+def perturbed(parameters: Iterable[nn.Parameter], fraction: float) -> Iterator[None]:
+    """Weights moved along their gradients by a fraction of their own norm (Wu et al. 2020)."""
     kept = []
     try:
         with torch.no_grad():
@@ -49,7 +54,7 @@ def perturbed(parameters: Iterable[nn.Parameter], share: float) -> Iterator[None
                 if p.grad is not None and p.ndim > 1:
                     kept.append((p, p.clone()))
                     tiny = torch.finfo(p.dtype).tiny
-                    p.add_(p.grad * (share * p.norm() / p.grad.norm().clamp_min(tiny)))
+                    p.add_(p.grad * (fraction * p.norm() / p.grad.norm().clamp_min(tiny)))
         yield
     finally:
         with torch.no_grad():

@@ -771,6 +771,74 @@ def test_a_parametrised_layer_trains_and_resumes(tmp_path):
     assert_same(other, weights(model))
 
 
+class Returning(nn.Module):
+    """A network that returns more than logits."""
+
+    def __init__(self, pack, width=12):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.ReLU())
+        self.head, self.pack = nn.Linear(width, 3), pack
+
+    def forward(self, x):
+        features = self.body(x)
+        return self.pack(features, self.head(features))
+
+
+def test_features_that_are_taken_for_logits_are_warned_of_by_their_shapes():
+    model = Returning(lambda features, logits: (features, logits))
+    with pytest.warns(UserWarning, match=r"\(1, 12\) and \(1, 3\).*output=1") as heard:
+        af.fit(model, blobs(), epochs=1)
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize(
+    ("pack", "output"),
+    [
+        (lambda f, z: (f, z), 1),
+        (lambda f, z: (f, z), -1),
+        (lambda f, z: [z, f], 0),
+        (lambda f, z: {"hidden": f, "scores": z}, "scores"),
+        (lambda f, z: (f, {"z": z}), lambda found: found[1]["z"]),
+    ],
+)
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_output_chooses_the_logits(pack, output, adversarial, tmp_path):
+    models = [Returning(pack), Returning(lambda f, z: z)]
+    settings = {"epochs": 2, "batch_size": 20, "validation": 0.2, "seed": 0}
+    settings["options"] = Options(ema=0.5)
+    histories = []
+    for model, chosen in zip(models, (output, None), strict=True):
+        train = {"eps": 0.1, "norm": "l2"} if adversarial else {}
+        fit = af.adversarial_fit if adversarial else af.fit
+        folder = tmp_path / str(chosen is None)
+        history = fit(model, blobs(), **settings, **train, output=chosen, checkpoint=folder)
+        histories.append([{k: v for k, v in row.items() if k != "seconds"} for row in history.rows])
+    assert histories[0] == histories[1]
+    assert_same(models[0], weights(models[1]))
+    assert "body.0.weight" in torch.load(tmp_path / "False" / "last.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (5, ValueError, "a tuple of 2"),
+        ("logits", ValueError, "no such part"),
+        (1.5, TypeError, "1.5"),
+    ],
+)
+def test_an_output_that_is_not_there_is_refused(output, error, message):
+    with pytest.raises(error, match=f"output=.*{message}"):
+        af.fit(Returning(lambda f, z: (f, z)), blobs(), epochs=1, output=output)
+
+
+@pytest.mark.parametrize("pack", [lambda f, z: (z, f), lambda f, z: (z, z), lambda f, z: (z, None)])
+def test_logits_that_come_first_are_not_warned_of(pack):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        af.fit(Returning(pack), blobs(), epochs=1)
+
+
 # --- What cannot be kept ---
 
 

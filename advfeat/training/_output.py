@@ -1,0 +1,84 @@
+"""Which part of what a model returns are the logits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+Output: TypeAlias = "str | int | Callable[[Any], Tensor]"
+
+
+class OutputChoice(nn.Module):
+    """A model that returns a part of what the module inside returns.
+
+    Parameters
+    ----------
+    module
+        The model.
+    output
+        A key or an attribute, a position, or a function of what the model returns.
+    """
+
+    def __init__(self, module: nn.Module, output: Output) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self._output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the part that was chosen."""
+        found: Any = self.module(*args, **kwargs)
+        output = self._output
+        if callable(output):
+            return output(found)
+        try:
+            if isinstance(output, str) and not isinstance(found, Mapping):
+                return getattr(found, output)
+            return found[output]
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"output={output!r}: the model returned {_kind(found)}, which has no such part"
+            ) from error
+
+
+def check_output(output: object) -> None:
+    """Refuse what cannot choose a part."""
+    if not (output is None or isinstance(output, (str, int)) or callable(output)):
+        raise TypeError(f"output={output!r}: expected a key, a position or a function")
+
+
+class OutputInspector(OutputChoice):
+    """A model as it is, whose outputs are looked at: are the logits what is taken for them?"""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, self._inspect)
+        self._warned = False
+
+    def _inspect(self, found: Any) -> Any:
+        if isinstance(found, (tuple, list)) and len(found) > 1 and not self._warned:
+            shapes = [
+                tuple(t.shape) for t in found if isinstance(t, Tensor) and t.is_floating_point()
+            ]
+            flat = [shape for shape in shapes if len(shape) == 2 and shape[:1] == shapes[0][:1]]
+            # Logits come first as a rule, and are narrower than features.
+            if len(flat) > 1 and flat[0] == shapes[0] and min(flat)[1] < flat[0][1]:
+                self._warned = True
+                warnings.warn(
+                    f"the model returns {len(found)} tensors of shapes "
+                    f"{' and '.join(map(str, flat))}; the first is trained as logits, and features "
+                    "are usually the wider ones. Pass output=0 if that is right, or the position "
+                    "of the logits: output=1",
+                    stacklevel=2,
+                )
+        return found
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {sorted(map(str, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return type(value).__name__

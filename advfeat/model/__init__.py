@@ -1,6 +1,6 @@
 """The only code that touches the user's module."""
 
-from advfeat.model.access import device_of, logits_of, unwrapped
+from advfeat.model.access import device_of, innermost, logits_of, unwrapped
 from advfeat.model.formats import Precision
 from advfeat.model.freezing import buffers_kept
 from advfeat.model.layers import Layer, find_layer
@@ -18,6 +18,7 @@ __all__ = [
     "buffers_kept",
     "device_of",
     "find_layer",
+    "innermost",
     "logits_of",
     "refuse_wrapped",
     "trainable",

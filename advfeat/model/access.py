@@ -14,6 +14,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, wrappers) else module
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The user's own module inside of wrappers that keep it as ``_orig_mod``: torch.compile's."""
+    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        module = inner
+    return module
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where the module's first parameter or buffer is; the CPU if it has none."""
     tensor = next(module.parameters(), next(module.buffers(), None))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from advfeat import checks, threat
 from advfeat.model import folding
-from advfeat.model.access import logits_of, unwrapped
+from advfeat.model.access import innermost, logits_of, unwrapped
 from advfeat.model.compiled import CompiledModule
 from advfeat.model.formats import (
     CONVOLUTIONS,
@@ -49,6 +49,10 @@ class Evaluation(NamedTuple):
     output: Tensor  # (N, C) logits or (N, F) features, float32 at least
 
 
+# What torch says, and its compiler, of a view of activations in channels_last.
+_CANNOT_VIEW = ("view size is not compatible", "Cannot view a tensor")
+
+
 class Network:
     """A frozen module as attacks see it: logits, features and input gradients, batch first.
 
@@ -64,7 +68,7 @@ class Network:
         fold: bool = False,
     ) -> None:
         self._module = module
-        self._own: nn.Module = getattr(module, "_orig_mod", module)  # inside torch.compile's
+        self._own: nn.Module = innermost(module)  # inside torch.compile's
         self._fold = fold
         self._folded: dict[object, folding.Forwards] = {}  # by the function that is called
         self._compile = compile
@@ -225,7 +229,7 @@ class Network:
             try:
                 return function(inputs)
             except RuntimeError as error:
-                if "view size is not compatible" not in str(error):
+                if not any(message in str(error) for message in _CANNOT_VIEW):
                     raise
                 contiguous_only.add(self._own)
                 set_memory_format(in_channels_last.pop(self._own, []), torch.contiguous_format)

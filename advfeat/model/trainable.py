@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from advfeat.model.access import innermost
 from advfeat.model.formats import (
     Precision,
     contiguous_only,
@@ -54,22 +55,23 @@ def trainable(
     stay so that have parameters, all of them frozen, for the statistics of a frozen backbone.
     Weights of convolutions are in channels_last meanwhile, the fastest format on CPU and CUDA.
     """
+    own = innermost(module)
     flags = [(m, m.training) for m in module.modules()]
     weights = [p for p in convolution_weights(module) if p.is_contiguous()]
     if not module.training:
         module.train()
         _keep_frozen_in_evaluation(module)
     try:
-        if module not in contiguous_only:
+        if own not in contiguous_only:
             set_memory_format(weights, torch.channels_last)
-            in_channels_last[module] = weights
+            in_channels_last[own] = weights
         called: Any = torch.compile(module) if compile else module
         yield Trainee(Network(called, supported_precision(precision, module)))
     finally:
         for m, flag in flags:
             m.training = flag
         set_memory_format(weights, torch.contiguous_format)
-        in_channels_last.pop(module, None)
+        in_channels_last.pop(own, None)
 
 
 def _keep_frozen_in_evaluation(module: nn.Module) -> None:
@@ -84,7 +86,7 @@ def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Train
     for own, other in zip(module.modules(), like.modules(), strict=True):
         own.training = other.training and isinstance(own, _BatchNorm)
     module.requires_grad_(False)
-    in_channels_last[module] = convolution_weights(module)
+    in_channels_last[innermost(module)] = convolution_weights(module)
     return Trainee(Network(module, supported_precision(precision, module)))
 
 

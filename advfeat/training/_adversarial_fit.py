@@ -76,8 +76,8 @@ batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progr
         ``"pgd"``: cross-entropy on adversarial examples (Madry et al. 2018). ``"trades"``: on clean
         inputs, plus ``beta`` times the divergence of the predictions for attacked ones, which the
         attack maximises (Zhang et al. 2019). ``"mart"``: a cross-entropy that includes the
-        likeliest wrong class, plus ``beta`` times that divergence, weighted by the model's doubt about the
-        label (Wang et al. 2020).
+        likeliest wrong class, plus ``beta`` times that divergence, weighted by the model's doubt
+        about the label (Wang et al. 2020).
     beta
         Weight of the second term; default 6 for TRADES, 5 for MART.
     method
@@ -85,8 +85,8 @@ batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progr
         start (Wong et al. 2020), with a guard against catastrophic overfitting: every 20 steps a
         batch is attacked by PGD-10 as well; where that leaves less than half of the right answers,
         training goes back to the check before, and continues with one gradient more. ``"free"``:
-        each batch is trained on ``steps`` times, each pass giving both gradients (Shafahi et al. 2019);
-        divide the epochs by as much. Its examples are those of the model in training mode.
+        each batch is trained on ``steps`` times, each pass giving both gradients (Shafahi et al.
+        2019); divide the epochs by as much. Its examples are those of the model in training mode.
     steps
         Gradients for each example; default 7 as in the paper (appendix C), 8 for ``"free"``.
     step_size

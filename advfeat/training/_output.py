@@ -24,13 +24,13 @@ class OutputChoice(nn.Module):
 
     def __init__(self, module: nn.Module, output: Output) -> None:
         super().__init__()
-        self.module = module
+        self._orig_mod = module  # as torch.compile names it, for `advfeat.model.innermost`
         self.training = module.training
         self._output = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the part that was chosen."""
-        found: Any = self.module(*args, **kwargs)
+        found: Any = self._orig_mod(*args, **kwargs)
         output = self._output
         if callable(output):
             return output(found)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from advfeat import checks, seeding
 from advfeat.distributed import Process
 from advfeat.loading import Data, Source, check_length, is_stream
-from advfeat.model import device_of, refuse_wrapped, unwrapped
+from advfeat.model import device_of, innermost, refuse_wrapped, unwrapped
 from advfeat.training import _identity as identity
 from advfeat.training._batch_checks import check_labels
 from advfeat.training._batches import split
@@ -124,8 +124,7 @@ def as_called(settings: TrainingSettings, module: nn.Module) -> nn.Module:
 
 def original(model: nn.Module) -> nn.Module:
     """Return the module inside of ``torch.compile``'s and DataParallel's wrappers."""
-    inner: nn.Module = unwrapped(model)
-    return unwrapped(getattr(inner, "_orig_mod", inner))
+    return unwrapped(innermost(unwrapped(model)))
 
 
 def batch_count(data: Data, batch_size: int | None) -> int:

@@ -819,6 +819,38 @@ def test_output_chooses_the_logits(pack, output, adversarial, tmp_path):
     assert "body.0.weight" in torch.load(tmp_path / "False" / "last.pt", weights_only=True)["model"]
 
 
+class Viewing(nn.Module):
+    """A network that fails on channels_last activations, and returns features too."""
+
+    def __init__(self, pack):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head, self.pack = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 3), pack
+
+    def forward(self, x):
+        features = self.conv(x).view(len(x), -1)
+        return self.pack(features, self.head(features))
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")])
+def test_wrapped_models_that_channels_last_does_not_fit(wrap):
+    x = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, torch.arange(24) % 3)
+    settings = {
+        "epochs": 2,
+        "batch_size": 12,
+        "validation": data,
+        "seed": 0,
+        "eps": 0.1,
+        "steps": 2,
+    }
+    settings |= {"norm": "l2", "options": Options(ema=0.5)}
+    models = [Viewing(lambda f, z: (f, z)), Viewing(lambda f, z: z)]
+    for model, output in zip(models, (1, None), strict=True):
+        af.adversarial_fit(wrap(model), data, output=output, **settings)
+    assert_close(models[0], weights(models[1]))
+
+
 @pytest.mark.parametrize(
     ("output", "error", "message"),
     [

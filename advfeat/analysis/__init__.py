@@ -4,6 +4,7 @@ from advfeat.analysis._alignment import Alignment, LayerRobustness, alignment, l
 from advfeat.analysis._gaussian import Gaussian, GaussianStudy, fit_gaussian, gaussian
 from advfeat.analysis._leakage import Leakage, leakage
 from advfeat.analysis._mislabelled import Mislabelled, mislabelled, mistakes
+from advfeat.analysis._planted import Planted, planted
 from advfeat.analysis._spectrum import (
     FilteredAccuracy,
     FourierSensitivity,
@@ -30,6 +31,7 @@ __all__ = [
     "LayerRobustness",
     "Leakage",
     "Mislabelled",
+    "Planted",
     "RobustDatasetCost",
     "Spectrum",
     "Tradeoff",
@@ -46,6 +48,7 @@ __all__ = [
     "linear_usefulness",
     "mislabelled",
     "mistakes",
+    "planted",
     "robust_dataset_cost",
     "spectrum",
     "tradeoff",

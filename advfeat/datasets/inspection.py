@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,13 @@ from torch import Tensor
 
 from advfeat import checks, seeding, threat
 from advfeat.datasets.dataset import ConstructedDataset
+from advfeat.datasets.definition import (
+    Feature,
+    FeatureUsefulness,
+    distance_left,
+    feature_usefulness,
+    notes,
+)
 from advfeat.datasets.folder import Array
 from advfeat.loading import Data, Source
 
@@ -41,6 +48,11 @@ class Inspection:
     distance: float | None  # and at the end
     distance_unrounded: float | None
     rounding: float | None  # mean l2 that images were moved by rounding
+    # Mean of abs(x_r - x) / abs(x_0 - x): what is left of the way to the original; needs `data`.
+    distance_left: float | None = None
+    # E[y f] of the given features on original and constructed data; needs `data`.
+    features: Mapping[str, FeatureUsefulness] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the definition asks and the numbers deny, with a remedy
 
     def __str__(self) -> str:
         """The table."""
@@ -61,9 +73,14 @@ class Inspection:
             ("distance after", self.distance),
             ("distance after, before rounding", self.distance_unrounded),
             ("l2 moved by rounding", self.rounding),
+            ("fraction of the way to the original that is left", self.distance_left),
         ):
             if value is not None:
                 lines.append(f"{name}: {value:.4g}")
+        lines += [
+            f"usefulness of {name} features: {found}" for name, found in self.features.items()
+        ]
+        lines += [f"note: {text}" for text in self.notes]
         return "\n".join(lines)
 
     @staticmethod
@@ -77,10 +94,46 @@ class Inspection:
         ]
 
 
-def inspect(dataset: ConstructedDataset) -> Inspection:
-    """Look at every row of a set for what would spoil training on it.
+def inspect(
+    dataset: ConstructedDataset,
+    data: Data | None = None,
+    *,
+    features: Mapping[str, Feature] | None = None,
+    samples: int = 2000,
+    seed: int | torch.Generator | None = None,
+) -> Inspection:
+    """Look at every sample of a dataset for what would spoil training on it.
 
-    Reads a part of the images at a time, so a set on disk may be larger than memory.
+    Reads a part of the images at a time, so a dataset on disk may be larger than memory. With the
+    data that it was constructed from, it also measures how much of the original images came back,
+    and with ``features`` whether it satisfies its definition: equations 5 (D_R), 8 (D_rand) and 9
+    (D_det) of the paper.
+
+    Parameters
+    ----------
+    dataset
+        Any constructed dataset.
+    data
+        What it was constructed from.
+    features
+        By name: a function ``inputs -> (N, F)``, a model (its units before the last Linear), or
+        ``(model, layer)``. Those named ``"robust"``, and ``"standard"`` or ``"nonrobust"``, are
+        compared with what the definition asks: ``{"robust": robust, "standard": standard}``.
+    samples
+        How many samples features are measured on; half of them choose signs and weights.
+    seed
+        Of these samples and the bootstrap; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    Inspection
+        Prints as a short table; ``notes`` has a sentence for each thing to change.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause; also where ``features`` come without
+        ``data``.
 
     Examples
     --------
@@ -92,6 +145,26 @@ def inspect(dataset: ConstructedDataset) -> Inspection:
     >>> found.success, found.own_label, found.label_counts
     (1.0, 0.0, (1, 1, 1))
     """
+    checks.count("samples", samples, low=4)
+    checks.seed(seed)
+    if features and data is None:
+        checks.fail("data", None, "features are compared with the original samples; pass data=")
+    found = _look(dataset)
+    if data is None:
+        return found
+    source, measured = Source(data), {}
+    if features:
+        measured = feature_usefulness(dataset, source, features, samples=samples, seed=seed)
+    before, after = found.distance_before, found.distance
+    left = after / before if before and after is not None else None
+    told = tuple(notes(found.method, measured, success=found.success, left=left))
+    return replace(
+        found, distance_left=distance_left(dataset, source), features=measured, notes=told
+    )
+
+
+def _look(dataset: ConstructedDataset) -> Inspection:
+    """Everything that the dataset tells by itself."""
     low, high = dataset.bounds
     lowest, highest, outside = np.inf, -np.inf, 0
     seen: dict[bytes, int] = {}

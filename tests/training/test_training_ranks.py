@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 import advfeat as af
 from advfeat.training import Options
+from advfeat.training._checkpoint import CheckpointFolder
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -59,6 +68,15 @@ EQUAL = {
             **BALL,
             "options": Options(ema=0.5, awp=0.01, clip_norm=0.5, accumulate=2, label_smoothing=0.1),
         },
+    ),
+    "left over": (af.adversarial_fit, {"epochs": 2, **BALL, "data": blobs(51)}),
+    "weighted": (
+        af.fit,
+        {"epochs": 2, "data": blobs(51), "options": Options(class_weights=[1.0, 2.0, 0.5])},
+    ),
+    "closure": (
+        af.fit,
+        {"epochs": 1, "optimizer": lambda p: torch.optim.LBFGS(p, lr=0.05, max_iter=2)},
     ),
     "split": (af.adversarial_fit, {"epochs": 2, **BALL, "validation": 0.3, "data": blobs(70)}),
 }
@@ -129,10 +147,39 @@ def program(folder):
     )
     found["stopped"] = {"heard": heard, "rows": len(history.rows)}
     found["shared"] = refusal(lambda: af.fit(plain(), DataLoader(blobs()), epochs=1))
+    x, y = blobs().tensors
+    found["whole"] = [
+        refusal(lambda data=data: af.fit(plain(), data, epochs=1))
+        for data in (
+            DataLoader(blobs(), 8, sampler=SubsetRandomSampler(range(48))),
+            DataLoader(blobs(), 8, sampler=WeightedRandomSampler([1.0] * 48, 48)),
+            DataLoader(blobs(), batch_sampler=BatchSampler(RandomSampler(blobs()), 8, False)),
+            list(DataLoader(blobs(), 8)),
+        )
+    ]
+    own = [(x[rank::2], y[rank::2])]
+    found["own"] = refusal(lambda: af.fit(plain(), own, epochs=1, checkpoint=folder / "own"))
+    other = blobs(48).tensors[0].flip(0)
+    data = TensorDataset(other, y)
+    found["another run"] = refusal(
+        lambda: af.fit(plain(), data, epochs=1, checkpoint=folder / "own")
+    )
+    found["in use"] = in_use(rank, folder)
     wrapped = nn.parallel.DistributedDataParallel(plain())
     found["wrapped"] = refusal(lambda: af.fit(wrapped, blobs(), epochs=1))
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def in_use(rank, folder):
+    """Both ranks hear that another run writes there."""
+    held = CheckpointFolder(folder / "held").locked() if rank == 0 else nullcontext()
+    with held:
+        try:
+            af.fit(plain(), blobs(), epochs=1, checkpoint=folder / "held", seed=0)
+        except BlockingIOError as error:
+            return str(error)
+    return "not refused"
 
 
 def refusal_without_group():
@@ -220,6 +267,20 @@ def test_what_would_train_each_rank_alone_or_twice_is_refused(ranks):
         assert "call torch.distributed.init_process_group() first" in found["without a group"]
         assert found["shared"].startswith("data: this loader gives each of the 2 ranks all samples")
         assert found["wrapped"].startswith("model: a DistributedDataParallel; pass the module")
+
+
+def test_every_way_to_give_all_samples_to_each_rank_is_refused(ranks):
+    for found in ranks[0]:
+        for message in found["whole"]:
+            assert "gives each of the 2 ranks all samples" in message
+        assert found["own"] == "not refused"
+
+
+def test_all_ranks_refuse_what_the_first_one_does(ranks):
+    (first, second), _ = ranks
+    assert "data." in first["another run"]
+    assert "first rank" in second["another run"]
+    assert all("in use" in found["in use"] for found in (first, second))
 
 
 def test_a_model_sharded_by_fsdp_is_refused():

@@ -1,6 +1,7 @@
 """The only code that touches the user's module."""
 
 from advfeat.model.access import device_of, innermost, logits_of, unwrapped
+from advfeat.model.folding import rare_comparisons
 from advfeat.model.formats import Precision
 from advfeat.model.freezing import buffers_kept
 from advfeat.model.layers import Layer, find_layer
@@ -20,6 +21,7 @@ __all__ = [
     "find_layer",
     "innermost",
     "logits_of",
+    "rare_comparisons",
     "refuse_wrapped",
     "trainable",
     "unwrapped",

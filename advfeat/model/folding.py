@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import TypeAlias
 
@@ -29,6 +30,12 @@ Kinds: TypeAlias = list[tuple[str, type[nn.Module]]]
 # as long as some forward passes.
 _found: weakref.WeakKeyDictionary[nn.Module, tuple[Kinds, Names]] = weakref.WeakKeyDictionary()
 
+# Kinds of each module's parts when its folding was last compared with its own forward pass, and
+# how often that may be relied on, inside of `rare_comparisons`.
+_rare: ContextVar[bool] = ContextVar("rare comparisons", default=False)
+_checked: weakref.WeakKeyDictionary[nn.Module, tuple[Kinds, int]] = weakref.WeakKeyDictionary()
+_RELIED_ON = 100
+
 
 def fold_batchnorm(module: nn.Module) -> Forwards:
     """Forwards that fold each BatchNorm of a module in evaluation mode into its convolution.
@@ -37,7 +44,7 @@ def fold_batchnorm(module: nn.Module) -> Forwards:
     """
     if any(_has_hooks(part) for part in module.modules()):
         return {}
-    kinds = [(name, type(part)) for name, part in module.named_modules()]
+    kinds = _kinds(module)
     if module not in _found or _found[module][0] != kinds:
         _found[module] = kinds, _find_pairs(module)
     forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
@@ -46,6 +53,38 @@ def fold_batchnorm(module: nn.Module) -> Forwards:
         if _is_plain(convolution, _CONVOLUTIONS) and _is_plain(norm, _NORMS):
             forwards |= _fold(convolution, norm)
     return forwards
+
+
+@contextmanager
+def rare_comparisons() -> Iterator[None]:
+    """Compare the folding of a module once in a hundred calls of an attack inside, not in each.
+
+    For training, where the same model is attacked at every step: a comparison waits for the device.
+    """
+    token = _rare.set(True)
+    _checked.clear()
+    try:
+        yield
+    finally:
+        _rare.reset(token)
+
+
+def is_checked(module: nn.Module) -> bool:
+    """Whether the folding of a module was compared lately, when its parts were of these kinds."""
+    kinds, left = _checked.get(module, ([], 0)) if _rare.get() else ([], 0)
+    if left == 0 or kinds != _kinds(module):
+        return False
+    _checked[module] = kinds, left - 1
+    return True
+
+
+def set_checked(module: nn.Module) -> None:
+    """Note that the folding of a module was compared, and gave the same."""
+    _checked[module] = _kinds(module), _RELIED_ON
+
+
+def _kinds(module: nn.Module) -> Kinds:
+    return [(name, type(part)) for name, part in module.named_modules()]
 
 
 @contextmanager

@@ -240,8 +240,8 @@ class Network:
     ) -> folding.Forwards:
         """Forwards with BatchNorms folded in, if the function then gives the same in float32."""
         forwards = folding.fold_batchnorm(self._module)
-        if not forwards:
-            return {}
+        if not forwards or (function is self._module and folding.is_checked(self._module)):
+            return forwards
         row = inputs.detach()[:1]
         devices = [inputs.device] if inputs.is_cuda else []
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -251,7 +251,11 @@ class Network:
         if not (isinstance(own, Tensor) and isinstance(found, Tensor)):
             return {}
         apart, size = (found - own).abs().max(), own.abs().max()
-        return forwards if bool(apart <= _ROUNDING * size) else {}
+        if not bool(apart <= _ROUNDING * size):
+            return {}
+        if function is self._module:
+            folding.set_checked(self._module)
+        return forwards
 
     def _memory_format(self, inputs: Tensor) -> torch.memory_format:
         fits = inputs.ndim == 4 and self._has_convolution

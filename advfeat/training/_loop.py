@@ -15,7 +15,7 @@ from torch import Tensor
 
 from advfeat import checks, seeding
 from advfeat.durable import Termination
-from advfeat.model import attackable, trainable
+from advfeat.model import attackable, rare_comparisons, trainable
 from advfeat.training._batch_checks import BatchChecks
 from advfeat.training._batches import BatchReader, TrainBatch
 from advfeat.training._history import History
@@ -85,9 +85,10 @@ class TrainingLoop:
         """Train for the epochs that are left; the model is then as it is to be used."""
         plan, settings, options = self._plan, self._settings, self._settings.options
         total = plan.samples
-        with trainable(
-            plan.model, precision=settings.precision, compile=options.compile
-        ) as trainee:
+        with (
+            rare_comparisons(),
+            trainable(plan.model, precision=settings.precision, compile=options.compile) as trainee,
+        ):
             self._learner = Learner(plan, self._method, trainee)
             self._guard = self._make_guard()
             self._checkpoints = Checkpoints(plan, self._method, self._learner, self._guard)

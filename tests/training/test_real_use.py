@@ -1145,3 +1145,22 @@ def test_a_step_reads_one_value_at_most(settings, monkeypatch):
                 af.adversarial_fit(model, data, eps=0.1, norm="linf", epochs=1, seed=0, **settings)
         counts.append(sum(reads.count.values()))
     assert counts[1] - counts[0] <= 30
+
+
+def test_folding_is_compared_once_in_a_hundred_steps(monkeypatch):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16")
+    counts = []
+    for steps in (10, 40):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+        )
+        x, y = torch.rand(4 * steps, 3, 8, 8), torch.arange(4 * steps) % 3
+        data = list(zip(x.split(4), y.split(4), strict=True))
+        with Reads(monkeypatch) as reads:
+            af.adversarial_fit(
+                model, data, eps=0.1, norm="linf", steps=2, epochs=1, seed=0, precision="bfloat16"
+            )
+        counts.append(sum(reads.count.values()))
+    assert counts[1] - counts[0] <= 30

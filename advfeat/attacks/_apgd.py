@@ -12,18 +12,15 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
+from advfeat.attacks._apgd_schedule import Schedule, phases, schedule_of
 from advfeat.attacks.base import Attack, Batch, is_success, per_sample_eps
 from advfeat.losses import LossName
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 
-_MOMENTUM = 0.75  # weight of the gradient step against the last move
-_RISES = 0.75  # share of steps that must have risen for the step size to stay
 # In l1: first step's share of entries, what a checkpoint divides entries and step by, and the
 # smallest step as a share of the radius.
 _L1_DENSITY, _L1_SHRINK, _L1_SMALLEST = 0.2, 1.5, 0.1
-# In l1 a run goes through larger balls first: radius and share of the steps.
-_L1_PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 
 
 class APGDState(NamedTuple):
@@ -40,7 +37,7 @@ class APGDState(NamedTuple):
     step_size: Tensor  # (N,)
     density: Tensor  # (N,) share of entries that an l1 step moves
     x_max: Tensor  # (N, ...) iterate of the largest objective in this phase
-    gradient_max: Tensor  # (N, ...)
+    direction_max: Tensor  # (N, ...) direction of the step from there
     value_max: Tensor  # (N,)
     last_value: Tensor  # (N,) objective at the previous iterate
     rises: Tensor  # (N,) int64, steps since the last checkpoint that raised the objective
@@ -108,7 +105,7 @@ class APGD(Attack):
             step_size=eps,
             density=torch.full_like(eps, _L1_DENSITY),
             x_max=inputs,
-            gradient_max=torch.zeros_like(inputs),
+            direction_max=inputs,
             value_max=lowest,
             last_value=lowest,
             rises=torch.zeros_like(labels),
@@ -119,25 +116,28 @@ class APGD(Attack):
             value=lowest,
             success=torch.zeros_like(labels, dtype=torch.bool),
         )
-        return self._start_phase(state, torch.ones_like(state.success))
+        return self._start_round(state, torch.ones_like(state.success))
 
     def step(self, net: Network, state: APGDState) -> APGDState:
-        """Evaluate every row's iterate and move on; at the end of a phase, begin the next."""
+        """Evaluate every sample's iterate and move on; at the end of a phase, begin the next."""
+        schedule = schedule_of(self.norm, self.steps, state.step.device)
+        place = state.step % self._round  # evaluations that each sample had in this round
         found = net.logits_gradient(state.current, self._objective(state))
-        place = self._place(state)
+        direction = found.gradient.to(state.current.dtype)
+        direction = direction.sign() if self.norm == "linf" else threat.scaled(direction)
         state = self._keep(state, found, place)
-        state = self._update_max(state, found, place)
-        gradient = found.gradient
-        due = _among(place, self._checkpoints)
-        if bool(due.any()):
-            state, gradient = self._at_checkpoint(state, gradient, due)
-        state = self._move(state, gradient, place)
-        starting = self._place(state) == 0
-        if bool(starting.any()):
-            state = self._start_phase(state, starting)
-        starting = _among(self._place(state), self._phase_starts[1:])
-        if bool(starting.any()):
-            state = self._start_phase(state, starting)
+        state = self._update_max(state, found.value.to(state.value.dtype), direction)
+        due = schedule.due[place]
+        if not threat.known_none(due):
+            adapt = self._adapt_l1 if self.norm == "l1" else self._adapt
+            state, direction = adapt(state, direction, due, schedule, place)
+        move = self._move_l1 if self.norm == "l1" else self._move
+        state = move(state, direction, schedule, place)
+        if state.targets.shape[1] > 1:  # rounds
+            starting = state.step % self._round == 0
+            # On an accelerator this is the one value that a step reads back.
+            if not threat.known_none(starting) and bool(starting.any()):
+                state = self._start_round(state, starting)
         return state
 
     def finished(self, state: APGDState) -> Tensor:
@@ -159,41 +159,8 @@ class APGD(Attack):
         return max(self.targets, 1) * self.restarts * self._round
 
     @property
-    def _phases(self) -> tuple[tuple[float, int], ...]:
-        """Multiple of the radius and steps of each phase of a round."""
-        if self.norm != "l1":
-            return ((1.0, self.steps),)
-        counts = [max(1, round(share * self.steps)) for _, share in _L1_PHASES]
-        return tuple((radius, n) for (radius, _), n in zip(_L1_PHASES, counts, strict=True))
-
-    @property
-    def _phase_starts(self) -> tuple[int, ...]:
-        """Evaluations of a round before each of its phases; a phase evaluates its start too."""
-        starts = [0]
-        for _, steps in self._phases:
-            starts.append(starts[-1] + steps + 1)
-        return tuple(starts[:-1])
-
-    @property
     def _round(self) -> int:
-        return sum(steps + 1 for _, steps in self._phases)
-
-    @property
-    def _checkpoints(self) -> tuple[int, ...]:
-        """Places in a round where the step size is looked at (Croce and Hein 2020, section 3.3)."""
-        places = []
-        for start, (_, steps) in zip(self._phase_starts, self._phases, strict=True):
-            if self.norm == "l1":
-                every = max(1, int(0.04 * steps))
-                places += [start + place for place in range(every, steps + 1, every)]
-                continue
-            window, smallest = max(1, int(0.22 * steps)), max(1, int(0.06 * steps))
-            decrease, place = max(1, int(0.03 * steps)), 0
-            while place + window <= steps:
-                place += window
-                places.append(start + place)
-                window = max(window - decrease, smallest)
-        return tuple(places)
+        return sum(steps + 1 for _, steps in phases(self.norm, self.steps))
 
     def _targets(self, net: Network, batch: Batch) -> Tensor:
         """Classes of the rounds: the labels for restarts, else the likeliest wrong classes."""
@@ -211,147 +178,156 @@ class APGD(Attack):
         target = state.targets.gather(1, turn[:, None]).squeeze(1)
         return lambda logits: losses.towards(self.loss, logits, state.labels, target)
 
-    def _place(self, state: APGDState) -> Tensor:
-        """Evaluations each row has had in its present round."""
-        return state.step % self._round
-
-    def _radius(self, state: APGDState) -> Tensor:
-        place, radius = self._place(state), state.eps
-        for start, (multiple, _) in zip(self._phase_starts, self._phases, strict=True):
-            radius = torch.where(place >= start, multiple * state.eps, radius)
-        return radius
-
     def _keep(self, state: APGDState, found: Evaluation, place: Tensor) -> APGDState:
-        """Keep each row's iterate if it is a first success, or the best of the failures."""
+        """Keep each sample's iterate if it is a first success, or the best of the failures."""
         hits = is_success(found.output, state.labels, targeted=False)
         better = (hits & ~state.success) | ((hits == state.success) & ~(found.value <= state.value))
-        # Only the last phase's ball is the one that was asked for.
-        better &= place >= self._phase_starts[-1]
+        if self.norm == "l1":  # only the last phase's ball is the one that was asked for
+            better &= place >= self._round - 1 - phases(self.norm, self.steps)[-1][1]
         return state._replace(
-            x_best=_where(better, state.current, state.x_best),
+            x_best=threat.choose(better, state.current, state.x_best),
             value=torch.where(better, found.value.to(state.value.dtype), state.value),
             success=state.success | (better & hits),
         )
 
-    def _update_max(self, state: APGDState, found: Evaluation, place: Tensor) -> APGDState:
+    def _update_max(self, state: APGDState, value: Tensor, direction: Tensor) -> APGDState:
         """Account for the objective at the current iterate."""
-        value = found.value.to(state.value.dtype)
-        first = _among(place, self._phase_starts)
-        higher = first | ~(value <= state.value_max)
+        higher = ~(value <= state.value_max)
         return state._replace(
-            x_max=_where(higher, state.current, state.x_max),
-            gradient_max=_where(higher, found.gradient.to(state.current.dtype), state.gradient_max),
+            x_max=threat.choose(higher, state.current, state.x_max),
+            direction_max=threat.choose(higher, direction, state.direction_max),
             value_max=torch.where(higher, value, state.value_max),
-            rises=torch.where(first, 0, state.rises + (value > state.last_value)),
+            rises=state.rises + (value > state.last_value),
             last_value=value,
-            checkpoint_value=torch.where(first, value, state.checkpoint_value),
-            reduced=first | state.reduced,
         )
 
-    def _at_checkpoint(
-        self, state: APGDState, gradient: Tensor, due: Tensor
+    def _adapt(
+        self, state: APGDState, direction: Tensor, due: Tensor, schedule: Schedule, place: Tensor
     ) -> tuple[APGDState, Tensor]:
-        """Go back to the peak with another step size where the last steps did not pay."""
-        if self.norm == "l1":
-            state, back = self._adapt_l1(state, due)
-        else:
-            window = self._window(state)
-            stalled = state.rises.to(window.dtype) <= _RISES * window
-            stalled |= ~state.reduced & (state.checkpoint_value >= state.value_max)
-            back = due & stalled
-            state = state._replace(
-                step_size=torch.where(back, state.step_size / 2, state.step_size),
-                reduced=torch.where(due, stalled, state.reduced),
-            )
+        """Go back to the best iterate with half the step where the last steps did not pay."""
+        stalled = state.rises <= schedule.rises[place]
+        stalled |= ~state.reduced & (state.checkpoint_value >= state.value_max)
+        back = due & stalled
         state = state._replace(
-            current=_where(back, state.x_max, state.current),
+            current=threat.choose(back, state.x_max, state.current),
+            step_size=torch.where(back, state.step_size / 2, state.step_size),
+            reduced=torch.where(due, stalled, state.reduced),
             checkpoint_value=torch.where(due, state.value_max, state.checkpoint_value),
-            rises=torch.where(due, 0, state.rises),
+            rises=state.rises.masked_fill(due, 0),
         )
-        return state, _where(back, state.gradient_max, gradient)
+        return state, threat.choose(back, state.direction_max, direction)
 
-    def _adapt_l1(self, state: APGDState, due: Tensor) -> tuple[APGDState, Tensor]:
-        """In l1: follow the sparsity of the best perturbation, and shrink the step otherwise."""
-        used = (state.x_max != state.inputs).sum(threat.feature_axes(state.x_max))
-        support = used.to(state.eps.dtype).clamp_min(1.0)
-        sparser = due & (support < 0.95 * state.support)
-        radius = self._radius(state)
-        shrunk = (state.step_size / _L1_SHRINK).clamp_min(radius * _L1_SMALLEST)
-        size = torch.where(sparser, radius, shrunk)
+    def _adapt_l1(
+        self, state: APGDState, direction: Tensor, due: Tensor, schedule: Schedule, place: Tensor
+    ) -> tuple[APGDState, Tensor]:
+        """Follow the sparsity of the best perturbation, and shrink the step otherwise."""
+        support = _support(state.x_max, state.inputs)
+        back = due & (support < 0.95 * state.support)
+        radius = state.eps * schedule.radius[place]
+        shrunk = torch.maximum(state.step_size / _L1_SHRINK, radius * _L1_SMALLEST)
+        size = torch.where(back, radius, shrunk)
         density = support / state.inputs[0].numel() / _L1_SHRINK
-        return state._replace(
+        state = state._replace(
+            current=threat.choose(back, state.x_max, state.current),
             step_size=torch.where(due, size, state.step_size),
             density=torch.where(due, density, state.density),
             support=torch.where(due, support, state.support),
-        ), sparser
+        )
+        return state, threat.choose(back, state.direction_max, direction)
 
-    def _window(self, state: APGDState) -> Tensor:
-        """Steps between the checkpoint a row is at and the one before it."""
-        places = torch.tensor((0, *self._checkpoints), device=state.step.device)
-        at = torch.searchsorted(places, self._place(state))
-        at = at.clamp(1, len(places) - 1)
-        return (places[at] - places[at - 1]).to(state.eps.dtype)
-
-    def _move(self, state: APGDState, gradient: Tensor, place: Tensor) -> APGDState:
-        current, radius = state.current, self._radius(state)
+    def _move(
+        self, state: APGDState, direction: Tensor, schedule: Schedule, place: Tensor
+    ) -> APGDState:
+        """Step along the direction, with momentum, in l2 and linf."""
+        current, inputs = state.current, state.inputs
         size = threat.per_sample(state.step_size, current)
-        if self.norm == "l1":
-            moved = current + size * self._sparse_step(state, gradient)
-            moved = threat.project(moved, state.inputs, radius, "l1", self.bounds)
+        alpha = threat.per_sample(schedule.alpha[place], current)
+        if self.norm == "linf":
+            low, high = threat.linf_range(inputs, state.eps, self.bounds)
+            moved = torch.addcmul(current, direction, size).clamp_(low, high)
         else:
-            moved = current + size * threat.steepest(gradient, self.norm)
-            moved = threat.project(moved, state.inputs, radius, self.norm, self.bounds)
-            first = threat.per_sample(place == 0, current)
-            weight = torch.where(first, 1.0, _MOMENTUM)
-            moved = current + weight * (moved - current) + (1 - weight) * (current - state.previous)
-            moved = threat.project(moved, state.inputs, radius, self.norm, self.bounds)
+            moved = threat.ascend_l2(current, direction, size)
+            moved = threat.project(moved, inputs, state.eps, "l2", self.bounds)
+        moved = torch.addcmul(current, moved.sub_(current), alpha, out=moved)
+        moved.addcmul_(current - state.previous, 1 - alpha)  # momentum
+        if self.norm == "linf":
+            moved.clamp_(low, high)
+        else:
+            moved = threat.project(moved, inputs, state.eps, "l2", self.bounds)
         return state._replace(current=moved, previous=current, step=state.step + 1)
+
+    def _move_l1(
+        self, state: APGDState, direction: Tensor, schedule: Schedule, place: Tensor
+    ) -> APGDState:
+        """Step along few entries, or begin the next phase at the best iterate of this one."""
+        starting = schedule.start[place + 1]
+        radius = state.eps * schedule.radius[place + 1]
+        size = threat.per_sample(state.step_size, state.current)
+        moved = torch.addcmul(state.current, self._sparse_step(state, direction), size)
+        moved = threat.choose(starting, state.x_max, moved)
+        moved = threat.project(moved, state.inputs, radius, "l1", self.bounds)
+        state = state._replace(current=moved, previous=moved, step=state.step + 1)
+        if threat.known_none(starting):
+            return state
+        support = _support(moved, state.inputs)
+        density = support / state.inputs[0].numel() / _L1_SHRINK
+        return self._reset(state, starting, moved, radius, density, support)
 
     def _sparse_step(self, state: APGDState, gradient: Tensor) -> Tensor:
         """Signs of the largest entries of the gradient, of l1 size 1 in all."""
         flat = gradient.flatten(1)
         magnitude, width = flat.abs(), flat.shape[1]
-        most = max(1, min(width, math.ceil(float(state.density.max()) * width)))
+        most = width
+        if flat.device.type == "cpu":  # elsewhere the largest density would have to be waited for
+            most = max(1, min(width, math.ceil(state.density.numpy().max() * width)))
         top = magnitude.topk(most, dim=1).values
         wanted = (state.density * width).to(torch.int64).clamp(1, most)
         threshold = top.gather(1, wanted[:, None] - 1)
-        direction = torch.where(magnitude >= threshold, flat.sign(), 0.0)
-        direction = direction / direction.abs().sum(1, keepdim=True).clamp_min(1.0)
+        direction = flat.sign().mul_(magnitude >= threshold)
+        direction /= direction.abs().sum(1, keepdim=True).clamp_min(1.0)
         return direction.view(gradient.shape)
 
-    def _start_phase(self, state: APGDState, rows: Tensor) -> APGDState:
-        """Put rows at the beginning of their phase: a random start, or the last phase's peak."""
-        radius = self._radius(state)
-        fresh = rows & (self._place(state) == 0)
-        start = state.x_max
-        if bool(fresh.any()):
-            numbers = seeding.uniform(
-                state.keys, state.step // self._round, state.inputs[0].numel() + 1
-            )
-            delta = threat.point_in_ball(numbers, radius, self.norm).view(state.inputs.shape)
-            start = _where(fresh, state.inputs + delta, start)
-        start = threat.project(start, state.inputs, radius, self.norm, self.bounds)
-        size = radius if self.norm == "l1" else 2 * radius
+    def _start_round(self, state: APGDState, samples: Tensor) -> APGDState:
+        """Put samples at random points of their first phase's ball."""
         width = state.inputs[0].numel()
-        used = (start != state.inputs).sum(threat.feature_axes(start)).to(state.eps.dtype)
-        density = torch.where(fresh, _L1_DENSITY, used.clamp_min(1.0) / width / _L1_SHRINK)
-        support = torch.where(fresh, float(width), used.clamp_min(1.0))
+        radius = state.eps * phases(self.norm, self.steps)[0][0]
+        numbers = seeding.uniform(state.keys, state.step // self._round, width + 1)
+        delta = threat.point_in_ball(numbers, radius, self.norm).view(state.inputs.shape)
+        start = threat.project(state.inputs + delta, state.inputs, radius, self.norm, self.bounds)
+        size = radius if self.norm == "l1" else 2 * radius
+        density, support = (torch.full_like(radius, x) for x in (_L1_DENSITY, float(width)))
+        state = state._replace(
+            current=threat.choose(samples, start, state.current),
+            previous=threat.choose(samples, start, state.previous),
+        )
+        return self._reset(state, samples, start, size, density, support)
+
+    @staticmethod
+    def _reset(
+        state: APGDState,
+        samples: Tensor,
+        start: Tensor,
+        step_size: Tensor,
+        density: Tensor,
+        support: Tensor,
+    ) -> APGDState:
+        """Forget what samples that begin a phase met in the phase before."""
         return state._replace(
-            current=_where(rows, start, state.current),
-            previous=_where(rows, start, state.previous),
-            step_size=torch.where(rows, size, state.step_size),
-            density=torch.where(rows, density, state.density),
-            support=torch.where(rows, support, state.support),
+            step_size=torch.where(samples, step_size, state.step_size),
+            density=torch.where(samples, density, state.density),
+            support=torch.where(samples, support, state.support),
+            x_max=threat.choose(samples, start, state.x_max),
+            value_max=state.value_max.masked_fill(samples, -torch.inf),
+            last_value=state.last_value.masked_fill(samples, torch.inf),  # the first is no rise
+            rises=state.rises.masked_fill(samples, 0),
+            reduced=state.reduced | samples,
         )
 
 
-def _where(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    return torch.where(threat.per_sample(rows, chosen), chosen, other)
-
-
-def _among(place: Tensor, places: tuple[int, ...]) -> Tensor:
-    """Whether each place is one of ``places``, bool ``(N,)``."""
-    return torch.isin(place, torch.tensor(places, dtype=place.dtype, device=place.device))
+def _support(points: Tensor, inputs: Tensor) -> Tensor:
+    """Entries in which each point differs from its input, at least 1, ``(N,)``."""
+    differs = (points != inputs).sum(threat.feature_axes(points))
+    return differs.to(inputs.dtype).clamp_min(1.0)
 
 
 def apgd(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,8 @@ Bounds: TypeAlias = tuple[float, float]
 
 NORMS: tuple[Norm, ...] = ("l1", "l2", "linf")
 _ORDER = {"l1": 1.0, "l2": 2.0}
+# Of a gradient of this l2 size the squares of all entries that matter are numbers in float32.
+_SQUARES_IN_RANGE = 1e-12
 
 
 def feature_axes(tensor: Tensor) -> tuple[int, ...]:
@@ -54,7 +57,7 @@ def known_none(mask: Tensor) -> bool:
     On the CPU a loop can then leave work out. On an accelerator it is never known: there the work
     costs less than to wait.
     """
-    return mask.device.type == "cpu" and not mask.numpy().any()
+    return mask.device.type == "cpu" and not np.count_nonzero(mask.numpy())
 
 
 def choose(samples: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
@@ -71,11 +74,20 @@ def choose(samples: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
 
 
 def scaled(gradient: Tensor) -> Tensor:
-    """Each sample's gradient over its largest entry; zero where that is zero.
+    """Each sample's gradient times a factor that keeps the squares of its entries in range.
 
-    It keeps the squares of tiny and huge gradients in range. An entry that is NaN counts as zero,
-    one that is infinite as the largest number.
+    An entry that is NaN counts as zero, one that is infinite as the largest number. Where all is in
+    range already the result is the gradient itself.
     """
+    if gradient.device.type == "cpu":  # elsewhere to see that would wait for the device
+        length = size(gradient, "l2")
+        if known_none(~((length > _SQUARES_IN_RANGE) & (length < 1 / _SQUARES_IN_RANGE))):
+            return gradient
+    return _over_peak(gradient)
+
+
+def _over_peak(gradient: Tensor) -> Tensor:
+    """Each sample's gradient over its largest entry; zero where that is zero."""
     axes = feature_axes(gradient)
     finite = gradient.nan_to_num(nan=0.0)
     peak = torch.maximum(finite.amax(axes, keepdim=True), finite.amin(axes, keepdim=True).neg_())
@@ -98,7 +110,7 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """
     if norm == "linf":
         return gradient.sign()  # of NaN zero
-    direction = scaled(gradient)
+    direction = _over_peak(gradient)
     if norm == "l1":
         direction *= direction.abs() == 1.0
     return direction.div_(_nonzero(size(direction, norm, keepdim=True)))
@@ -127,6 +139,7 @@ def project(
     eps: float | Tensor | None,
     norm: Norm,
     bounds: Bounds = (0.0, 1.0),
+    limits: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Nearest points, in Euclidean distance, of the ball around ``center`` and the box together.
 
@@ -138,6 +151,8 @@ def project(
         Radius, a float or ``(N,)``; ``None`` leaves the box alone.
     norm, bounds
         The ball's norm and the box ``(low, high)``.
+    limits
+        `limits_of` the same center, radius and box, for a loop that has them.
 
     Examples
     --------
@@ -147,14 +162,14 @@ def project(
     low, high = bounds
     if eps is None:
         return points.clamp(low, high)
-    radius = per_sample(eps, center)
+    limits = limits_of(center, eps, norm, bounds) if limits is None else limits
     if norm == "linf":
-        return points.clamp(*linf_range(center, eps, bounds))
-    delta = points - center
+        return points.clamp(*limits)
+    radius = per_sample(eps, center)
     if norm == "l2":
-        return _shrink_l2(delta, low - center, high - center, radius).add_(center).clamp_(low, high)
-    room = torch.where(delta > 0, high - center, center - low)
-    kept = _shrink_l1(delta.abs(), room, radius)
+        return _project_l2(points, center, radius, bounds, limits)
+    delta = points - center
+    kept = _shrink_l1(delta.abs(), torch.where(delta > 0, limits[1], limits[0]).abs_(), radius)
     nearest = center + torch.copysign(kept, delta)
     # Rounded towards the center: roundings of one sign in many entries would leave the ball.
     outside = (nearest - center).abs() > kept
@@ -162,40 +177,57 @@ def project(
     return nearest.clamp(low, high)
 
 
-def linf_range(center: Tensor, eps: float | Tensor, bounds: Bounds) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each entry in the linf ball and the box together."""
+def limits_of(
+    center: Tensor, eps: float | Tensor, norm: Norm, bounds: Bounds
+) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each entry: in linf of the point, in ball and box together.
+
+    In l1 and l2 of the perturbation, in the box alone.
+    """
+    if norm != "linf":
+        return torch.rsub(center, bounds[0]), torch.rsub(center, bounds[1])
     radius = per_sample(eps, center)
     return (center - radius).clamp_min_(bounds[0]), (center + radius).clamp_max_(bounds[1])
 
 
-def _shrink_l2(delta: Tensor, low: Tensor, high: Tensor, radius: Tensor) -> Tensor:
-    """Return clip(s * delta, low, high) with the largest s <= 1 whose l2 size is in the radius.
+def _project_l2(
+    points: Tensor,
+    center: Tensor,
+    radius: Tensor,
+    bounds: Bounds,
+    limits: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Return clip(s * delta, *limits) with the largest s <= 1 that is in the ball, as a point.
 
-    The squared size is concave and piecewise linear in s squared: secants from 0 and from the s of
-    the ball alone stay below the goal, but for rounding, and are exact once both their points have
-    the same entries stopped.
+    The squared size is concave and piecewise linear in s squared: secants, the first from 0 and
+    the s of the ball alone, stay within the radius but for rounding, and are exact once both points
+    of one have the same entries stopped.
     """
-    axes = feature_axes(delta)
-    inverse = radius.reciprocal().nan_to_num_(posinf=0.0)  # a radius of 0: see the last line
+    axes = feature_axes(points)
+    delta = points - center
     length = torch.linalg.vector_norm(delta, 2, dim=axes, keepdim=True)
+    if known_none(length > radius):
+        return points.clamp(*bounds)
     scale = (radius / _nonzero(length)).clamp_max_(1.0)
-    square = scale.square()
-    kept = (delta * scale).clamp_(low, high)
+    inverse = radius.reciprocal().nan_to_num_(posinf=0.0)  # with a radius of 0 the end is 0 too
+    kept = (delta * scale).clamp_(*limits)
     length = torch.linalg.vector_norm(kept, 2, dim=axes, keepdim=True)
-    value = (length * inverse).square_()
+    square, value = scale.square_(), (length * inverse).square_()
     slope = value / _nonzero(square)
+    excess = value.sub_(1.0)
     # Where the end cannot be seen, as many rounds as all but constructed cases need.
-    for _ in range(64 if delta.device.type == "cpu" else 16):
-        gap = F.hardshrink(1 - value, 4 * torch.finfo(delta.dtype).eps)
-        grown = torch.addcdiv(square, gap, _nonzero(slope)).clamp_(0.0, 1.0)
+    for _ in range(64 if points.device.type == "cpu" else 16):
+        missing = F.hardshrink(excess, 4 * torch.finfo(points.dtype).eps)
+        grown = torch.addcdiv(square, missing, _nonzero(slope), value=-1).clamp_(0.0, 1.0)
         if known_none(grown != square):
             break
-        kept = torch.mul(delta, grown.sqrt(), out=kept).clamp_(low, high)
+        kept = torch.mul(delta, grown.sqrt(), out=kept).clamp_(*limits)
         length = torch.linalg.vector_norm(kept, 2, dim=axes, keepdim=True)
-        new_value = (length * inverse).square_()
-        slope = (new_value - value) / _nonzero(grown - square)
-        square, value = grown, new_value
-    return kept.mul_((radius / _nonzero(length)).clamp_max_(1.0))
+        found = (length * inverse).square_().sub_(1.0)
+        slope = (found - excess).div_(_nonzero(square.neg_().add_(grown)))
+        square, excess = grown, found
+    factor = (radius / _nonzero(length)).clamp_max_(1.0)
+    return torch.addcmul(center, kept, factor, out=kept).clamp_(*bounds)
 
 
 def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 40) -> Tensor:

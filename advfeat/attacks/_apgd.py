@@ -29,6 +29,8 @@ class APGDState(NamedTuple):
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64
     eps: Tensor  # (N,)
+    low: Tensor  # (N, ...) threat.limits_of the inputs
+    high: Tensor  # (N, ...)
     keys: Tensor  # (N,) int64, random keys
     targets: Tensor  # (N, rounds) int64, the class each round is about
     step: Tensor  # (N,) int64, evaluations in all rounds
@@ -92,11 +94,14 @@ class APGD(Attack):
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         eps = per_sample_eps(self.eps, inputs)
+        low, high = threat.limits_of(inputs, eps, self.norm, self.bounds)
         lowest = inputs.new_full((count,), -torch.inf)
         state = APGDState(
             inputs=inputs,
             labels=labels,
             eps=eps,
+            low=low,
+            high=high,
             keys=seeding.keys(seeding.resolve(self.seed), batch.ids),
             targets=self._targets(net, batch),
             step=torch.zeros_like(labels),
@@ -242,18 +247,15 @@ class APGD(Attack):
         current, inputs = state.current, state.inputs
         size = threat.per_sample(state.step_size, current)
         alpha = threat.per_sample(schedule.alpha[place], current)
+        limits = state.low, state.high
         if self.norm == "linf":
-            low, high = threat.linf_range(inputs, state.eps, self.bounds)
-            moved = torch.addcmul(current, direction, size).clamp_(low, high)
+            moved = torch.addcmul(current, direction, size).clamp_(*limits)
         else:
             moved = threat.ascend_l2(current, direction, size)
-            moved = threat.project(moved, inputs, state.eps, "l2", self.bounds)
+            moved = threat.project(moved, inputs, state.eps, "l2", self.bounds, limits)
         moved = torch.addcmul(current, moved.sub_(current), alpha, out=moved)
         moved.addcmul_(current - state.previous, 1 - alpha)  # momentum
-        if self.norm == "linf":
-            moved.clamp_(low, high)
-        else:
-            moved = threat.project(moved, inputs, state.eps, "l2", self.bounds)
+        moved = threat.project(moved, inputs, state.eps, self.norm, self.bounds, limits)
         return state._replace(current=moved, previous=current, step=state.step + 1)
 
     def _move_l1(
@@ -265,7 +267,8 @@ class APGD(Attack):
         size = threat.per_sample(state.step_size, state.current)
         moved = torch.addcmul(state.current, self._sparse_step(state, direction), size)
         moved = threat.choose(starting, state.x_max, moved)
-        moved = threat.project(moved, state.inputs, radius, "l1", self.bounds)
+        limits = state.low, state.high
+        moved = threat.project(moved, state.inputs, radius, "l1", self.bounds, limits)
         state = state._replace(current=moved, previous=moved, step=state.step + 1)
         if threat.known_none(starting):
             return state

@@ -25,6 +25,9 @@ class PGDState(NamedTuple):
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64
     eps: Tensor  # (N,)
+    step_size: Tensor  # (N,)
+    low: Tensor  # (N, ...) threat.limits_of the inputs
+    high: Tensor  # (N, ...)
     keys: Tensor  # (N,) int64, random keys
     step: Tensor  # (N,) int64, steps taken, in all restarts
     current: Tensor  # (N, ...)
@@ -91,10 +94,16 @@ class PGD(Attack):
         count = inputs.shape[0]
         random = self.is_random
         keys = seeding.keys(seeding.resolve(self.seed), batch.ids) if random else batch.ids
+        eps = per_sample_eps(self.eps, inputs)
+        size = eps * min(1.0, 2.5 / self.steps)
+        low, high = threat.limits_of(inputs, eps, self.norm, self.bounds)
         state = PGDState(
             inputs=inputs,
             labels=labels,
-            eps=per_sample_eps(self.eps, inputs),
+            eps=eps,
+            step_size=size if self.step_size is None else torch.full_like(eps, self.step_size),
+            low=low,
+            high=high,
             keys=keys,
             step=torch.zeros_like(labels),
             current=inputs if batch.start is None else batch.start,
@@ -179,9 +188,7 @@ class PGD(Attack):
         if self.returns == "first":
             better = ~state.success & (hits | better)
         return state._replace(
-            x_best=torch.where(
-                threat.per_sample(better, state.current), state.current, state.x_best
-            ),
+            x_best=threat.choose(better, state.current, state.x_best),
             value=torch.where(better, found.value.to(state.value.dtype), state.value),
             success=torch.where(better, hits, state.success),
         )
@@ -195,20 +202,23 @@ class PGD(Attack):
             # A gradient that is not finite counts for nothing, and is not remembered.
             unit = torch.where(threat.per_sample(torch.isfinite(length), unit), unit, 0.0)
             velocity = gradient = self.momentum * velocity + unit
-        if self.norm == "l1":
-            gradient = threat.unblocked(gradient, state.current, self.bounds)
-        direction = threat.steepest(gradient, self.norm)
-        size = state.eps * min(1.0, 2.5 / self.steps) if self.step_size is None else self.step_size
-        moved = state.current + threat.per_sample(size, direction) * direction
-        current = threat.project(moved, state.inputs, state.eps, self.norm, self.bounds)
-        return state._replace(current=current, velocity=velocity, step=state.step + 1)
+        size = threat.per_sample(state.step_size, state.current)
+        if self.norm == "l2":
+            moved = threat.ascend_l2(state.current, threat.scaled(gradient), size)
+        else:
+            if self.norm == "l1":
+                gradient = threat.unblocked(gradient, state.current, self.bounds)
+            moved = torch.addcmul(state.current, threat.steepest(gradient, self.norm), size)
+        limits = state.low, state.high
+        moved = threat.project(moved, state.inputs, state.eps, self.norm, self.bounds, limits)
+        return state._replace(current=moved, velocity=velocity, step=state.step + 1)
 
     def _restarted(self, state: PGDState) -> PGDState:
         due = state.step % self._round == 0
-        if not bool(due.any()):
+        # On an accelerator this is the one value that a step reads back.
+        if threat.known_none(due) or not bool(due.any()):
             return state
-        starts = self._random_starts(state)
-        current = torch.where(threat.per_sample(due, starts), starts, state.current)
+        current = threat.choose(due, self._random_starts(state), state.current)
         velocity = state.velocity * threat.per_sample(~due, state.velocity)
         return state._replace(current=current, velocity=velocity)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -144,7 +144,7 @@ class Network:
         objective: Callable[[Tensor], Tensor],
     ) -> Evaluation:
         # The user's own autocast would decide the precision of the backward pass too.
-        with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        with torch.enable_grad(), _autocast(inputs.device.type, enabled=False):
             leaf = inputs.detach().requires_grad_()
             output = forward(leaf, low_precision=self.low_precision)
             value = objective(output)
@@ -220,8 +220,8 @@ class Network:
         # Set either way: the user's own autocast does not decide the attack's precision.
         with (
             nullcontext() if looked else warn_about_training_submodules(self._module),
-            folding.forwards_replaced(forwards),
-            torch.autocast(inputs.device.type, torch.bfloat16, enabled=low_precision),
+            folding.forwards_replaced(forwards) if forwards else nullcontext(),
+            _autocast(inputs.device.type, low_precision),
         ):
             # Images of one channel are contiguous in either format: then the weights decide.
             if inputs.is_contiguous() and self._own not in in_channels_last:
@@ -262,6 +262,13 @@ class Network:
         if fits and self._own not in contiguous_only:
             return torch.channels_last
         return torch.contiguous_format
+
+
+def _autocast(device: str, enabled: bool) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 or, against the user's own, to nothing; to enter it takes its time."""
+    if not enabled and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def _targeted_scale(logits: Tensor) -> Tensor:
 
 def _usable(scale: Tensor) -> Tensor:
     """What can be divided by: 1 where a class is ruled out by minus infinity, as with too few."""
-    return torch.where(scale == torch.inf, 1.0, scale.clamp_min(1e-12))
+    return scale.clamp_min(1e-12).masked_fill(scale == torch.inf, 1.0)
 
 
 def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:

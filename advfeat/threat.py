@@ -130,7 +130,7 @@ def unblocked(gradient: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
     low, high = bounds
     touching = 1e-6 * (high - low)
     room = torch.where(gradient > 0, high - points, points - low)
-    return torch.where(room > touching, gradient, 0.0)
+    return gradient.masked_fill(room <= touching, 0.0)
 
 
 def project(

@@ -103,7 +103,7 @@ class FAB(MinimumNorm):
         hits = self._fools(logits, state.labels)
         state = self._keep(state, current, hits)
         taken = state.step + 1
-        share = torch.where(hits, _BETA, torch.ones_like(state.distance))
+        share = torch.ones_like(state.distance).masked_fill(hits, _BETA)
         share = share.masked_fill(taken % self.steps == 0, 0.0)
         current = state.inputs + threat.per_sample(share, current) * (current - state.inputs)
         return state._replace(current=current.clamp(*self.bounds), step=taken)

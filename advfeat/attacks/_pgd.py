@@ -200,7 +200,7 @@ class PGD(Attack):
             length = threat.size(gradient, "l1").clamp_min(torch.finfo(gradient.dtype).tiny)
             unit = gradient / threat.per_sample(length, gradient)
             # A gradient that is not finite counts for nothing, and is not remembered.
-            unit = torch.where(threat.per_sample(torch.isfinite(length), unit), unit, 0.0)
+            unit.masked_fill_(~threat.per_sample(torch.isfinite(length), unit), 0.0)
             velocity = gradient = self.momentum * velocity + unit
         size = threat.per_sample(state.step_size, state.current)
         if self.norm == "l2":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -174,9 +175,9 @@ class Square(Attack):
         numbers = seeding.uniform(state.keys, 0, (1 + channels) * down * across)
         numbers = numbers.view(count, 1 + channels, down, across)
         numbers = numbers.repeat_interleave(tall, 2).repeat_interleave(wide, 3)
-        sides = torch.tensor([[tall] * 2, [wide] * 2], device=inputs.device)
+        sides = _constants(tall, wide, inputs.device).limits.expand(2, 2)
         block = _window(torch.zeros_like(sides), sides, tall, wide)
-        sideways = torch.tensor([False, True], device=inputs.device)
+        sideways = torch.arange(2, device=inputs.device) == 1
         tiles = _bump(block, sideways, self._order).repeat(1, 1, down, across)
         delta = torch.where(numbers[:, :1] < 0.5, tiles[0], tiles[1]) * _signs(numbers[:, 1:])
         top, left = (height - down * tall) // 2, (width - across * wide) // 2
@@ -204,17 +205,16 @@ class Square(Attack):
         order = self._order
         eps = threat.per_sample(state.eps, inputs)
         spare = eps**order - _sizes(delta, order).pow(order).sum(1, keepdim=True)
-        freed = _sizes(torch.where(touched, delta, 0.0), order)
+        freed = _sizes(delta.masked_fill(~touched, 0.0), order)
         # Each channel spends what it frees in both windows, and its share of what was left over.
         budget = (freed**order + spare.clamp_min(0.0) / channels) ** (1 / order)
         bump = _bump(window, numbers[:, 4] < 0.5, order).to(inputs.dtype)
-        fresh = torch.where(inside, delta, 0.0)
+        fresh = delta.masked_fill(~inside, 0.0)
         fresh /= _sizes(fresh, order)
         fresh += bump * _signs(numbers[:, 5:]).view(count, channels, 1, 1)
         fresh *= budget * self._surplus / _sizes(fresh, order)
-        return self._within(
-            inputs, torch.where(inside, fresh, torch.where(touched, 0.0, delta)), state
-        )
+        proposed = torch.where(inside, fresh, delta.masked_fill(touched, 0.0))
+        return self._within(inputs, proposed, state)
 
     def _within(self, inputs: Tensor, delta: Tensor, state: SquareState) -> Tensor:
         """Into ball and box: pruned to the largest entries in l1, scaled to the sphere in l2."""
@@ -234,8 +234,8 @@ class Square(Attack):
 
     def _sides(self, taken: Tensor, height: int, width: int) -> Tensor:
         """Height and width of each row's window, ``(2, N)``: its area shrinks as queries go by."""
-        stages = torch.tensor(_HALVED_AFTER, device=taken.device)
-        stage = torch.bucketize((taken - 1) * 10_000 // self.queries, stages)
+        constants = _constants(height, width, taken.device)
+        stage = torch.bucketize((taken - 1) * 10_000 // self.queries, constants.stages)
         area = self.p_init * height * width * 0.5**stage
         side = area.sqrt().round()
         # A square that is too large for one axis is longer along the other.
@@ -243,7 +243,32 @@ class Square(Attack):
         wide = torch.where(side > height, (area / height).round(), side)
         sides = torch.stack([tall, wide]).to(torch.int64)
         sides = sides.clamp_min(1) if self.norm == "linf" else sides.clamp_min(3) | 1
-        return torch.minimum(sides, _limits(sides, height, width))
+        return torch.minimum(sides, constants.limits)
+
+
+class _Constants(NamedTuple):
+    """What depends on an image's height and width alone."""
+
+    stages: Tensor  # proposals, of 10,000, after which the window is halved
+    limits: Tensor  # (2, 1) int64, height and width
+    down: Tensor  # (1, 1, H, 1) int64, each row's number
+    across: Tensor  # (W,) int64, each column's
+    levels: Tensor  # (2, R) float64, height of a pyramid's rings in l1 and in l2
+
+
+@lru_cache(maxsize=64)
+def _constants(height: int, width: int, device: torch.device) -> _Constants:
+    """Made once for a device: to copy them there for every query would wait."""
+    # Ring k rises above ring k + 1 by 1 / (k + 1)**2, in l1 by 1 / (k + 1)**4.
+    places = torch.arange(1, max(height, width) // 2 + 3, dtype=torch.float64, device="cpu")
+    powers = torch.tensor([[4.0], [2.0]], dtype=torch.float64, device="cpu")
+    return _Constants(
+        torch.tensor(_HALVED_AFTER, device=device),
+        torch.tensor([[height], [width]], device=device),
+        torch.arange(height, device=device).view(1, 1, -1, 1),
+        torch.arange(width, device=device),
+        torch.special.zeta(powers, places).to(device),
+    )
 
 
 class _Window(NamedTuple):
@@ -266,14 +291,13 @@ def _window(corners: Tensor, sides: Tensor, height: int, width: int) -> _Window:
     """Windows with these upper left corners, heights and widths, int64 ``(2, N)``."""
     upper, left = corners.view(2, -1, 1, 1, 1)
     tall, wide = sides.view(2, -1, 1, 1, 1)
-    down = torch.arange(height, device=sides.device).view(1, 1, -1, 1) - upper
-    across = torch.arange(width, device=sides.device) - left
-    return _Window(down, across, tall, wide)
+    constants = _constants(height, width, sides.device)
+    return _Window(constants.down - upper, constants.across - left, tall, wide)
 
 
 def _anywhere(numbers: Tensor, sides: Tensor, height: int, width: int) -> _Window:
     """Windows at places drawn by uniform numbers ``(N, 2)``."""
-    places = _limits(sides, height, width) - sides + 1
+    places = _constants(height, width, sides.device).limits - sides + 1
     # The numbers are below 1 by more than the product rounds away.
     return _window((numbers.t() * places).long(), sides, height, width)
 
@@ -281,7 +305,7 @@ def _anywhere(numbers: Tensor, sides: Tensor, height: int, width: int) -> _Windo
 def _around(pixels: Tensor, sides: Tensor, height: int, width: int) -> _Window:
     """Windows around pixels ``(N,)``, moved into the image."""
     corners = torch.stack([pixels // width, pixels % width]) - sides // 2
-    last = _limits(sides, height, width) - sides
+    last = _constants(height, width, sides.device).limits - sides
     return _window(torch.minimum(corners.clamp_min(0), last), sides, height, width)
 
 
@@ -293,10 +317,6 @@ def _drawn(numbers: Tensor, delta: Tensor) -> Tensor:
     below = (shares * 2**30).long().cumsum(1)
     chosen = (numbers.double() * below[:, -1:]).long()
     return (below <= chosen).sum(1).clamp_max(weights.shape[1] - 1)
-
-
-def _limits(sides: Tensor, height: int, width: int) -> Tensor:
-    return torch.tensor([[height], [width]], device=sides.device)
 
 
 def _bump(window: _Window, sideways: Tensor, order: float) -> Tensor:
@@ -313,22 +333,20 @@ def _bump(window: _Window, sideways: Tensor, order: float) -> Tensor:
     second = lower & right
     rings = torch.maximum(tall, wide) // 2 + 1
     ring = torch.where(window.mask, torch.maximum(down, across), rings)
-    # Ring k rises above ring k + 1 by 1 / (k + 1)**2, in l1 by 1 / (k + 1)**4.
-    longest = max(window.down.shape[2], window.across.shape[3])
-    places = torch.arange(1, longest // 2 + 3, dtype=torch.float64)
-    levels = torch.special.zeta(torch.tensor(4.0 / order), places).to(ring.device)
+    constants = _constants(window.down.shape[2], window.across.shape[3], ring.device)
+    levels = constants.levels[0 if order == 1.0 else 1]
     heights = (levels[ring] - levels[rings]).float()
-    firsts, seconds = torch.where(second, 0.0, heights), torch.where(second, -heights, 0.0)
+    firsts, seconds = heights.masked_fill(second, 0.0), (-heights).masked_fill(~second, 0.0)
     bump = firsts / _sizes(firsts, order) + seconds / _sizes(seconds, order)
     return bump / _sizes(bump, order)
 
 
 def _half(distance: Tensor, side: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Along one axis: is a pixel past the cut, its half's length, its distance to that middle."""
-    first = torch.where(cut, side // 2, 0)
+    first = (side // 2).masked_fill(~cut, 0)
     past = distance >= first
     length = torch.where(past, side - first, first)
-    middle = torch.where(past, first, 0) + length // 2
+    middle = first * past + length // 2
     return past, length, (distance - middle).abs()
 
 
@@ -340,7 +358,7 @@ def _image(tensor: Tensor) -> Tensor:
 
 
 def _signs(numbers: Tensor) -> Tensor:
-    return torch.where(numbers < 0.5, -1.0, 1.0)
+    return (numbers >= 0.5).float().mul_(2).sub_(1)
 
 
 def _sizes(delta: Tensor, order: float, axes: tuple[int, ...] = (2, 3)) -> Tensor:

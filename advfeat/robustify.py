@@ -22,6 +22,7 @@ def construct_robust_dataset(
     *,
     layer: Layer = None,
     start: Start = "images",
+    starts: int = 1,
     steps: int = 1000,
     step_size: float = 0.1,
     momentum: float = 0.0,
@@ -53,7 +54,13 @@ def construct_robust_dataset(
         inputs, or None for the input of the Linear that is called last, the paper's choice.
     start
         ``"images"``: another row, uniform over all others. ``"noise"``: N(0, 1) / 20 + 0.5 of
-        the box (the released notebook). Or a tensor with one start for each row.
+        the box (the released notebook). Or a tensor with one start for each
+        sample, ``(N, ...)``, or ``(starts, N, ...)`` of several.
+    starts
+        Constructed samples for each sample of the data, each from a start of its own: default 1,
+        as in the paper. With several, ``start_number`` says which start a sample is from, and all
+        samples of start 0 come first: they are the dataset of one start.
+        `advfeat.datasets.StartSampler` draws one of them for each image and epoch.
     steps, step_size
         Steps of fixed l2 length. Default 1000 of 0.1, the paper's for CIFAR-10; Restricted
         ImageNet used 2000 of 1, noise starts 10,000 steps.
@@ -97,7 +104,7 @@ def construct_robust_dataset(
     -------
     ConstructedDataset
         ``images`` float32 (float64 of float64 data and model), ``labels``, and for each row
-        ``index``, ``start_index``, ``distance`` and ``distance_before`` (l2 in activations) and
+        ``index``, ``start_index``, ``start_number`` (of several ``starts``), ``distance`` and ``distance_before`` (l2 in activations) and
         ``size`` (l2 from the start).
 
     Raises
@@ -124,6 +131,7 @@ def construct_robust_dataset(
         method="D_R",
         layer=layer,
         start=start,
+        starts=starts,
         steps=steps,
         step_size=step_size,
         momentum=momentum,

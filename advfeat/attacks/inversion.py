@@ -120,7 +120,8 @@ def invert(
     inputs
         Where the activations are taken, ``(N, ...)`` within ``bounds``.
     start
-        First iterates, the shape of ``inputs``: other images, or noise.
+        First iterates: other images or noise, in the shape of ``inputs``. Several starts for each
+        input have a further axis in front, ``(starts, N, ...)``.
     layer
         What g is: a module's name or the module (its output), a callable of the inputs, or None
         for the input of the Linear that is called last (the penultimate layer of the paper).
@@ -141,7 +142,7 @@ def invert(
     Returns
     -------
     Tensor
-        The last iterates, the shape of ``inputs``, float32 (float64 for float64 inputs).
+        The last iterates, the shape of ``start``, float32 (float64 for float64 inputs).
 
     Examples
     --------
@@ -157,11 +158,15 @@ def invert(
     )
     checks.inputs(inputs, bounds)
     checks.inputs(start, bounds, "start")
-    if start.shape != inputs.shape:
-        checks.fail("start.shape", tuple(start.shape), f"expected that of {tuple(inputs.shape)}")
+    several = start.ndim == inputs.ndim + 1
+    if start.shape[1 if several else 0 :] != inputs.shape:
+        cause = f"expected the shape of inputs, {tuple(inputs.shape)}, or (starts, N, ...)"
+        checks.fail("start.shape", tuple(start.shape), cause)
     with attackable(model, precision=precision, layer=layer) as net:
         labels = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
         batch = prepare_batch(net, inputs, labels, None, bounds)
-        batch = batch._replace(start=net.prepare(start).clamp_(*bounds))
-        inverted = attack.result(attack.run(net, attack.init(net, batch)))
-    return inverted.contiguous()
+        inverted = []
+        for one in start if several else [start]:
+            begun = batch._replace(start=net.prepare(one).clamp_(*bounds))
+            inverted.append(attack.result(attack.run(net, attack.init(net, begun))).contiguous())
+    return torch.stack(inverted) if several else inverted[0]

@@ -21,7 +21,13 @@ from advfeat import checks, distributed, threat
 from advfeat.attacks import Batch
 from advfeat.attacks.base import concat_samples, select_samples
 from advfeat.construction.provenance import build_manifest
-from advfeat.construction.recipe import BuildOptions, DatasetRecipe
+from advfeat.construction.recipe import (
+    BuildOptions,
+    DatasetRecipe,
+    sample_id,
+    source_index,
+    start_number,
+)
 from advfeat.datasets import ConstructedDataset
 from advfeat.datasets.dataset import Dtype, dequantize, quantize
 from advfeat.datasets.folder import Array, check_same_manifest, is_finished, read_manifest
@@ -43,7 +49,7 @@ def build_dataset(
     out = options.folder
     process = distributed.SINGLE if out is None else distributed.current_process()
     chunks = _chunks(source, recipe)[process.rank :: process.world_size]
-    kept = np.arange(len(source))
+    kept = np.arange(len(source) * recipe.starts)
     manifest = build_manifest(model, source, recipe, options)
     if options.has_own_folder:
         if not chunks:
@@ -84,7 +90,8 @@ def _chunks(source: Source, recipe: DatasetRecipe) -> list[Array]:
     size = source.batch_size
     if recipe.may_stop_early:
         size = max(1, size // _PORTIONS)
-    return np.split(np.arange(len(source)), np.arange(size, len(source), size))
+    count = len(source) * recipe.starts
+    return np.split(np.arange(count), np.arange(size, count, size))
 
 
 class _Builder:
@@ -100,12 +107,18 @@ class _Builder:
     ) -> None:
         self._net, self._source, self._recipe = net, source, recipe
         self._dtype, self._device = dtype, device
-        self._places = {row: place for place, row in enumerate(source.indices)}
+        # One start of every sample after the other: the first ones are the dataset of one start.
+        self._ids = [
+            sample_id(index, start) for start in range(recipe.starts) for index in source.indices
+        ]
+        self._places = {number: place for place, number in enumerate(self._ids)}
 
     def read(self, chunks: list[Array]) -> Iterator[Samples]:
         """The chunks' rows, and their companions behind them, on the host."""
-        ids = [[self._source.indices[place] for place in chunk] for chunk in chunks]
-        wanted = [own + self._recipe.companions(own) for own in ids]
+        ids = [[self._ids[place] for place in chunk] for chunk in chunks]
+        wanted = [
+            source_index(torch.tensor(own)).tolist() + self._recipe.companions(own) for own in ids
+        ]
         for own, rows in zip(ids, self._source.batches(torch.device("cpu"), wanted), strict=True):
             yield rows._replace(ids=torch.tensor(own))
 
@@ -122,7 +135,7 @@ class _Builder:
         drive = self._pooled if self._recipe.may_stop_early else self._in_turn
         for batch, attacked, images in drive(batches):
             found = self._described(batch, attacked, images)
-            yield np.array([self._places[row] for row in found["index"].tolist()]), found
+            yield np.array([self._places[number] for number in batch.ids.tolist()]), found
 
     def _in_turn(self, batches: Iterable[Samples]) -> Iterator[tuple[Batch, Batch, Tensor]]:
         """One batch after the other."""
@@ -164,7 +177,9 @@ class _Builder:
 
     def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Array]:
         net, recipe, bounds = self._net, self._recipe, self._recipe.attack.bounds
-        found = {"images": images, "index": batch.ids}
+        found = {"images": images, "index": source_index(batch.ids)}
+        if recipe.starts > 1:
+            found["start_number"] = start_number(batch.ids)
         if self._dtype == "float32":
             found |= recipe.describe(net, batch, attacked, images)
         else:
@@ -179,7 +194,7 @@ class _Builder:
             }
             found["rounding"] = threat.size(rounded - images, "l2")
         host = _on_host(found)
-        if companions := recipe.companions(host["index"].tolist()):
+        if companions := recipe.companions(batch.ids.tolist()):
             host["start_index"] = np.array(companions)
         return host
 

@@ -12,7 +12,13 @@ from advfeat.attacks import Batch
 from advfeat.attacks.inversion import Inversion
 from advfeat.construction.builder import build_dataset, indexed_source
 from advfeat.construction.provenance import digest, layer_name
-from advfeat.construction.recipe import BuildOptions, DatasetRecipe
+from advfeat.construction.recipe import (
+    BuildOptions,
+    DatasetRecipe,
+    sample_id,
+    source_index,
+    start_number,
+)
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.model import Layer, Network
@@ -25,35 +31,66 @@ class InvertedDataset(DatasetRecipe):
     """Images with the activations of others: D_R or D_NR, as the model is robust or standard."""
 
     def __init__(
-        self, method: str, attack: Inversion, layer: Layer, start: Start, seed: int, source: Source
+        self,
+        method: str,
+        attack: Inversion,
+        layer: Layer,
+        start: Start,
+        starts: int,
+        seed: int,
+        source: Source,
     ) -> None:
-        self.method, self.attack, self.layer = method, attack, layer
-        self._start, self._seed, self._rows = start, seed, source.indices
-        self._places = {row: place for place, row in enumerate(source.indices)}
+        self.method, self.attack, self.layer, self.starts = method, attack, layer, starts
+        self._start, self._seed, self._indices = start, seed, source.indices
+        self._places = {index: place for place, index in enumerate(source.indices)}
 
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """Seed, start and layer."""
         start = self._start
         if isinstance(start, Tensor):
             start = "given, sha256 " + digest([start])  # type: ignore[assignment]
-        return {"seed": self._seed, "start": start, "layer": layer_name(model, self.layer)}
+        # Without it, as in manifests from before there were several.
+        several = {"starts": self.starts} if self.starts > 1 else {}
+        own = {"seed": self._seed, "start": start, "layer": layer_name(model, self.layer)}
+        return own | several
 
     def companions(self, ids: list[int]) -> list[int]:
-        """Another row for each row, uniform over all the others: where it starts."""
+        """Another image for each sample, uniform over all the others: where it starts.
+
+        The starts of one sample are different images.
+        """
         if isinstance(self._start, Tensor) or self._start != "images":
             return []
-        count = len(self._rows)
-        steps_on = seeding.integers(seeding.keys(self._seed, torch.tensor(ids)), 0, count - 1)
+        count, own = len(self._indices), torch.tensor(ids)
+        places = [self._places[index] for index in source_index(own).tolist()]
+        chosen = self._offsets(own)
         return [
-            self._rows[(self._places[row] + 1 + on) % count]
-            for row, on in zip(ids, steps_on.tolist(), strict=True)
+            self._indices[(place + 1 + offset) % count]
+            for place, offset in zip(places, chosen.tolist(), strict=True)
         ]
+
+    def _offsets(self, ids: Tensor) -> Tensor:
+        """Uniform integers below the number of other images; distinct over a sample's starts."""
+        others, numbers, indices = len(self._indices) - 1, start_number(ids), source_index(ids)
+        drawn = torch.empty(int(numbers.max()) + 1, len(ids), dtype=torch.int64)
+        for number in range(len(drawn)):
+            keys = seeding.keys(self._seed, sample_id(indices, number))
+            drawn[number] = seeding.integers(keys, 0, others)
+            draw = 1
+            while (taken := (drawn[:number] == drawn[number]).any(0)).any():
+                drawn[number, taken] = seeding.integers(keys[taken], draw, others)
+                draw += 1
+        return drawn[numbers, torch.arange(len(ids))]
 
     def given_starts(self, ids: list[int]) -> Tensor | None:
         """The user's, by place."""
-        if isinstance(self._start, Tensor):
-            return self._start[[self._places[row] for row in ids]]
-        return None
+        if not isinstance(self._start, Tensor):
+            return None
+        own = torch.tensor(ids)
+        places = [self._places[index] for index in source_index(own).tolist()]
+        if self.starts == 1:
+            return self._start[places]
+        return self._start[start_number(own), places]
 
     def begin(self, net: Network, batch: Batch) -> Batch:
         """Start elsewhere."""
@@ -84,6 +121,7 @@ def build_inverted(
     method: str,
     layer: Layer,
     start: Start,
+    starts: int,
     steps: int,
     step_size: float,
     momentum: float,
@@ -99,20 +137,26 @@ def build_inverted(
     )
     checks.seed(seed)
     source = indexed_source(data, options)
-    _check_start(start, len(source), bounds)
-    recipe = InvertedDataset(method, attack, layer, start, options.seed(seed), source)
+    _check_start(start, starts, len(source), bounds)
+    recipe = InvertedDataset(method, attack, layer, start, starts, options.seed(seed), source)
     return build_dataset(model, source, recipe, options)
 
 
-def _check_start(start: Start, rows: int, bounds: Bounds) -> None:
+def _check_start(start: Start, starts: int, count: int, bounds: Bounds) -> None:
+    """Check where inversions start, and how many of them there are for each sample."""
+    checks.count("starts", starts, low=1)
     if not isinstance(start, str):
         checks.inputs(start, bounds, "start")
-        if len(start) != rows:
-            checks.fail("start.shape", tuple(start.shape), f"expected {rows} images, one a row")
+        expected = (count,) if starts == 1 else (starts, count)
+        if tuple(start.shape[: len(expected)]) != expected:
+            cause = f"expected {expected} images: one for each sample"
+            checks.fail("start.shape", tuple(start.shape), cause + " and start" * (starts > 1))
         return
     checks.one_of("start", start, ("images", "noise"))
-    if start == "images" and rows < 2:
+    if start == "images" and count < 2:
         checks.fail("start", start, "there is no other image to start from; use start='noise'")
+    if start == "images" and starts > count - 1:
+        checks.fail("starts", starts, f"there are {count - 1} other images to start from")
 
 
 def _noise(batch: Batch, seed: int, bounds: Bounds) -> Tensor:

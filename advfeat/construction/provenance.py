@@ -45,7 +45,7 @@ def build_manifest(
         "method": recipe.method,
         "attack": type(attack).__name__,
         "settings": to_json({**own, **chosen, **recipe.settings(model)}),
-        "rows": len(source),
+        "rows": len(source) * recipe.starts,
         "model": {"class": type(unwrapped(model)).__name__, "sha256": model_fingerprint(model)},
         "data": {"sha256": data_fingerprint(source)},
         "versions": {

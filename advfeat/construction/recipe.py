@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,26 @@ from advfeat.model import Layer, Network, Precision
 
 # In the name of a folder it stands for the rank.
 _RANK = "{rank}"
+# A sample's id is its index in the data, and above these bits the number of its start: each start
+# has random numbers of its own, and the first one those of a dataset with a single start.
+_START_SHIFT = 40
+
+Index = TypeVar("Index", int, Tensor)
+
+
+def sample_id(index: Index, start: int) -> Index:
+    """The id of a constructed sample, or ids of several."""
+    return index | start << _START_SHIFT
+
+
+def source_index(ids: Tensor) -> Tensor:
+    """The indices in the data of samples with these ids."""
+    return ids & ((1 << _START_SHIFT) - 1)
+
+
+def start_number(ids: Tensor) -> Tensor:
+    """The numbers of the starts of samples with these ids."""
+    return ids >> _START_SHIFT
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,7 @@ class DatasetRecipe(ABC):
     method: str
     attack: Attack
     layer: Layer = None
+    starts: int = 1  # constructed samples for each sample of the data
 
     @property
     def may_stop_early(self) -> bool:

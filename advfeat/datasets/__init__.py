@@ -1,4 +1,4 @@
-"""Constructed datasets: open, save, inspect, exchange with other formats, and their controls."""
+"""Constructed datasets: open, save, inspect, sample, exchange with other formats, and their controls."""
 
 from advfeat.datasets.dataset import ConstructedDataset
 from advfeat.datasets.exchange import (
@@ -8,10 +8,12 @@ from advfeat.datasets.exchange import (
     import_released,
 )
 from advfeat.datasets.inspection import Inspection, inspect, moved_control, noise_control
+from advfeat.datasets.sampling import StartSampler
 
 __all__ = [
     "ConstructedDataset",
     "Inspection",
+    "StartSampler",
     "export_images",
     "export_released",
     "import_images",

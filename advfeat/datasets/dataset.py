@@ -276,7 +276,8 @@ def _concat_shards(shares: list[ConstructedDataset], folder: Path) -> Constructe
     for other in others:
         if alike != {name: value for name, value in other.items() if name not in own}:
             checks.fail("folder", str(folder), "the shares in it were not made by the same call")
-    order = np.argsort(np.concatenate([share.fields["index"] for share in shares]))
+    keys = [name for name in ("index", "start_number") if name in shares[0].fields]
+    order = np.lexsort([np.concatenate([part.fields[key] for part in shares]) for key in keys])
     fields: dict[str, Any] = {
         name: _ConcatArray([share.fields[name] for share in shares], order)
         for name in shares[0].fields

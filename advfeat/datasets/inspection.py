@@ -258,7 +258,8 @@ def moved_control(
 ) -> ConstructedDataset:
     """Move each perturbation to another image with the same label: what perturbations alone teach.
 
-    Every perturbation and every image occurs once; the only row of a label is left out.
+    Every perturbation and every image occurs once; the only sample of a label is left out. Of a
+    dataset with several starts, perturbations are exchanged among samples of the same start.
 
     Parameters
     ----------
@@ -287,8 +288,12 @@ def moved_control(
     generator = seeding.generator(seeding.resolve(seed))
     source, labels, (low, high) = Source(data), dataset.labels, dataset.bounds
     giver = torch.full((len(dataset),), -1)
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero().squeeze(1)
+    groups = labels
+    if "start_number" in dataset.fields:
+        # Within a start every image occurs once: none is given a perturbation of its own.
+        groups = labels + (int(labels.max()) + 1) * dataset.field("start_number")
+    for group in groups.unique():
+        members = (groups == group).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
         if len(members) > 1:
             giver[members] = members.roll(1)
@@ -311,7 +316,7 @@ def _control(
 ) -> ConstructedDataset:
     fields = {"images": images} | {
         field: np.array(dataset.fields[field][rows])
-        for field in ("labels", "index", "source_labels", "start_index")
+        for field in ("labels", "index", "source_labels", "start_index", "start_number")
         if field in dataset.fields
     }
     manifest = {**dataset.manifest, "method": f"{dataset.manifest.get('method')}, {name}"}

@@ -103,9 +103,9 @@ def construct_robust_dataset(
     Returns
     -------
     ConstructedDataset
-        ``images`` float32 (float64 of float64 data and model), ``labels``, and for each row
-        ``index``, ``start_index``, ``start_number`` (of several ``starts``), ``distance`` and ``distance_before`` (l2 in activations) and
-        ``size`` (l2 from the start).
+        ``images`` float32 (float64 of float64 data and model), ``labels``, and for each
+        sample ``index``, ``start_index``, ``start_number`` (of several ``starts``), ``distance``
+        and ``distance_before`` (l2 in activations) and ``size`` (l2 from the start).
 
     Raises
     ------

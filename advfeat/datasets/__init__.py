@@ -1,4 +1,4 @@
-"""Constructed datasets: open, save, inspect, sample, exchange with other formats, and their controls."""
+"""Constructed datasets: open, save, inspect, sample, exchange, and their controls."""
 
 from advfeat.datasets.dataset import ConstructedDataset
 from advfeat.datasets.exchange import (

@@ -58,7 +58,7 @@ def test_given_starts_go_to_their_sample_and_number():
     [
         ({"starts": 0}, "starts=0"),
         ({"starts": ROWS}, f"starts={ROWS}: there are {ROWS - 1} other images"),
-        ({"starts": 2, "start": torch.rand(ROWS, 1, 3, 3)}, "start.shape"),
+        ({"starts": 2, "start": torch.rand(ROWS, 1, 3, 3)}, r"start\.shape"),
     ],
 )
 def test_starts_that_cannot_be_are_refused(options, message):
@@ -137,7 +137,7 @@ def test_invert_takes_several_starts():
     assert found.shape == start.shape
     for number in range(3):
         assert torch.equal(found[number], invert(model, inputs, start[number], steps=3))
-    with pytest.raises(ValueError, match="start.shape"):
+    with pytest.raises(ValueError, match=r"start\.shape"):
         invert(model, inputs, torch.rand(3, 5, 1, 3, 3), steps=3)
 
 

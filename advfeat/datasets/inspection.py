@@ -292,7 +292,7 @@ def moved_control(
     if "start_number" in dataset.fields:
         # Within a start every image occurs once: none is given a perturbation of its own.
         groups = labels + (int(labels.max()) + 1) * dataset.field("start_number")
-    for group in groups.unique():
+    for group in sorted(set(groups.tolist())):
         members = (groups == group).nonzero().squeeze(1)
         members = members[torch.randperm(len(members), generator=generator)]
         if len(members) > 1:

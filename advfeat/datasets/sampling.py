@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -51,7 +52,7 @@ class StartSampler(Sampler[int]):
         index = dataset.field("index")
         # Positions in the dataset, grouped by image; where each group begins, and its length.
         self._positions = index.argsort(stable=True)
-        _, self._counts = index.unique(return_counts=True)
+        self._counts = torch.from_numpy(np.unique(index.numpy(), return_counts=True)[1])
         self._first = self._counts.cumsum(0) - self._counts
         self.generator = generator
 

@@ -151,8 +151,8 @@ def inputs(value: object, bounds: Bounds, name: str = "inputs") -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(
-            f"{name}: expected floating-point values, got {value.dtype}; "
-            "convert images with x.float() / 255"
+            f"{name}: expected floating-point values, got {value.dtype}; convert images with "
+            f"x.float() / {_largest_pixel(value)}"
         )
     if value.ndim < 2:
         fail(f"{name}.shape", tuple(value.shape), "the first axis is the sample; add one: x[None]")
@@ -167,7 +167,8 @@ def inputs(value: object, bounds: Bounds, name: str = "inputs") -> None:
     if smallest < low - CLIPPED or largest > high + CLIPPED:
         cause = "the normalisation is outside the model: move it inside, as its first layer"
         if smallest >= 0 and largest > 2 and high == 1:
-            cause = "the images are in [0, 255]: divide by 255"
+            pixel = 255 if largest <= 255 else 65535
+            cause = f"the images are in [0, {pixel}]: divide by {pixel}"
         fail(
             name,
             f"[{smallest:.4g}, {largest:.4g}]",
@@ -208,7 +209,7 @@ def labels(value: object, inputs: Tensor, name: str = "labels") -> None:
         fail(f"{name}.device", str(value.device), f"the inputs are on {inputs.device}; move one")
     smallest = int(value.min())
     if smallest < 0:
-        fail(name, smallest, "class indices start at 0; labels in {-1, +1} become (y + 1) // 2")
+        fail(name, smallest, negative_label_advice(value))
 
 
 def soft_or_hard_labels(value: object, inputs: Tensor, name: str = "labels") -> None:
@@ -218,6 +219,21 @@ def soft_or_hard_labels(value: object, inputs: Tensor, name: str = "labels") -> 
         labels(value, inputs, name)
     elif value.shape[0] != inputs.shape[0]:  # type: ignore[attr-defined]
         fail(f"{name}.shape", tuple(value.shape), f"expected ({inputs.shape[0]}, C)")  # type: ignore[attr-defined]
+
+
+def negative_label_advice(values: Tensor) -> str:
+    """What to do about class indices below 0, by what else there is."""
+    found = set(values.tolist())
+    if found == {-1, 1}:
+        return "class indices start at 0; labels in {-1, +1} become (y + 1) // 2"
+    if min(found) == -1:
+        return "class indices start at 0; -1 usually marks samples without a label: leave those out"
+    return "class indices start at 0"
+
+
+def _largest_pixel(images: Tensor) -> int:
+    """What images of an integer type are divided by."""
+    return 255 if images.dtype in (torch.uint8, torch.int8, torch.bool) else 65535
 
 
 def logits(value: object, inputs: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -180,13 +181,26 @@ def unpack(batch: object) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"data: a batch is {type(batch).__name__}; expected (inputs, labels, ...) or a mapping"
         )
-    for name, value in (("inputs", inputs), ("labels", labels)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"data: {name} of a batch are {type(value).__name__}; expected a tensor. "
-                "For images, add a transform that makes tensors"
-            )
-    return inputs, labels
+    if isinstance(inputs, Tensor) and isinstance(labels, Tensor):
+        return inputs, labels
+    raise TypeError(_no_tensors(inputs, labels))
+
+
+def _no_tensors(inputs: object, labels: object) -> str:
+    """What is wrong with a batch whose inputs or labels are no tensors, and what to do."""
+    name, value = ("labels", labels) if isinstance(inputs, Tensor) else ("inputs", inputs)
+    found = f"data: {name} of a batch are {type(value).__name__}; expected a tensor. "
+    first = value[0] if isinstance(value, (list, tuple)) and value else value
+    if name == "labels" and isinstance(first, str):
+        return found + "Number the classes: classes.index(label), with classes = sorted(names)"
+    if isinstance(first, (int, np.integer)) and not isinstance(value, (list, tuple)):
+        return found + (
+            "A list of samples? It is read as a list of batches: wrap it in a loader, "
+            "DataLoader(samples, batch_size=128)"
+        )
+    if name == "labels":
+        return found + "Have the dataset return an integer, or collate_fn a tensor"
+    return found + "For images, add a transform that makes tensors"
 
 
 def _rows(

@@ -329,12 +329,6 @@ CASES = {
     "optimizer a name": (lambda m: fit(m, optimizer="adam"), T, "optimizer", "callable"),
     "optimizer a class of none": (lambda m: fit(m, optimizer=list), T, "optimizer", "list"),
     "schedule a name": (lambda m: fit(m, schedule="cosine"), V, "schedule", "one_cycle"),
-    "schedule by a metric": (
-        lambda m: fit(m, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau),
-        V,
-        "schedule",
-        "metric",
-    ),
     "augment no function": (lambda m: fit(m, augment=5), T, "augment", "callable"),
     "on_epoch no function": (lambda m: fit(m, on_epoch=[]), T, "on_epoch", "callable"),
     "validation a pair": (lambda m: fit(m, validation=(X, Y)), T, "validation", "TensorDataset"),

@@ -75,13 +75,23 @@ class BatchChecks:
             checks.labels(labels, inputs)
         for position, sample in enumerate(ids.tolist()):
             here, name = slice(position, position + 1), names(sample, position)
-            checks.inputs(inputs[here], self._bounds, f"{name}inputs")
+            self._explain_input(inputs, inputs[here], f"inputs{name}")
             if labels.is_floating_point():
-                check_soft_label(labels[here], self._classes, f"{name}labels")
+                check_soft_label(labels[here], self._classes, f"labels{name}")
                 continue
-            checks.labels(labels[here], inputs[here], f"{name}labels")
+            if labels[position] < 0:
+                advice = checks.negative_label_advice(labels)
+                checks.fail(f"labels{name}", int(labels[position]), advice)
             if self._classes is not None:
-                checks.class_range(int(labels[position]), self._classes, f"{name}labels")
+                checks.class_range(int(labels[position]), self._classes, f"labels{name}")
+
+    def _explain_input(self, batch: Tensor, sample: Tensor, name: str) -> None:
+        try:
+            checks.inputs(sample, self._bounds, name)
+        except ValueError:
+            # The advice goes by the range of the batch: a dark 16-bit image could be an 8-bit one.
+            checks.inputs(batch, self._bounds, name)
+            raise
 
 
 def check_soft_label(labels: Tensor, classes: int | None, name: str) -> None:
@@ -104,10 +114,11 @@ def check_labels(data: Data, classes: int | None = None) -> None:
     wrong = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
     for sample in wrong.nonzero().flatten()[:1].tolist():
         # Read, for what the dataset returns may be another label than the one it keeps.
-        inputs, found = unpack(Source(dataset).fetch([sample]))
+        _, found = unpack(Source(dataset).fetch([sample]))
         if found.ndim == 1 and not found.is_floating_point():
-            name = f"sample {sample}: labels"
-            checks.labels(found, inputs, name)
+            name = f"labels[{sample}]"
+            if found < 0:
+                checks.fail(name, int(found), checks.negative_label_advice(labels))
             if classes is not None:
                 checks.class_range(int(found), classes, name)
 

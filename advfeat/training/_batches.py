@@ -200,14 +200,14 @@ def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
 
 def _in_batch(number: int, _: int, position: int) -> str:
     """Name a sample of a loader, whose index only its sampler knows."""
-    return f"sample {position} of batch {number}: "
+    return f" (batch {number})[{position}]"
 
 
 def sample_name(data: Any, sample: int) -> str:
     """Name a sample of a dataset by its index there, also of a part that was split off."""
     while isinstance(data, Subset):
         data, sample = data.dataset, int(data.indices[sample])
-    return f"sample {sample}: "
+    return f"[{sample}]"
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -966,7 +966,7 @@ class Slow(Dataset):
 @pytest.mark.parametrize(("label", "message"), [(7, "3 classes"), (-1, "start at 0")])
 def test_a_bad_label_is_found_before_any_step_and_named(wrap, label, message):
     steps = []
-    with pytest.raises(ValueError, match=rf"sample 1000: labels={label}: .*{message}"):
+    with pytest.raises(ValueError, match=rf"labels\[1000\]={label}: .*{message}"):
         af.fit(linear(), wrap(spoiled(1000, label=label)), epochs=1, on_step=steps.append)
     assert steps == []
 
@@ -974,9 +974,9 @@ def test_a_bad_label_is_found_before_any_step_and_named(wrap, label, message):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ({"label": 7}, "sample 1000: labels=7"),
-        ({"value": float("nan")}, "sample 1000: inputs=.*finite"),
-        ({"value": 7.0}, r"sample 1000: inputs=.*outside bounds"),
+        ({"label": 7}, r"labels\[1000\]=7"),
+        ({"value": float("nan")}, r"inputs\[1000\]=.*finite"),
+        ({"value": 7.0}, r"inputs\[1000\]=.*outside bounds"),
     ],
 )
 def test_a_bad_sample_of_any_dataset_is_named(fault, message):
@@ -990,8 +990,44 @@ def test_a_bad_sample_of_any_dataset_is_named(fault, message):
 
 def test_a_bad_sample_of_a_loader_is_named_by_its_place():
     loader = DataLoader(Slow(spoiled(1000, value=float("nan"))), 32)
-    with pytest.raises(ValueError, match="sample 8 of batch 32: inputs="):
+    with pytest.raises(ValueError, match=r"inputs \(batch 32\)\[8\]="):
         af.fit(linear(), loader, epochs=1)
+
+
+def labelled(labels):
+    x = torch.rand(len(labels), 3, generator=torch.Generator().manual_seed(0))
+    return list(zip(x, labels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (TensorDataset(torch.rand(6, 3), torch.tensor([0, 1, 2, -1, 2, 3])), ValueError,
+         r"labels\[3\]=-1: .*without a label: leave those out"),
+        (TensorDataset(torch.rand(4, 3), torch.tensor([1, -1, 1, -1])), ValueError,
+         r"labels\[1\]=-1: .*\(y \+ 1\) // 2"),
+        (TensorDataset(torch.rand(4, 3), torch.tensor([1, 2, -5, 0])), ValueError,
+         r"labels\[2\]=-5: class indices start at 0$"),
+        (TensorDataset((torch.rand(4, 3) * 65535).to(torch.int32), torch.arange(4) % 3), TypeError,
+         "/ 65535"),
+        (TensorDataset((torch.rand(4, 3) * 255).to(torch.uint8), torch.arange(4) % 3), TypeError,
+         "/ 255"),
+        (DataLoader(labelled(["cat", "dog"])), TypeError, r"classes\.index"),
+        (labelled([0, 1]), TypeError, r"A list of samples\?.*DataLoader"),
+    ],
+)  # fmt: skip
+def test_advice_fits_what_is_wrong_with_the_data(data, error, message):
+    with pytest.raises(error, match=message):
+        af.fit(linear(), data, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("largest", "advice"), [(255, "divide by 255"), (60000, "divide by 65535")]
+)
+def test_images_that_are_not_scaled(largest, advice):
+    data = TensorDataset(largest * torch.linspace(0, 1, 18).view(6, 3), torch.arange(6) % 3)
+    with pytest.raises(ValueError, match=rf"inputs\[\d\]=.*{advice}"):
+        af.adversarial_fit(linear(), data, eps=0.1, norm="l2", epochs=1)
 
 
 class Mapped(Dataset):

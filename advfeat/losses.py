@@ -168,3 +168,9 @@ def _usable(scale: Tensor) -> Tensor:
 def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:
     others = logits.scatter(1, labels[:, None], float("-inf"))
     return others.amax(1)
+
+
+def is_success(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
+    """Whether the attack has what it wants, bool ``(N,)``; NaN among logits is no class at all."""
+    says_label = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+    return says_label if targeted else ~says_label

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import advfeat as af
 from advfeat import seeding
 from advfeat.attacks import Batch, invert
-from advfeat.attacks.pool import survivors
+from advfeat.attacks.pool import worst_case
 from advfeat.model import attackable
 
 DEVICE = "cuda"
@@ -196,7 +196,7 @@ def test_a_bfloat16_verdict_is_settled_in_float32(pool_size):
         warnings.simplefilter("error")  # this hardware computes in bfloat16
         with attackable(model, precision="bfloat16") as net:
             ids = torch.arange(200, device=DEVICE)
-            found = list(survivors(attack, net, [Batch(x, y, ids)], pool_size))
+            found = list(worst_case([attack], net, [Batch(x, y, ids)], pool_size))
     wanted = ("ids", "adversarial", "success")
     ids, adversarial, success = (torch.cat([getattr(v, w) for v in found]) for w in wanted)
     assert torch.equal(right_rows(model, adversarial) != y[ids], success)

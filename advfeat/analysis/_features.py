@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from advfeat import checks
 from advfeat.attacks import PGD, Batch
 from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.pool import attack_batch
 from advfeat.loading import Data, Source
 from advfeat.model import Network, device_of
 from advfeat.threat import Bounds, Norm
@@ -34,7 +35,7 @@ class Stacked(NamedTuple):
 def attack_features(net: Network, batch: Batch, pgd: PGD) -> Tensor:
     """Climb a loss of the features ``(N, F)`` and the batch's labels; the best iterates."""
     view = cast(Network, _Features(net))
-    return pgd.result(pgd.run(view, pgd.init(view, batch)))
+    return pgd.result(attack_batch(pgd, view, batch))
 
 
 def feature_attack(

@@ -13,10 +13,10 @@ from torch.utils.data import TensorDataset
 from advfeat import checks, losses, plots
 from advfeat.analysis._features import named_models, stacked
 from advfeat.attacks import PGD, Batch
-from advfeat.attacks.base import is_success
 from advfeat.construction import BuildOptions, TargetedDataset, build_dataset, indexed_source
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
+from advfeat.losses import is_success
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import Network, Precision, logits_of
 from advfeat.statistics import correlation_interval

@@ -5,8 +5,9 @@ from advfeat.attacks._fab import FAB, fab
 from advfeat.attacks._fmn import FMN, fmn
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
 from advfeat.attacks._square import Square, square
-from advfeat.attacks.base import Attack, Batch
+from advfeat.attacks.base import Attack
 from advfeat.attacks.inversion import invert
+from advfeat.attacks.samples import Batch
 from advfeat.model import Network
 
 # Above the single attacks, which it is made of.

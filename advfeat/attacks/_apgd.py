@@ -13,8 +13,9 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks._apgd_schedule import Schedule, phases, schedule_of
-from advfeat.attacks.base import Attack, Batch, is_success, per_sample_eps
-from advfeat.losses import LossName
+from advfeat.attacks.base import Attack, per_sample_eps
+from advfeat.attacks.samples import Batch
+from advfeat.losses import LossName, is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 
@@ -145,9 +146,18 @@ class APGD(Attack):
                 state = self._start_round(state, starting)
         return state
 
+    @property
+    def is_fixed_length(self) -> bool:
+        """Whether no sample stops at its first success."""
+        return self.returns == "best"
+
+    def evaluations(self, state: APGDState) -> int:
+        """Evaluations of all rounds, of which a model of few classes has fewer."""
+        return state.targets.shape[1] * self._round
+
     def finished(self, state: APGDState) -> Tensor:
         """Samples whose rounds are spent, or that have the first success they were to return."""
-        spent = state.step >= state.targets.shape[1] * self._round
+        spent = state.step >= self.evaluations(state)
         return spent | state.success if self.returns == "first" else spent
 
     def result(self, state: APGDState) -> Tensor:

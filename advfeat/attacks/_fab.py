@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, threat
-from advfeat.attacks.base import Batch, is_success, verified_logits
+from advfeat.attacks.base import verified_logits
 from advfeat.attacks.minimum_norm import (
     MinimumNorm,
     evaluated,
@@ -17,6 +17,8 @@ from advfeat.attacks.minimum_norm import (
     likely_others,
     to_hyperplane,
 )
+from advfeat.attacks.samples import Batch
+from advfeat.losses import is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 
@@ -108,18 +110,13 @@ class FAB(MinimumNorm):
         current = state.inputs + threat.per_sample(share, current) * (current - state.inputs)
         return state._replace(current=current.clamp(*self.bounds), step=taken)
 
-    def run(self, net: Network, state: FABState) -> FABState:
-        """Take the steps towards all targets that the model has."""
-        for _ in range(self._max_evaluations_of(state)):
-            state = self.step(net, state)
-        return state
-
     @property
     def max_evaluations(self) -> int:
         """Steps towards all targets; fewer where the model has not so many classes."""
         return self.steps * self.targets
 
-    def _max_evaluations_of(self, state: FABState) -> int:
+    def evaluations(self, state: FABState) -> int:
+        """Steps towards all targets that the model has."""
         return self.steps * state.targets.shape[1]
 
     def _moved(self, state: FABState, found: Evaluation) -> Tensor:

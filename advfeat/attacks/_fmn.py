@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, losses, threat
-from advfeat.attacks.base import Batch, is_success
 from advfeat.attacks.minimum_norm import (
     MinimumNorm,
     evaluated,
@@ -20,6 +19,8 @@ from advfeat.attacks.minimum_norm import (
     rounding,
     to_hyperplane,
 )
+from advfeat.attacks.samples import Batch
+from advfeat.losses import is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks.base import Attack, Batch, is_success, per_sample_eps, track_patience
-from advfeat.losses import LossName, Objective
+from advfeat.attacks.base import Attack, per_sample_eps, track_patience
+from advfeat.attacks.samples import Batch
+from advfeat.losses import LossName, Objective, is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.threat import Bounds, Norm
 
@@ -140,6 +141,11 @@ class PGD(Attack):
     def stop_at_success(self) -> Self:
         """The same attack, which returns the first success."""
         return replace(self, returns="first")
+
+    @property
+    def is_fixed_length(self) -> bool:
+        """Whether no sample stops early, at a success or for want of patience."""
+        return self.returns != "first" and self.patience is None
 
     def finished(self, state: PGDState) -> Tensor:
         """Samples whose steps or patience are spent, or whose first success is returned."""

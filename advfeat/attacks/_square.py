@@ -11,14 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks.base import (
-    Attack,
-    Batch,
-    is_success,
-    per_sample_eps,
-    select_samples,
-    verified_logits,
-)
+from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
+from advfeat.attacks.samples import Batch
+from advfeat.losses import is_success
 from advfeat.model import Network
 from advfeat.threat import Bounds, Norm
 
@@ -112,21 +107,6 @@ class Square(Attack):
             value=torch.where(better, value.to(state.value.dtype), state.value),
             success=state.success | (hits & active),
         )
-
-    def run(self, net: Network, state: SquareState) -> SquareState:
-        """Take all steps; finished rows are set aside, an eighth of the batch at a time."""
-        rows = torch.arange(state.labels.shape[0], device=state.labels.device)
-        active = state
-        for _ in range(self.max_evaluations):
-            active = self.step(net, active)
-            done = self.finished(active)
-            if 8 * int(done.sum()) >= len(rows):
-                pairs = zip(state, active, strict=True)
-                state = SquareState(*(whole.index_copy(0, rows, part) for whole, part in pairs))
-                rows, active = rows[~done], select_samples(active, ~done)
-                if len(rows) == 0:
-                    break
-        return state
 
     @property
     def max_evaluations(self) -> int:

@@ -4,52 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, threat
+from advfeat.attacks.pool import attack_batch
+from advfeat.attacks.samples import Batch
+from advfeat.losses import is_success
 from advfeat.model import Network, Precision, attackable
 from advfeat.threat import Bounds
-
-
-class Batch(NamedTuple):
-    """What an attack starts from: checked, detached, float32 at least, within the bounds.
-
-    Attributes
-    ----------
-    inputs
-        ``(N, ...)``.
-    labels
-        ``(N,)`` int64, true labels or targets.
-    ids
-        ``(N,)`` int64, each sample's own number: its random numbers follow from it.
-    start
-        ``(N, ...)`` first iterate; None where that is the inputs.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    ids: Tensor
-    start: Tensor | None = None
-
 
 # A rise by less than this share of the objective is none: fixed steps around an optimum find
 # slightly better values for ever.
 _RISE = 1e-3
-
-
-def select_samples(rows: Any, chosen: Tensor) -> Any:
-    """These rows of a NamedTuple of tensors: a state, or a batch."""
-    return type(rows)(*(field if field is None else field[chosen] for field in rows))
-
-
-def concat_samples(first: Any, second: Any) -> Any:
-    """The rows of two NamedTuples of tensors."""
-    pairs = zip(first, second, strict=True)
-    return type(first)(*(a if a is None else torch.cat([a, b]) for a, b in pairs))
 
 
 def track_patience(state: Any, stepped: Any, value: Tensor, finished: Tensor) -> Any:
@@ -104,9 +74,18 @@ class Attack(ABC):
     def result(self, state: Any) -> Tensor:
         """The iterate to return, ``(N, ...)``."""
 
+    @property
+    def is_fixed_length(self) -> bool:
+        """Whether every sample of a batch takes the same number of evaluations."""
+        return False
+
+    def evaluations(self, state: Any) -> int:
+        """Steps after which every sample of this state is finished."""
+        return self.max_evaluations
+
     def run(self, net: Network, state: Any) -> Any:
-        """Take all steps of a batch whose rows are at their beginning."""
-        for _ in range(self.max_evaluations):
+        """Take all steps of samples that are at their beginning, without checking who is done."""
+        for _ in range(self.evaluations(state)):
             state = self.step(net, state)
         return state
 
@@ -142,7 +121,7 @@ class Attack(ABC):
         """
         with attackable(model, precision=precision, train=train) as net:
             batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted)
-            adversarial = self.result(self.run(net, self.init(net, batch)))
+            adversarial = self.result(attack_batch(self, net, batch))
         return adversarial.contiguous()
 
 
@@ -188,12 +167,6 @@ def check_attack(attack: object, eps: object, norm: object) -> None:
         checks.fail("attack.eps", attack.eps, "one radius for each row of a batch; pass a float")
     if attack.eps is None:
         checks.fail("attack.eps", None, "it looks for the smallest perturbation; give it an eps")
-
-
-def is_success(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
-    """Whether the attack has what it wants, bool ``(N,)``; NaN among logits is no class at all."""
-    says_label = (logits.argmax(1) == labels) & ~logits.isnan().any(1)
-    return says_label if targeted else ~says_label
 
 
 def verified_logits(

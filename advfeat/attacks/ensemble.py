@@ -14,7 +14,10 @@ from advfeat import checks, seeding
 from advfeat.attacks._apgd import APGD
 from advfeat.attacks._fab import FAB
 from advfeat.attacks._square import Square
-from advfeat.attacks.base import Attack, is_success, prepare_batch, select_samples
+from advfeat.attacks.base import Attack, prepare_batch
+from advfeat.attacks.pool import worst_case
+from advfeat.attacks.samples import select_samples
+from advfeat.losses import is_success
 from advfeat.model import Precision, attackable
 from advfeat.threat import Bounds, Norm
 
@@ -116,16 +119,13 @@ class AutoAttack:
         attacks = seed_attacks(self.attacks, self.seed)
         with attackable(model, precision=precision) as net:
             batch = prepare_batch(net, inputs, labels, index, self.bounds)
-            found = batch.inputs.clone()
-            standing = (~is_success(net.logits(found), batch.labels, False)).nonzero().squeeze(1)
-            for attack in attacks:
-                if len(standing) == 0:
-                    break
-                rows = select_samples(batch, standing)
-                found[standing] = attack.result(attack.run(net, attack.init(net, rows)))
-                fooled = is_success(net.logits(found[standing]), rows.labels, False)
-                standing = standing[~fooled]
-        return found.contiguous()
+            adversarial = batch.inputs.clone()
+            wrong = is_success(net.logits(batch.inputs), batch.labels, targeted=False)
+            right = (~wrong).nonzero().squeeze(1)
+            batches = [select_samples(batch, right)] if len(right) else []
+            for verdict in worst_case(attacks, net, batches, max(1, len(right))):
+                adversarial[right[verdict.place]] = verdict.adversarial
+        return adversarial.contiguous()
 
 
 def seed_attacks(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, threat
-from advfeat.attacks.base import Attack, Batch, prepare_batch, track_patience
+from advfeat.attacks.base import Attack, prepare_batch, track_patience
+from advfeat.attacks.pool import attack_batch
+from advfeat.attacks.samples import Batch
 from advfeat.model import Layer, Network, Precision, attackable
 from advfeat.threat import Bounds
 
@@ -84,6 +86,11 @@ class Inversion(Attack):
     def max_evaluations(self) -> int:
         """Gradients a row takes."""
         return self.steps
+
+    @property
+    def is_fixed_length(self) -> bool:
+        """Without patience every sample takes all steps."""
+        return self.patience is None
 
     def finished(self, state: InversionState) -> Tensor:
         """Samples whose steps are spent, or their patience."""
@@ -168,5 +175,5 @@ def invert(
         inverted = []
         for one in start if several else [start]:
             begun = batch._replace(start=net.prepare(one).clamp_(*bounds))
-            inverted.append(attack.result(attack.run(net, attack.init(net, begun))).contiguous())
+            inverted.append(attack.result(attack_batch(attack, net, begun)).contiguous())
     return torch.stack(inverted) if several else inverted[0]

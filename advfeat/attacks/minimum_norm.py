@@ -85,7 +85,7 @@ class MinimumNorm(Attack):
 
     def finished(self, state: Any) -> Tensor:
         """Samples whose steps are spent, that were wrong at once, or fooled within ``eps``."""
-        done: Tensor = (state.step >= self._max_evaluations_of(state)) | (state.distance == 0)
+        done: Tensor = (state.step >= self.evaluations(state)) | (state.distance == 0)
         return done if self.eps is None else done | state.success
 
     def result(self, state: Any) -> Tensor:
@@ -97,8 +97,10 @@ class MinimumNorm(Attack):
         close = threat.per_sample(self._close_enough(state.distance), kept)
         return torch.where(close, kept, inside)
 
-    def _max_evaluations_of(self, state: Any) -> int:
-        return self.max_evaluations
+    @property
+    def is_fixed_length(self) -> bool:
+        """Without a ball every sample takes all its steps."""
+        return self.eps is None
 
     @staticmethod
     def _nothing_kept(inputs: Tensor) -> dict[str, Tensor]:

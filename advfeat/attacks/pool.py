@@ -1,141 +1,358 @@
-"""Drives attacks over a stream of rows, each with a pool of those that still resist."""
+"""The one driver of attacks: samples come in, take steps together, and leave when they are done.
+
+Batch calls, evaluation, ensembles and constructions all go through a `Pool`. A sample's result does
+not depend on the pool or on the other samples in it, but for rounding.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from advfeat.attacks import Attack, Batch
-from advfeat.attacks.base import concat_samples, is_success, select_samples
+from advfeat import losses
+from advfeat.attacks.samples import Batch, concat_samples, sample_count, select_samples
 from advfeat.model import Network
 
-# The pool is refilled when this share of it is free: a row's start can cost a forward pass, and
-# starting rows one by one would waste it.
-_REFILL = 0.25
-RESISTED = -1
+ROBUST = -1
 
 
-class Verdict(NamedTuple):
-    """Samples that are settled."""
+class Steps(Protocol):
+    """What the driver asks of an attack; see `advfeat.attacks.Attack`."""
 
-    ids: Tensor  # (N,) int64
-    inputs: Tensor  # (N, ...) clean
-    labels: Tensor  # (N,) int64
-    adversarial: Tensor  # (N, ...) as the last attack on the row returns it
-    success: Tensor  # (N,) bool, by a float32 forward pass on ``adversarial``
-    value: Tensor  # (N,) that attack's objective there
-    attack: Tensor  # (N,) int64, place of the attack that fooled the model, -1 where none did
+    @property
+    def targeted(self) -> bool:
+        """Whether labels are targets."""
+
+    def init(self, net: Network, batch: Batch) -> Any:
+        """State of a batch before its first step."""
+
+    def step(self, net: Network, state: Any) -> Any:
+        """Advance every sample by one evaluation of the model."""
+
+    def run(self, net: Network, state: Any) -> Any:
+        """Take all steps of samples that all take equally many."""
+
+    def finished(self, state: Any) -> Tensor:
+        """Samples for which another step changes nothing."""
+
+    def result(self, state: Any) -> Tensor:
+        """The iterate to return."""
+
+    @property
+    def is_fixed_length(self) -> bool:
+        """Whether every sample of a batch takes the same number of evaluations."""
 
 
-def worst_case(
-    attacks: Sequence[Attack], net: Network, batches: Iterable[Batch], pool_size: int
-) -> Iterator[Verdict]:
-    """Attack rows by one attack after another, until one of them fools the model.
+@dataclass(frozen=True)
+class Policy:
+    """When samples enter and leave a pool.
 
-    Every row goes through the attacks on its own: what resists one enters the pool of the next, as
-    soon as there is room. Memory holds the pools alone, however many rows there are.
+    Parameters
+    ----------
+    refill
+        Free fraction of the pool from which on it is refilled: a sample's start can cost a forward
+        pass, and starting samples one by one would waste it.
+    leave
+        Finished fraction of the pool from which on finished samples leave; above 0 only for an
+        attack whose steps leave finished samples as they are.
+    check_every
+        Steps between two checks of who is finished. A check waits for the device, once.
+    portion
+        Samples that enter together; by default as many as there is room for.
     """
-    settled: deque[Verdict] = deque()
-    for place, attack in enumerate(attacks):
-        standing = _standing(survivors(attack, net, batches, pool_size), place, settled)
-        batches = (Batch(rows.inputs, rows.labels, rows.ids) for rows in standing)
-    for verdict in standing:
-        while settled:
-            yield settled.popleft()
-        yield verdict
-    yield from settled
+
+    refill: float = 0.25
+    leave: float = 0.0
+    check_every: int = 1
+    portion: int | None = None
 
 
-def _standing(
-    verdicts: Iterable[Verdict], place: int, settled: deque[Verdict]
-) -> Iterator[Verdict]:
-    """Pass on the rows that resisted, and set the others aside."""
-    for verdict in verdicts:
-        fooled = select_samples(verdict, verdict.success.nonzero().squeeze(1))
-        resisted = select_samples(verdict, (~verdict.success).nonzero().squeeze(1))
-        if len(fooled.ids):
-            settled.append(fooled._replace(attack=torch.full_like(fooled.ids, place)))
-        if len(resisted.ids):
-            yield resisted
+# Samples that all take equally many evaluations enter together and leave together.
+_FIXED_LENGTH = Policy(refill=1.0)
 
 
-def survivors(
-    attack: Attack, net: Network, batches: Iterable[Batch], pool_size: int
-) -> Iterator[Verdict]:
-    """Attack rows until each is fooled or its steps are spent.
-
-    A pool of ``pool_size`` rows is kept nearly full: finished rows leave, new ones come in, each
-    with its own step counter. A row's result does not depend on the pool or on its companions.
+class Pool:
+    """Samples under one attack.
 
     Parameters
     ----------
     attack
-        Its rows should be finished once they fool the model; see `Attack.stop_at_success`.
+        Its samples leave once they are finished; see `Attack.stop_at_success`.
     net
         The frozen model.
-    batches
-        Samples to attack, in any portions.
-    pool_size
+    size
         Samples that are attacked together.
+    begin
+        From samples as they were added, what is kept beside their state, and the state.
+    policy
+        When samples enter and leave, where they need not all take equally many evaluations.
+    verified
+        Recheck in float32 the success of samples that are about to leave.
     """
-    queue = _Queue(batches)
-    state: Any = None
-    ids = torch.empty(0, dtype=torch.int64)
-    while True:
-        free = pool_size - len(ids)
-        if free >= _REFILL * pool_size and (batch := queue.take(free)) is not None:
-            fresh = attack.init(net, batch)
-            state = fresh if state is None else concat_samples(state, fresh)
-            ids = torch.cat([ids.to(batch.ids.device), batch.ids])
-        if len(ids) == 0:
-            return
-        state = attack.step(net, state)
+
+    def __init__(
+        self,
+        attack: Steps,
+        net: Network,
+        size: int,
+        begin: Callable[[Any], tuple[Any, Any]],
+        policy: Policy | None = None,
+        verified: bool = False,
+    ) -> None:
+        self._attack, self._net, self._size, self._begin = attack, net, size, begin
+        self._policy = _FIXED_LENGTH if attack.is_fixed_length else policy or Policy()
+        self._verified = verified and net.low_precision
+        self._waiting = _Queue()
+        self._held: tuple[Any, Any] | None = None
+        self._count = 0
+        self.closed = False
+
+    def add(self, samples: Any) -> None:
+        """Let samples wait for a place."""
+        self._waiting.add(samples)
+
+    def close(self) -> None:
+        """Nothing more will be added."""
+        self.closed = True
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sample is under attack or waits."""
+        return not self._count and not len(self._waiting)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step needs no more samples to be added first."""
+        if self.is_empty:
+            return False
+        return self.closed or not self._has_room or len(self._waiting) >= self._wanted
+
+    def advance(self) -> tuple[Any, Any] | None:
+        """Take steps; return samples that left, what was kept beside them and their state."""
+        self._refill()
+        kept, state = self._held or (None, None)
+        if self._attack.is_fixed_length:
+            self._held, self._count = None, 0
+            return kept, self._attack.run(self._net, state)
+        for _ in range(self._policy.check_every):
+            state = self._attack.step(self._net, state)
+        state, done = self._finished(state)
+        # The one value a step reads back.
+        flags = done.cpu()
+        leaving, staying = flags.nonzero().squeeze(1), (~flags).nonzero().squeeze(1)
+        self._held = kept, state
+        last = self.closed and not len(self._waiting)
+        if not len(leaving) or (len(leaving) < self._policy.leave * self._size and not last):
+            return None
+        self._count = len(staying)
+        if not self._count:
+            self._held = None
+            return kept, state
+        left = select_samples((kept, state), leaving.to(done.device))
+        self._held = select_samples((kept, state), staying.to(done.device))
+        return left  # type: ignore[no-any-return]
+
+    @property
+    def _has_room(self) -> bool:
+        free = self._size - self._count
+        return free >= max(self._policy.refill * self._size, self._policy.portion or 1)
+
+    @property
+    def _wanted(self) -> int:
+        return self._policy.portion or self._size - self._count
+
+    def _refill(self) -> None:
+        while self._has_room and len(self._waiting):
+            samples = self._waiting.take(self._wanted)
+            begun = self._begin(samples)
+            self._held = begun if self._held is None else concat_samples(self._held, begun)
+            self._count += sample_count(samples)
+
+    def _finished(self, state: Any) -> tuple[Any, Tensor]:
+        """The state, and who is finished in it."""
+        attack, net = self._attack, self._net
         done = attack.finished(state)
-        if net.low_precision:
-            state = _settled_in_float32(attack, net, state, done)
-            done = attack.finished(state)
-        if bool(done.any()):
-            leaving, staying = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
-            yield _verdict(attack, select_samples(state, leaving), ids[leaving])
-            state, ids = select_samples(state, staying), ids[staying]
+        if not self._verified:
+            return state, done
+        chosen = done.nonzero().squeeze(1)
+        if not len(chosen):
+            return state, done
+        logits = net.logits(attack.result(state)[chosen])
+        success = state.success.clone()
+        success[chosen] = losses.is_success(logits, state.labels[chosen], attack.targeted)
+        state = state._replace(success=success)
+        return state, attack.finished(state)
 
 
 class _Queue:
-    """Samples of batches of any size, handed out in the numbers that are asked for."""
+    """Samples in the order they came, handed out in the numbers that are asked for."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = iter(batches)
-        self._held: Batch | None = None
+    def __init__(self) -> None:
+        self._parts: deque[Any] = deque()
+        self._offset = 0  # samples of the first part that are gone
+        self._count = 0
 
-    def take(self, count: int) -> Batch | None:
-        """Up to ``count`` rows; None when there are none left."""
-        held = [] if self._held is None else [self._held]
-        have = sum(len(batch.ids) for batch in held)
-        while have < count and (batch := next(self._batches, None)) is not None:
-            held.append(batch)
-            have += len(batch.ids)
-        if not have:
-            return None
-        rows = [torch.cat(parts) for parts in zip(*(batch[:3] for batch in held), strict=True)]
-        self._held = Batch(*(field[count:] for field in rows)) if have > count else None
-        return Batch(*(field[:count] for field in rows))
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, samples: Any) -> None:
+        if count := sample_count(samples):
+            self._parts.append(samples)
+            self._count += count
+
+    def take(self, count: int) -> Any:
+        """Up to ``count`` samples."""
+        taken: list[Any] = []
+        wanted = min(count, self._count)
+        self._count -= wanted
+        while wanted:
+            part = self._parts[0]
+            rest = sample_count(part) - self._offset
+            use = min(rest, wanted)
+            whole = use == sample_count(part)
+            chosen = slice(self._offset, self._offset + use)
+            taken.append(part if whole else select_samples(part, chosen))
+            self._offset += use
+            wanted -= use
+            if use == rest:
+                self._parts.popleft()
+                self._offset = 0
+        return concat_samples(*taken)
 
 
-def _settled_in_float32(attack: Attack, net: Network, state: Any, done: Tensor) -> Any:
-    """Correct what a low-precision pass says of the rows that would leave."""
-    rows = done.nonzero().squeeze(1)
-    if not len(rows):
-        return state
-    logits = net.logits(attack.result(state)[rows])
-    success = state.success.clone()
-    success[rows] = is_success(logits, state.labels[rows], attack.targeted)
-    return state._replace(success=success)
+def drive(pool: Pool, samples: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Attack a stream of samples; give them, and their states, as they leave."""
+    for part in samples:
+        pool.add(part)
+        while pool.is_ready:
+            if (left := pool.advance()) is not None:
+                yield left
+    pool.close()
+    while not pool.is_empty:
+        if (left := pool.advance()) is not None:
+            yield left
 
 
-def _verdict(attack: Attack, state: Any, ids: Tensor) -> Verdict:
-    result, nobody = attack.result(state), torch.full_like(ids, RESISTED)
-    return Verdict(ids, state.inputs, state.labels, result, state.success, state.value, nobody)
+def attack_batch(attack: Steps, net: Network, batch: Batch) -> Any:
+    """Attack one batch, and return its last state, in the order of the batch."""
+    if attack.is_fixed_length:
+        return attack.run(net, attack.init(net, batch))
+    place = torch.arange(len(batch.ids), device=batch.ids.device)
+
+    def begin(samples: tuple[Tensor, Batch]) -> tuple[Tensor, Any]:
+        return samples[0], attack.init(net, samples[1])
+
+    pool = Pool(attack, net, len(place), begin)
+    places, states = zip(*drive(pool, [(place, batch)]), strict=True)
+    return select_samples(concat_samples(*states), torch.cat(places).argsort())
+
+
+# --- Several attacks, one after another ---
+
+
+class Verdict(NamedTuple):
+    """Samples whose evaluation is over."""
+
+    place: Tensor  # (N,) int64, how many samples came before
+    ids: Tensor  # (N,) int64
+    inputs: Tensor  # (N, ...) clean
+    labels: Tensor  # (N,) int64
+    adversarial: Tensor  # (N, ...) as the last attack on the sample returns it
+    success: Tensor  # (N,) bool, by a float32 forward pass on ``adversarial``
+    value: Tensor  # (N,) that attack's objective there
+    attack: Tensor  # (N,) int64, number of the attack that fooled the model, -1 where none did
+
+
+class _Entry(NamedTuple):
+    """Samples on their way to an attack."""
+
+    place: Tensor
+    batch: Batch
+
+
+class _Tag(NamedTuple):
+    """What a pool keeps beside a state that holds inputs and labels itself."""
+
+    place: Tensor
+    ids: Tensor
+
+
+def worst_case(
+    attacks: Sequence[Steps], net: Network, batches: Iterable[Batch], pool_size: int
+) -> Iterator[Verdict]:
+    """Attack samples by one attack after another, until one of them fools the model.
+
+    Every sample goes through the attacks on its own: what is still robust after one waits for a
+    place in the pool of the next. Memory holds the pools alone, however many samples there are and
+    whatever becomes of them: verdicts are given as they fall.
+    """
+    pools = [_evaluation_pool(attack, net, pool_size) for attack in attacks]
+    entries = _numbered(batches)
+    while True:
+        number = next((n for n in reversed(range(len(pools))) if pools[n].is_ready), None)
+        if number is None:
+            if pools[-1].closed:
+                return
+            if (entry := next(entries, None)) is None:
+                pools[0].close()
+            else:
+                pools[0].add(entry)
+        elif (left := pools[number].advance()) is not None:
+            fooled, robust = _split(_verdict(attacks[number], *left))
+            if len(fooled.ids):
+                yield fooled._replace(attack=torch.full_like(fooled.ids, number))
+            if len(robust.ids) and number + 1 < len(pools):
+                pools[number + 1].add(
+                    _Entry(robust.place, Batch(robust.inputs, robust.labels, robust.ids))
+                )
+            elif len(robust.ids):
+                yield robust
+        for before, after in itertools.pairwise(pools):
+            if before.closed and before.is_empty:
+                after.close()
+
+
+def _evaluation_pool(attack: Steps, net: Network, size: int) -> Pool:
+    def begin(entry: _Entry) -> tuple[_Tag, Any]:
+        return _Tag(entry.place, entry.batch.ids), attack.init(net, entry.batch)
+
+    return Pool(attack, net, size, begin, verified=True)
+
+
+def _numbered(batches: Iterable[Batch]) -> Iterator[_Entry]:
+    count = 0
+    for batch in batches:
+        after = count + len(batch.ids)
+        yield _Entry(torch.arange(count, after, device=batch.ids.device), batch)
+        count = after
+
+
+def _verdict(attack: Steps, tag: _Tag, state: Any) -> Verdict:
+    nobody = torch.full_like(tag.ids, ROBUST)
+    return Verdict(
+        tag.place,
+        tag.ids,
+        state.inputs,
+        state.labels,
+        attack.result(state),
+        state.success,
+        state.value,
+        nobody,
+    )
+
+
+def _split(verdict: Verdict) -> tuple[Verdict, Verdict]:
+    """Samples on which the model was fooled, and those on which it was not."""
+    flags = verdict.success.cpu()
+    if bool(flags.all()) or not bool(flags.any()):
+        none = select_samples(verdict, slice(0, 0))
+        return (verdict, none) if bool(flags.all()) else (none, verdict)
+    device = verdict.success.device
+    fooled, robust = (f.nonzero().squeeze(1).to(device) for f in (flags, ~flags))
+    return select_samples(verdict, fooled), select_samples(verdict, robust)

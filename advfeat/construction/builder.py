@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from advfeat import checks, distributed, threat
 from advfeat.attacks import Batch
-from advfeat.attacks.base import concat_samples, select_samples
+from advfeat.attacks.pool import Policy, Pool, drive
 from advfeat.construction.provenance import build_manifest
 from advfeat.construction.recipe import (
     BuildOptions,
@@ -37,9 +37,9 @@ from advfeat.loading import Data, Samples, Source, prefetched
 from advfeat.model import Network, attackable, device_of
 from advfeat.progress import with_progress
 
-# Where rows may stop early, the pool is refilled when a quarter of it is free, and looked at every
-# few steps: to look is to wait for the device.
-_PORTIONS, _LOOK = 4, 8
+# Where samples may stop early, the pool is refilled when a quarter of it is free, and checked every
+# few steps: a check waits for the device.
+_PORTIONS, _CHECK_EVERY = 4, 8
 
 
 def build_dataset(
@@ -88,7 +88,7 @@ def _chunks(source: Source, recipe: DatasetRecipe) -> list[Array]:
     batch.
     """
     size = source.batch_size
-    if recipe.may_stop_early:
+    if not recipe.attack.is_fixed_length:
         size = max(1, size // _PORTIONS)
     count = len(source) * recipe.starts
     return np.split(np.arange(count), np.arange(size, count, size))
@@ -131,49 +131,20 @@ class _Builder:
         return self._described(batch, attacked, attack.result(attack.init(self._net, attacked)))
 
     def made(self, batches: Iterable[Samples]) -> Iterator[tuple[Array, dict[str, Array]]]:
-        """All fields of the rows, and the places they go to."""
-        drive = self._pooled if self._recipe.may_stop_early else self._in_turn
-        for batch, attacked, images in drive(batches):
-            found = self._described(batch, attacked, images)
+        """All fields of the samples, and the places they go to."""
+        net, recipe, attack = self._net, self._recipe, self._recipe.attack
+
+        def begin(batch: Batch) -> tuple[tuple[Batch, Batch], Any]:
+            attacked = recipe.begin(net, batch)
+            return (batch, attacked), attack.init(net, attacked)
+
+        size = self._source.batch_size
+        share = 1 / _PORTIONS
+        policy = Policy(share, share, _CHECK_EVERY, portion=max(1, size // _PORTIONS))
+        pool = Pool(attack, net, size, begin, policy)
+        for (batch, attacked), state in drive(pool, map(self._checked, batches)):
+            found = self._described(batch, attacked, attack.result(state))
             yield np.array([self._places[number] for number in batch.ids.tolist()]), found
-
-    def _in_turn(self, batches: Iterable[Samples]) -> Iterator[tuple[Batch, Batch, Tensor]]:
-        """One batch after the other."""
-        net, attack = self._net, self._recipe.attack
-        for rows in batches:
-            batch = self._checked(rows)
-            attacked = self._recipe.begin(net, batch)
-            yield batch, attacked, attack.result(attack.run(net, attack.init(net, attacked)))
-
-    def _pooled(self, batches: Iterable[Samples]) -> Iterator[tuple[Batch, Batch, Tensor]]:
-        """Samples as they finish; the next ones take their places in portions of a batch."""
-        net, attack, size = self._net, self._recipe.attack, self._source.batch_size
-        waiting, more = iter(batches), True
-        pool: list[Any] = []  # rows as they came, as attacked, and their state
-        while True:
-            while more and (not pool or len(pool[0].ids) * _PORTIONS <= size * (_PORTIONS - 1)):
-                rows = next(waiting, None)
-                if rows is None:
-                    more = False
-                    break
-                batch = self._checked(rows)
-                attacked = self._recipe.begin(net, batch)
-                fresh = [batch, attacked, attack.init(net, attacked)]
-                pool = (
-                    [concat_samples(*pair) for pair in zip(pool, fresh, strict=True)]
-                    if pool
-                    else fresh
-                )
-            if not pool:
-                return
-            for _ in range(_LOOK):
-                pool[2] = attack.step(net, pool[2])
-            finished = attack.finished(pool[2])
-            leaving, staying = finished.nonzero().squeeze(1), (~finished).nonzero().squeeze(1)
-            if len(leaving) * _PORTIONS >= size or (len(leaving) and not more):
-                batch, attacked, state = (select_samples(part, leaving) for part in pool)
-                yield batch, attacked, attack.result(state)
-                pool = [select_samples(part, staying) for part in pool] if len(staying) else []
 
     def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Array]:
         net, recipe, bounds = self._net, self._recipe, self._recipe.attack.bounds

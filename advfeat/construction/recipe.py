@@ -91,11 +91,6 @@ class DatasetRecipe(ABC):
     layer: Layer = None
     starts: int = 1  # constructed samples for each sample of the data
 
-    @property
-    def may_stop_early(self) -> bool:
-        """Whether rows may leave before the attack's steps are spent."""
-        return getattr(self.attack, "patience", None) is not None
-
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
         """What goes into the manifest beside the attack's own settings."""

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from advfeat import checks, threat
 from advfeat.attacks import PGD, Batch
-from advfeat.attacks.base import is_success
 from advfeat.construction.builder import build_dataset, indexed_source
 from advfeat.construction.recipe import BuildOptions, DatasetRecipe
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
+from advfeat.losses import is_success
 from advfeat.model import Network
 from advfeat.threat import Bounds, Norm
 

@@ -13,9 +13,11 @@ from typing_extensions import Self
 
 from advfeat import checks
 from advfeat.attacks import PGD, Attack, AutoAttack, Batch, pool
-from advfeat.attacks.base import check_attack, is_success, prepare_batch, select_samples
+from advfeat.attacks.base import check_attack, prepare_batch
 from advfeat.attacks.ensemble import seed_attacks
+from advfeat.attacks.samples import select_samples
 from advfeat.loading import Data, Source
+from advfeat.losses import is_success
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import with_progress
 from advfeat.statistics import wilson_interval
@@ -233,7 +235,7 @@ def robust_accuracy(
     inputs = clean.inputs
     if inputs is not None and adversarial:
         inputs[rows] = torch.cat(adversarial)
-    robust = RobustAccuracy.of(broken_by == pool.RESISTED, clean.index)
+    robust = RobustAccuracy.of(broken_by == pool.ROBUST, clean.index)
     robust.standard, robust.attacks = clean.accuracy, attacks
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = inputs

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding
 from advfeat.attacks import APGD, PGD, Attack, Batch, Square
-from advfeat.attacks.base import concat_samples, is_success, prepare_batch, select_samples
+from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.ensemble import seed_attacks
+from advfeat.attacks.pool import attack_batch
+from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
+from advfeat.losses import is_success
 from advfeat.model import Network, attackable, device_of
 from advfeat.threat import Bounds, Norm
 
@@ -157,7 +160,7 @@ def _findings(
 
         def fooled(*attacks: Attack) -> Tensor:
             runs = (a.stop_at_success() for a in seed_attacks(attacks, seed))
-            return torch.stack([a.run(net, a.init(net, batch)).success for a in runs]).any(0)
+            return torch.stack([attack_batch(a, net, batch).success for a in runs]).any(0)
 
         short = fooled(APGD(**ball, steps=25))
         long = fooled(APGD(**ball, steps=100, restarts=2))

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from advfeat import checks, seeding
 from advfeat.attacks import Attack, AutoAttack
-from advfeat.attacks.base import check_attack, is_success, prepare_batch
+from advfeat.attacks.base import check_attack, prepare_batch
 from advfeat.loading import Data, Source
+from advfeat.losses import is_success
 from advfeat.model import attackable, device_of
 from advfeat.progress import with_progress
 from advfeat.statistics import wilson_interval

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from advfeat import seeding, threat
 from advfeat.attacks import PGD, Batch
+from advfeat.attacks.pool import attack_batch
 from advfeat.model import Network, Precision, attackable
 from advfeat.training._batches import TrainBatch
 from advfeat.training._method import AdversarialMethod, Example, Loss, as_example
@@ -65,7 +66,7 @@ class PGDTraining(AdversarialMethod):
             attack = self.step_attack(net, inputs, targets)
             if self.starts_beside_input and not attack.is_random:
                 attacked = attacked._replace(start=self._start_beside(attack, attacked))
-            return attack.result(attack.run(net, attack.init(net, attacked)))
+            return attack.result(attack_batch(attack, net, attacked))
 
     def step_attack(self, net: Network, inputs: Tensor, targets: Tensor | None) -> PGD:
         """Return the attack of this step; ``targets`` are class probabilities, if given."""

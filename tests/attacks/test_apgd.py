@@ -8,7 +8,7 @@ import advfeat as af
 from advfeat import losses, threat
 from advfeat.attacks import APGD, AutoAttack, Batch, apgd
 from advfeat.attacks.base import prepare_batch
-from advfeat.attacks.pool import survivors, worst_case
+from advfeat.attacks.pool import worst_case
 from advfeat.model import attackable
 
 NORMS = ("l1", "l2", "linf")
@@ -70,7 +70,7 @@ def test_the_pool_and_the_order_do_not_change_a_verdict(norm):
     def verdicts(order: torch.Tensor, pool: int) -> list[bool]:
         with attackable(model) as net:
             batch = prepare_batch(net, x[order], y[order], order, (0.0, 1.0))
-            found = list(survivors(attack, net, [batch], pool))
+            found = list(worst_case([attack], net, [batch], pool))
         ids = torch.cat([v.ids for v in found])
         assert sorted(ids.tolist()) == list(range(23))
         return torch.cat([v.success for v in found])[ids.argsort()].tolist()
@@ -90,7 +90,7 @@ def test_worst_case_is_a_success_of_any_attack():
         batch = prepare_batch(net, x, y, None, (0.0, 1.0))
         batch = Batch(*batch[:3])
         found = list(worst_case([small, large], net, [batch], 6))
-        alone = list(survivors(large, net, [batch], 20))
+        alone = list(worst_case([large], net, [batch], 20))
     ids = torch.cat([v.ids for v in found])
     assert sorted(ids.tolist()) == list(range(20))
     by = torch.cat([v.attack for v in found])[ids.argsort()]

@@ -24,7 +24,7 @@ import advfeat as af
 from advfeat.attacks import fab
 from advfeat.attacks._fmn import FMN, FMNState, fmn
 from advfeat.attacks.base import prepare_batch
-from advfeat.attacks.pool import survivors
+from advfeat.attacks.pool import worst_case
 from advfeat.model import attackable
 
 
@@ -311,7 +311,7 @@ def test_the_pool_does_not_matter(norm, limited):
     with attackable(model) as net:
         for pool in (3, 50):
             rows = prepare_batch(net, x, y, None, (0.0, 1.0))
-            verdicts = list(survivors(attack, net, [rows], pool))
+            verdicts = list(worst_case([attack], net, [rows], pool))
             ids = torch.cat([v.ids for v in verdicts]).argsort()
             adversarial = torch.cat([v.adversarial for v in verdicts])[ids]
             success = torch.cat([v.success for v in verdicts])[ids]

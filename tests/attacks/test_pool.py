@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 from advfeat.attacks import Batch, invert
-from advfeat.attacks.pool import survivors
+from advfeat.attacks.pool import worst_case
 from advfeat.model import Network, attackable
 
 FEATURES, CLASSES = 6, 3
@@ -43,7 +43,7 @@ def portions(x, y, size):
 def pooled(model, attack, batches, pool_size):
     """All verdicts, in the order of their ids."""
     with attackable(model) as net:
-        found = list(survivors(attack, net, iter(batches), pool_size))
+        found = list(worst_case([attack], net, iter(batches), pool_size))
     ids, adversarial, success = gathered(found)
     order = ids.argsort()
     return ids[order], adversarial[order], success[order]
@@ -180,13 +180,13 @@ def test_rows_are_read_no_sooner_than_needed():
             yield portion
 
     with attackable(model) as net:
-        next(iter(survivors(attack_of(eps=0.9), net, reading(), 6)))
+        next(iter(worst_case([attack_of(eps=0.9)], net, reading(), 6)))
     assert sum(read) == 8
 
 
 def test_no_rows_give_no_verdicts():
     with attackable(curved()) as net:
-        assert list(survivors(attack_of(), net, iter([]), 4)) == []
+        assert list(worst_case([attack_of()], net, iter([]), 4)) == []
 
 
 class Close(nn.Module):
@@ -209,7 +209,7 @@ def test_a_low_precision_verdict_is_settled_in_float32(gap):
     module = Close(gap).requires_grad_(False)
     net = Network(module, "bfloat16")
     attack = af.PGD(eps=1e-6, norm="linf", steps=2, returns="first")
-    found = list(survivors(attack, net, [Batch(x, y, torch.arange(3))], 3))
+    found = list(worst_case([attack], net, [Batch(x, y, torch.arange(3))], 3))
     ids, adversarial, success = gathered(found)
     expected = module(adversarial).argmax(1) != y[ids]
     assert torch.equal(success, expected)

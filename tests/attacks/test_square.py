@@ -14,7 +14,7 @@ import advfeat as af
 from advfeat import losses
 from advfeat.attacks._square import Square, SquareState, square
 from advfeat.attacks.base import prepare_batch
-from advfeat.attacks.pool import survivors
+from advfeat.attacks.pool import worst_case
 from advfeat.model import attackable
 
 SHAPE = (3, 6, 6)
@@ -367,7 +367,7 @@ def test_the_pool_does_not_matter(norm):
     for pool in (3, 50):
         with attackable(model) as net:
             rows = prepare_batch(net, x, y, None, (0.0, 1.0))
-            verdicts = list(survivors(attack, net, [rows], pool))
+            verdicts = list(worst_case([attack], net, [rows], pool))
         order = torch.cat([v.ids for v in verdicts]).argsort()
         assert torch.equal(torch.cat([v.adversarial for v in verdicts])[order], whole)
         success = torch.cat([v.success for v in verdicts])[order]

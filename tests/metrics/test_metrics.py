@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 import advfeat as af
-from advfeat.attacks.base import is_success
+from advfeat.losses import is_success
 from advfeat.metrics import Accuracy, RobustAccuracy
 
 WIDE = (-100.0, 100.0)

@@ -1,0 +1,66 @@
+"""Batches of samples as (nested) NamedTuples of tensors whose first axis is the sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """What an attack starts from: checked, detached, float32 at least, within the bounds.
+
+    Attributes
+    ----------
+    inputs
+        ``(N, ...)``.
+    labels
+        ``(N,)`` int64, true labels or targets.
+    ids
+        ``(N,)`` int64, each sample's own number: its random numbers follow from it.
+    start
+        ``(N, ...)`` first iterate; None where that is the inputs.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    ids: Tensor
+    start: Tensor | None = None
+
+
+def select_samples(samples: Any, chosen: Tensor | slice) -> Any:
+    """These samples of a batch or state: of a tensor, and of tuples and mappings of such."""
+    if samples is None:
+        return None
+    if isinstance(samples, Tensor):
+        return samples[chosen]
+    if isinstance(samples, Mapping):
+        return {name: select_samples(field, chosen) for name, field in samples.items()}
+    return _rebuilt(samples, [select_samples(field, chosen) for field in samples])
+
+
+def concat_samples(*parts: Any) -> Any:
+    """The samples of several batches or states of one type, in this order."""
+    first = parts[0]
+    if first is None or len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, Mapping):
+        return {name: concat_samples(*(part[name] for part in parts)) for name in first}
+    return _rebuilt(first, [concat_samples(*fields) for fields in zip(*parts, strict=True)])
+
+
+def _rebuilt(like: Any, fields: list[Any]) -> Any:
+    """A tuple of the same type: a NamedTuple takes its fields one by one."""
+    return type(like)(*fields) if hasattr(like, "_fields") else tuple(fields)
+
+
+def sample_count(samples: Any) -> int:
+    """Number of samples: the length of the first tensor."""
+    if isinstance(samples, Tensor):
+        return len(samples)
+    fields = samples.values() if isinstance(samples, Mapping) else samples
+    return sample_count(next(field for field in fields if field is not None))

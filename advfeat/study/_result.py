@@ -16,6 +16,7 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.study import _report
+from advfeat.study._calibrate import Calibration
 from advfeat.study._claims import Claim, claims_table
 from advfeat.study._findings import Findings, Measured, Run, Spread, percent
 from advfeat.study._sections import sections
@@ -58,12 +59,15 @@ class Study:
         feature.
     seconds
         Of each stage, in the call that finished it; of several seeds their sum.
+    calibration
+        What `calibrate` chose and why, for ``recipe="auto"``; else None.
     settings
         What the stages share: eps, norm, bounds, precision, seed, and digests of model and data.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], calibration: Calibration | None = None) -> None:
         self._found = Findings(tuple(runs))
+        self.calibration = calibration
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,7 +138,8 @@ class Study:
         if self.claims:
             parts.append(claims_table(self.claims))
             parts.append(self._found.about_intervals())
-        return "\n\n".join(parts + [f"Note: {text}" for text in self.notes])
+        found = () if self.calibration is None else self.calibration.warnings
+        return "\n\n".join(parts + [f"Note: {text}" for text in (*found, *self.notes)])
 
     def table(self, format: Format = "text") -> str:
         """Accuracies of all models, in percent; of several seeds the mean, lowest and highest.
@@ -210,7 +215,10 @@ class Study:
             f"A {s['model']['class']} in {s['norm']} {s['eps']:g}, inputs in {s['bounds']}; "
             f"seed {s['seed']}. Accuracies are on the original test data."
         )
-        _report.write(Path(path), summary, list(sections(self._found, self._draw)))
+        parts = list(sections(self._found, self._draw))
+        if self.calibration is not None:
+            parts += [_report.heading("Calibration"), _report.preformatted(str(self.calibration))]
+        _report.write(Path(path), summary, parts)
 
     # --- Parts ---
 

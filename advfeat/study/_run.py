@@ -14,12 +14,13 @@ from torch import nn
 from advfeat import checks, distributed
 from advfeat.loading import Data
 from advfeat.model import Precision
-from advfeat.study._data import dataset_of
+from advfeat.study._calibrate import Calibration, calibrate
+from advfeat.study._data import dataset_of, plain
 from advfeat.study._findings import Run
 from advfeat.study._recipe import Recipe
 from advfeat.study._result import Study
 from advfeat.study._stages import Stages
-from advfeat.study._work import Work
+from advfeat.study._work import Work, check_ball, check_model_maker
 from advfeat.threat import Bounds, Norm
 
 
@@ -32,7 +33,7 @@ def run(
     norm: Norm,
     at: Sequence[float] | None = None,
     bounds: Bounds = (0.0, 1.0),
-    recipe: Recipe | Literal["paper", "short"] = "short",
+    recipe: Recipe | Literal["auto", "paper", "short"] = "auto",
     out: str | os.PathLike[str] | None = None,
     stages: Iterable[str] | None = None,
     seed: int | torch.Generator | None = None,
@@ -61,11 +62,13 @@ def run(
         Ball of adversarial training and of the targeted perturbations, in the units of the inputs.
     at
         Radii at which robust accuracy is measured, in ``norm``; default ``eps / 2`` and ``eps``, as
-        in the paper.
+        in the paper, or those that `calibrate` chooses.
     bounds
         The box ``(low, high)`` of valid inputs.
     recipe
-        Settings of all stages, or ``"paper"`` (CIFAR-10; days on a CPU), or ``"short"``.
+        Settings of all stages. ``"auto"`` chooses them on held-out training samples (see
+        `calibrate`; the radii ``at`` as well, if none are given), ``"short"`` has fixed ones for a
+        short run, ``"paper"`` the paper's for CIFAR-10 (days on a CPU).
     out
         A folder for weights, sets, results and ``report.html``. What is in it was made by the
         same settings, or the stage is refused.
@@ -118,16 +121,30 @@ def run(
     >>> list(found.measured), found.measured["D_det"].standard.total
     (['standard', 'robust', 'D_det'], 60)
     """
+    if not isinstance(recipe, Recipe):
+        checks.one_of("recipe", recipe, ("auto", "paper", "short"))
+    check_model_maker(make_model)
+    check_ball(eps, norm, bounds, () if at is None else at)
     folders = _folders(out, seed, seeds)
+    train_data, test_data = dataset_of("train", train), dataset_of("test", test)
+    found = None
+    if recipe == "auto":
+        whole, first_seed = Stages(out, distributed.current_process()), folders[0][1]
+        pilot = {
+            "eps": eps, "norm": norm, "bounds": bounds, "seed": whole.seed(first_seed),
+            "precision": precision, "device": device, "progress": progress,
+        }  # fmt: skip
+        found = _calibrated(whole, make_model, train_data, pilot)
+        folders = [(place, pilot["seed"] if one is None else one) for place, one in folders]
     settings: dict[str, Any] = {
         "make_model": make_model,
-        "train": dataset_of("train", train),
-        "test": dataset_of("test", test),
+        "train": train_data,
+        "test": test_data,
         "eps": eps,
         "norm": norm,
-        "at": (eps / 2, eps) if at is None else tuple(at),
+        "at": _radii(at, eps, found),
         "bounds": bounds,
-        "recipe": _recipe(recipe, eps),
+        "recipe": _recipe(recipe, eps, found),
         "precision": precision,
         "device": device,
         "progress": progress,
@@ -136,7 +153,7 @@ def run(
         _run_one(Work(stages=place, seed=one, **settings), stages, on_stage)
         for place, one in folders
     ]
-    study = Study(runs)
+    study = Study(runs, found)
     first = runs[0].work.stages
     if out is not None and first.is_first:
         study.save_report(Path(out) / "report.html")
@@ -192,8 +209,29 @@ def _listed(seeds: object, seed: object) -> list[int]:
     return list(seeds)
 
 
-def _recipe(recipe: Recipe | str, eps: float) -> Recipe:
+def _calibrated(
+    stages: Stages, make_model: Callable[[], nn.Module], train: Any, settings: dict[str, Any]
+) -> Calibration:
+    """Settings chosen once, and kept in the folder."""
+    kept = stages.once(
+        "calibrate",
+        plain({name: settings[name] for name in ("eps", "norm", "bounds", "seed", "precision")}),
+        lambda: calibrate(make_model, train, **settings).as_json(),
+    )
+    return Calibration(**kept)
+
+
+def _radii(
+    at: Sequence[float] | None, eps: float, calibration: Calibration | None
+) -> tuple[float, ...]:
+    if at is not None:
+        return tuple(at)
+    return (eps / 2, eps) if calibration is None else calibration.at
+
+
+def _recipe(recipe: Recipe | str, eps: float, calibration: Calibration | None) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    checks.one_of("recipe", recipe, ("paper", "short"))
+    if calibration is not None:
+        return calibration.recipe()
     return Recipe.paper() if recipe == "paper" else Recipe.short(eps)

@@ -65,16 +65,8 @@ class Work:
 
     def __post_init__(self) -> None:
         """Refuse bad settings, and a folder that holds another study."""
-        if not callable(self.make_model) or isinstance(self.make_model, nn.Module):
-            raise TypeError(
-                f"make_model: {type(self.make_model).__name__}; expected a function that makes a "
-                "new model each time: make_model=lambda: Net()"
-            )
-        checks.bounds(self.bounds)
-        checks.norm(self.norm)
-        for argument, radius in (("eps", self.eps), *(("at", radius) for radius in self.at)):
-            checks.number(argument, radius, low=0.0, strict=True)
-            checks.linf_in_bounds(radius, self.norm, self.bounds)
+        check_model_maker(self.make_model)
+        check_ball(self.eps, self.norm, self.bounds, self.at)
         checks.one_of("precision", self.precision, checks.PRECISIONS)
         checks.seed(self.seed)
         self.seed = self.stages.seed(self.seed)
@@ -364,3 +356,21 @@ class Work:
 
     def _seed(self, part: str) -> int:
         return seeding.derive(self.seed, zlib.crc32(part.encode()))
+
+
+def check_model_maker(make_model: object) -> None:
+    """Refuse a model in place of a function that makes one."""
+    if not callable(make_model) or isinstance(make_model, nn.Module):
+        raise TypeError(
+            f"make_model: {type(make_model).__name__}; expected a function that makes a "
+            "new model each time: make_model=lambda: Net()"
+        )
+
+
+def check_ball(eps: float, norm: Norm, bounds: Bounds, at: Iterable[float]) -> None:
+    """Refuse radii that are no radii, or are in other units than the inputs."""
+    checks.bounds(bounds)
+    checks.norm(norm)
+    for argument, radius in (("eps", eps), *(("at", radius) for radius in at)):
+        checks.number(argument, radius, low=0.0, strict=True)
+        checks.linf_in_bounds(radius, norm, bounds)

@@ -1,0 +1,392 @@
+"""Choose the settings of a study on held-out training samples, before the expensive stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from advfeat import checks, nonrobust, robustify, seeding
+from advfeat.loading import Data, Source
+from advfeat.metrics import accuracy, robustness_curve
+from advfeat.model import Precision
+from advfeat.study._advice import (
+    GOOD_SUCCESS,
+    LEAST_ACCURACY,
+    LEAST_GAP,
+    LEAST_SUCCESS,
+    MOST_CONTROL_SUCCESS,
+    MOST_DISTANCE,
+)
+from advfeat.study._data import dataset_of
+from advfeat.study._recipe import Recipe
+from advfeat.tables import table
+from advfeat.threat import Bounds, Norm
+from advfeat.training import adversarial_fit, fit
+
+# Samples: of the pilot, held out of it, attacked for radii, inverted.
+_PILOT, _HELD_OUT, _ATTACKED, _INVERTED = 2000, 500, 200, 64
+_STEPS, _BATCH = 300, 128  # of a training, at the least
+_RADII = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of evaluation, as multiples of eps
+_TARGETED = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)  # of targeted perturbations
+_LENGTHS = (20, 40, 80, 160, 320)  # steps of inversion
+_MOMENTUM, _GOOD_DISTANCE, _STEP = 0.6, 0.10, 0.05
+_WORTHWHILE = 0.02  # accuracy that a smaller ball must gain
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` chose, and why.
+
+    Attributes
+    ----------
+    choices
+        The settings chosen, plain numbers by name.
+    reasons
+        One sentence for each choice, with the number behind it.
+    warnings
+        Where these data, or this model, lack what the paper found: the number and what it means.
+    tables
+        What was measured, by its title.
+    """
+
+    choices: Mapping[str, Any]
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    tables: Mapping[str, str]
+
+    @property
+    def at(self) -> tuple[float, ...]:
+        """Radii to report at."""
+        return tuple(self.choices["at"])
+
+    def recipe(self, *, rows: int | None = None) -> Recipe:
+        """The study's settings.
+
+        Parameters
+        ----------
+        rows
+            As in `Recipe`.
+        """
+        c = self.choices
+        inversion = {"steps": c["steps"], "step_size": c["step_size"], "momentum": _MOMENTUM}
+        targeted = {"eps": c["targeted_eps"], "steps": 20}
+        light = {"augment": shift_batch if c["images"] else None, "epochs": c["epochs"]}
+        return Recipe(
+            standard={"lr": 0.1, "schedule": "one_cycle", **light},
+            robust={"eps": c["eps"], "steps": 3, "step_size": c["eps"] / 2},
+            sets={
+                "D_R": inversion,
+                "D_R control": {},
+                "D_NR": inversion,
+                "D_rand": targeted,
+                "D_rand control": {},
+                "D_det": targeted,
+                "D_det control": {},
+            },
+            fresh={"D_rand": {"lr": 0.02}},
+            rows=rows,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for `Calibration(**values)`."""
+        return {
+            "choices": dict(self.choices),
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "tables": dict(self.tables),
+        }
+
+    def __str__(self) -> str:
+        """What was measured, what was chosen and why, and what these data lack."""
+        parts = [f"{title}\n{text}" for title, text in self.tables.items()]
+        parts.append("\n".join(f"- {text}" for text in self.reasons))
+        parts += [f"Warning: {text}" for text in self.warnings]
+        return "\n\n".join(parts)
+
+
+def calibrate(
+    make_model: Callable[[], nn.Module],
+    train: Data,
+    *,
+    eps: float,
+    norm: Norm,
+    bounds: Bounds = (0.0, 1.0),
+    seed: int | torch.Generator | None = None,
+    precision: Precision = "float32",
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> Calibration:
+    """Choose a study's settings on held-out training samples, cheaply, and say why.
+
+    On at most 2,000 training samples a standard and a robust model are trained, and on 500 held
+    out of them is measured: whether the robust model is accurate enough to be a control (else its
+    ball is made smaller), and at which radius it is furthest above the standard one; with which
+    radius targeted perturbations reach their target on the standard model and not on the robust
+    one; and how many steps an inversion needs. `run` does this for ``recipe="auto"``.
+
+    Parameters
+    ----------
+    make_model, train, eps, norm, bounds, seed, precision, device, progress
+        As in `run`.
+
+    Returns
+    -------
+    Calibration
+        ``recipe()`` and ``at`` are for `run`; printed, everything that was measured.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause, before any work is done.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat import study
+    >>> y = torch.arange(60) % 3
+    >>> data = torch.utils.data.TensorDataset(0.4 * torch.rand(60, 6) + 0.2 * y[:, None], y)
+    >>> found = study.calibrate(lambda: torch.nn.Linear(6, 3), data, eps=0.1, norm="l2", seed=0)
+    >>> recipe = found.recipe()
+    >>> sorted(recipe.sets["D_R"]), found.at[-1]
+    (['momentum', 'step_size', 'steps'], 0.1)
+    """
+    checks.number("eps", eps, low=0.0, strict=True)
+    checks.norm(norm)
+    checks.bounds(bounds)
+    checks.one_of("precision", precision, checks.PRECISIONS)
+    checks.seed(seed)
+    pilot = _Pilot(make_model, dataset_of("train", train), norm, bounds, seeding.resolve(seed))
+    pilot.precision, pilot.device, pilot.progress = precision, device, progress
+    return _Choice(pilot, eps).calibration()
+
+
+class _Pilot:
+    """Two small trainings and what is measured on held-out samples."""
+
+    precision: Precision
+    device: torch.device | str | None
+    progress: bool | None
+
+    def __init__(
+        self,
+        make_model: Callable[[], nn.Module],
+        train: Dataset[Any],
+        norm: Norm,
+        bounds: Bounds,
+        seed: int,
+    ) -> None:
+        self.make_model, self.norm, self.bounds, self.seed = make_model, norm, bounds, seed
+        self.count = len(train)  # type: ignore[arg-type]
+        if self.count < 8:
+            checks.fail("train", self.count, "at least eight samples are needed")
+        order = torch.randperm(self.count, generator=seeding.generator(seed)).tolist()
+        held_out = min(_HELD_OUT, self.count // 4)
+        self.held_out = Subset(train, order[:held_out])
+        self.train = Subset(train, order[held_out : held_out + _PILOT])
+        source = Source(self.held_out)
+        self.images = source.rows(source.indices, torch.device("cpu")).inputs.float()
+        self.is_images = self.images.ndim == 4 and min(self.images.shape[-2:]) >= 4
+
+    def fitted(self, eps: float | None) -> nn.Module:
+        """A standard model, or one trained in a ball."""
+        device = torch.device("cpu" if self.device is None else self.device)
+        with seeding.default_generators(self.seed, 0, device):
+            model = self.make_model()
+        model = model if self.device is None else model.to(self.device)
+        settings: dict[str, Any] = {
+            "epochs": epochs_for(len(self.train)),
+            "batch_size": _BATCH,
+            "lr": 0.1,
+            "schedule": "one_cycle",
+            "augment": shift_batch if self.is_images else None,
+            "seed": self.seed,
+            "precision": self.precision,
+            "progress": self.progress,
+        }
+        if eps is None:
+            fit(model, self.train, **settings)
+        else:
+            adversarial_fit(
+                model, self.train, eps=eps, norm=self.norm, steps=3, step_size=eps / 2,
+                bounds=self.bounds, **settings,
+            )  # fmt: skip
+        return model
+
+    def curve(self, model: nn.Module, radii: Sequence[float]) -> list[float]:
+        """Robust accuracy at each radius, from one run of a minimum-norm attack."""
+        found = robustness_curve(
+            model, self.held_out, norm=self.norm, bounds=self.bounds, progress=False
+        )
+        return [float(found.at(radius)) for radius in radii]
+
+    def success(self, model: nn.Module, eps: float) -> float:
+        """How many targeted perturbations reach the next class."""
+        some = Subset(self.held_out, range(min(_ATTACKED, len(self.held_out))))
+        made = nonrobust.construct_det_dataset(
+            model, some, eps=eps, norm=self.norm, steps=20, bounds=self.bounds, progress=False
+        )
+        return float(made.field("success").double().mean())
+
+    def distance(self, model: nn.Module, steps: int, step_size: float) -> float:
+        """What an inversion leaves of the distance of activations."""
+        some = Subset(self.held_out, range(min(_INVERTED, len(self.held_out))))
+        made = robustify.construct_robust_dataset(
+            model, some, steps=steps, step_size=step_size, momentum=_MOMENTUM, bounds=self.bounds,
+            seed=self.seed, progress=False,
+        )  # fmt: skip
+        before, after = (made.field(n).double().mean() for n in ("distance_before", "distance"))
+        return float(after / before.clamp_min(1e-12))
+
+
+class _Choice:
+    """The rule: from what the pilot measures to settings, with a reason for each."""
+
+    def __init__(self, pilot: _Pilot, eps: float) -> None:
+        self.pilot, self.eps = pilot, eps
+        self.reasons: list[str] = []
+        self.warnings: list[str] = []
+        self.tables: dict[str, str] = {}
+
+    def calibration(self) -> Calibration:
+        """Choose one setting after the other."""
+        pilot = self.pilot
+        standard = pilot.fitted(None)
+        robust, train_eps = self._robust_model(standard)
+        choices: dict[str, Any] = {"eps": train_eps, "images": pilot.is_images}
+        choices["at"] = self._radii(standard, robust)
+        choices["targeted_eps"] = self._targeted(standard, robust)
+        choices["steps"], choices["step_size"] = self._inversion(standard, robust)
+        choices["epochs"] = epochs_for(pilot.count)
+        self.reasons.append(
+            f"epochs {choices['epochs']}: at least {_STEPS} steps of {_BATCH} samples"
+        )
+        return Calibration(choices, tuple(self.reasons), tuple(self.warnings), self.tables)
+
+    def _robust_model(self, standard: nn.Module) -> tuple[nn.Module, float]:
+        """Train in a ball in which the model stays accurate; a smaller one only if that helps."""
+        pilot, eps = self.pilot, self.eps
+        least = float(accuracy(standard, pilot.held_out, progress=False))
+        robust = pilot.fitted(eps)
+        reached = float(accuracy(robust, pilot.held_out, progress=False))
+        for smaller in (0.7 * self.eps, 0.5 * self.eps):
+            if reached >= LEAST_ACCURACY * least:
+                break
+            other = pilot.fitted(smaller)
+            found = float(accuracy(other, pilot.held_out, progress=False))
+            if found < reached + _WORTHWHILE:
+                break
+            robust, eps, reached = other, smaller, found
+        text = f"held out, the robust model is {reached:.1%} accurate, the standard one {least:.1%}"
+        self.reasons.append(f"train in {pilot.norm} {eps:.3g}: {text}")
+        if reached < LEAST_ACCURACY * least:
+            self.warnings.append(
+                f"In {pilot.norm} {eps:.3g} {text}: below {LEAST_ACCURACY:.0%} of it, and a "
+                "smaller ball did not help enough. A weak source is a control for the wrong reason."
+            )
+        return robust, eps
+
+    def _radii(self, standard: nn.Module, robust: nn.Module) -> list[float]:
+        """Report where the robust model is furthest above the standard one, and at eps."""
+        radii = [float(f"{self.eps * factor:.3g}") for factor in _RADII]
+        curves = [self.pilot.curve(model, radii) for model in (standard, robust)]
+        gaps = [high - low for low, high in zip(*curves, strict=True)]
+        gap, radius = max(zip(gaps, radii, strict=True))
+        self.tables["Robust accuracy, held out"] = table(
+            (self.pilot.norm, "standard", "robust", "gap"),
+            [
+                (f"{r:g}", f"{low:.1%}", f"{high:.1%}", f"{high - low:+.1%}")
+                for r, low, high in zip(radii, *curves, strict=True)
+            ],
+        )
+        self.reasons.append(
+            f"report at {self.pilot.norm} {radius:g}, where the robust model is {100 * gap:+.0f} "
+            "points above the standard one"
+        )
+        if gap < LEAST_GAP:
+            self.warnings.append(
+                f"Nowhere is the robust model {100 * LEAST_GAP:.0f} points above the standard one: "
+                f"at most {100 * gap:+.1f}, at {self.pilot.norm} {radius:g}. These data, with this "
+                "model and eps, lack the gap that the paper builds on; D_R can hardly be more "
+                "robust than its control."
+            )
+        return sorted({radius, self.eps})
+
+    def _targeted(self, standard: nn.Module, robust: nn.Module) -> float:
+        """The radius at which targets are reached on the standard model and not on the robust."""
+        found = []
+        for factor in _TARGETED:
+            radius = float(f"{self.eps * factor:.3g}")
+            if self.pilot.norm == "linf" and radius > self.pilot.bounds[1] - self.pilot.bounds[0]:
+                break
+            rates = [self.pilot.success(model, radius) for model in (standard, robust)]
+            found.append((radius, *rates))
+            if rates[1] > 2 * MOST_CONTROL_SUCCESS:
+                break
+        self.tables["Targets reached, held out"] = table(
+            (self.pilot.norm, "standard", "robust"),
+            [(f"{r:g}", f"{on:.1%}", f"{off:.1%}") for r, on, off in found],
+        )
+        low = [each for each in found if each[2] <= MOST_CONTROL_SUCCESS] or found[:1]
+        radius, on, off = max(low, key=lambda each: each[1] - each[2])
+        text = f"{on:.0%} reach their target on the standard model and {off:.0%} on the robust one"
+        self.reasons.append(f"targeted perturbations in {self.pilot.norm} {radius:g}: {text}")
+        if on < GOOD_SUCCESS or off > MOST_CONTROL_SUCCESS:
+            weak = "can hardly teach" if on < LEAST_SUCCESS else "may teach less than they could"
+            self.warnings.append(
+                f"At no radius do {GOOD_SUCCESS:.0%} of the perturbations reach their target on "
+                f"the standard model and at most {MOST_CONTROL_SUCCESS:.0%} on the robust one: at "
+                f"best, in {self.pilot.norm} {radius:g}, {text}. D_rand and D_det {weak}."
+            )
+        return radius
+
+    def _inversion(self, standard: nn.Module, robust: nn.Module) -> tuple[int, float]:
+        """As many steps as bring activations near; none are near enough below 10 to 15%."""
+        images = self.pilot.images.flatten(1)
+        apart = float((images - images.roll(1, 0)).norm(dim=1).mean())
+        step_size = float(f"{_STEP * apart:.2g}")
+        found: list[tuple[int, float, float, float]] = []
+        for steps in _LENGTHS:
+            left = [self.pilot.distance(model, steps, step_size) for model in (robust, standard)]
+            found.append((steps, step_size, left[0], left[1]))
+            if max(left) <= _GOOD_DISTANCE:
+                break
+            if len(found) > 1 and max(left) > 0.9 * max(found[-2][2:]):
+                step_size = float(f"{step_size / 2:.2g}")  # steps of fixed length swing back
+        self.tables["Distance of activations left by an inversion, held out"] = table(
+            ("steps", "of", "robust", "standard"),
+            [(n, f"{size:g}", f"{r:.1%}", f"{s:.1%}") for n, size, r, s in found],
+        )
+        steps, step_size, on_robust, on_standard = min(found, key=lambda each: max(each[2:]))
+        self.reasons.append(
+            f"inversions of {steps} steps of {step_size:g} (images lie {apart:.3g} apart), "
+            f"momentum {_MOMENTUM:g}: they leave {on_robust:.0%} of the "
+            f"distance of the robust model's activations, {on_standard:.0%} of the standard one's"
+        )
+        if on_robust > MOST_DISTANCE:
+            self.warnings.append(
+                f"After {steps} steps {on_robust:.0%} of the distance of the robust model's "
+                f"activations is left, more than {MOST_DISTANCE:.0%}: D_R will hold much of its "
+                "starts. Give more steps, or another layer."
+            )
+        return steps, step_size
+
+
+def epochs_for(count: int) -> int:
+    """Epochs that make enough steps; twelve at the least."""
+    return max(12, math.ceil(_STEPS / math.ceil(count / _BATCH)))
+
+
+def shift_batch(images: Tensor) -> Tensor:
+    """Shift a batch of images by at most a sixteenth of their size, all alike."""
+    margin = max(1, round(min(images.shape[-2:]) / 16))
+    down, across = torch.randint(0, 2 * margin + 1, (2,)).tolist()
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (margin,) * 4, mode="replicate")
+    return padded[..., down : down + height, across : across + width]

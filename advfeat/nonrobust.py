@@ -31,6 +31,7 @@ def construct_nonrobust_dataset(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     patience: int | None = None,
+    straight_through: bool = False,
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
@@ -65,6 +66,7 @@ def construct_nonrobust_dataset(
         bounds=bounds,
         seed=seed,
         patience=patience,
+        straight_through=straight_through,
         options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
     )
 

@@ -29,6 +29,7 @@ def construct_robust_dataset(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     patience: int | None = None,
+    straight_through: bool = False,
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
@@ -51,7 +52,8 @@ def construct_robust_dataset(
         augmentation: an image is fetched again as another's start.
     layer
         Where activations are taken: a module's name or the module (its output), a callable of the
-        inputs, or None for the input of the Linear that is called last, the paper's choice.
+        inputs, or None for the input of the Linear that gives the logits, the paper's choice. Its
+        name and width are in ``manifest["layer"]``.
     start
         ``"images"``: another row, uniform over all others. ``"noise"``: N(0, 1) / 20 + 0.5 of
         the box (the released notebook). Or a tensor with one start for each
@@ -76,6 +78,9 @@ def construct_robust_dataset(
         Leave a row where it is once its squared distance has not fallen by a thousandth in so many
         steps, and go on with another in its place; by default every row takes all steps, as in
         the paper.
+    straight_through
+        Let gradients pass the last ReLU before the layer unchanged, as the released code of the
+        paper does; by default a unit that is not active gives none.
     batch_size
         Samples built together; by default the loader's, 128 for a dataset. Does not change the
         result.
@@ -138,5 +143,6 @@ def construct_robust_dataset(
         bounds=bounds,
         seed=seed,
         patience=patience,
+        straight_through=straight_through,
         options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
     )

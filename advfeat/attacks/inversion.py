@@ -113,6 +113,7 @@ def invert(
     momentum: float = 0.0,
     bounds: Bounds = (0.0, 1.0),
     patience: int | None = None,
+    straight_through: bool = False,
     precision: Precision = "float32",
 ) -> Tensor:
     """Move ``start`` until the model's activations on it are those on ``inputs``.
@@ -131,7 +132,7 @@ def invert(
         input have a further axis in front, ``(starts, N, ...)``.
     layer
         What g is: a module's name or the module (its output), a callable of the inputs, or None
-        for the input of the Linear that is called last (the penultimate layer of the paper).
+        for the input of the Linear that gives the logits (the penultimate layer of the paper).
     steps, step_size
         Default 1000 steps of l2 length 0.1, the paper's choice for CIFAR-10.
     momentum
@@ -143,6 +144,9 @@ def invert(
     patience
         Leave a row where it is once its squared distance has not fallen by a thousandth in so many
         steps; by default every row takes all steps, as in the paper.
+    straight_through
+        Let gradients pass the last ReLU before the layer unchanged, as the released code of the
+        paper does; by default a unit that is not active gives none.
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it.
 
@@ -169,7 +173,9 @@ def invert(
     if start.shape[1 if several else 0 :] != inputs.shape:
         cause = f"expected the shape of inputs, {tuple(inputs.shape)}, or (starts, N, ...)"
         checks.fail("start.shape", tuple(start.shape), cause)
-    with attackable(model, precision=precision, layer=layer) as net:
+    with attackable(
+        model, precision=precision, layer=layer, straight_through=straight_through
+    ) as net:
         labels = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
         batch = prepare_batch(net, inputs, labels, None, bounds)
         inverted = []

@@ -64,7 +64,13 @@ def build_dataset(
         if is_finished(out):
             return ConstructedDataset.open(out)
     precision, layer, compiled = options.precision, recipe.layer, options.compile
-    with attackable(model, precision=precision, layer=layer, compile=compiled) as net:
+    with attackable(
+        model,
+        precision=precision,
+        layer=layer,
+        compile=compiled,
+        straight_through=recipe.straight_through,
+    ) as net:
         builder = _Builder(net, source, recipe, options.dtype, device_of(model))
         with _open_writer(builder, manifest, out, process) as growing, _stoppable(growing):
             left = [c for c in chunks if not growing.done[np.searchsorted(kept, c)].all()]
@@ -122,13 +128,15 @@ class _Builder:
         for own, rows in zip(ids, self._source.batches(torch.device("cpu"), wanted), strict=True):
             yield rows._replace(ids=torch.tensor(own))
 
-    def example(self) -> dict[str, Array]:
-        """All fields of the first row, before any step."""
+    def example(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """All fields of the first sample, before any step; and what is known of the model."""
         (rows,) = self.read([np.zeros(1, np.int64)])
         batch = self._checked(rows)
         attacked = self._recipe.begin(self._net, batch)
         attack = self._recipe.attack
-        return self._described(batch, attacked, attack.result(attack.init(self._net, attacked)))
+        images = attack.result(attack.init(self._net, attacked))
+        known = self._recipe.provenance(self._net, batch)
+        return self._described(batch, attacked, images), known
 
     def made(self, batches: Iterable[Samples]) -> Iterator[tuple[Array, dict[str, Array]]]:
         """All fields of the samples, and the places they go to."""
@@ -208,12 +216,14 @@ def _open_writer(
 ) -> Iterator[MemoryWriter | FolderWriter]:
     """Open the place where rows go: in memory, a new folder, or one that was begun before."""
     if out is None:
-        with MemoryWriter(builder.example(), manifest["rows"], manifest) as growing:
+        example, known = builder.example()
+        with MemoryWriter(example, manifest["rows"], manifest | known) as growing:
             yield growing
         return
     with lock_folder(out) if process.rank == 0 else nullcontext():
         if process.rank == 0 and read_manifest(out) is None:
-            create_folder(out, builder.example(), manifest["rows"], manifest)
+            example, known = builder.example()
+            create_folder(out, example, manifest["rows"], manifest | known)
         process.barrier()
         check_same_manifest(out, manifest)
         with FolderWriter(out) as growing:

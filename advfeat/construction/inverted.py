@@ -39,7 +39,9 @@ class InvertedDataset(DatasetRecipe):
         starts: int,
         seed: int,
         source: Source,
+        straight_through: bool,
     ) -> None:
+        self.straight_through = straight_through
         self.method, self.attack, self.layer, self.starts = method, attack, layer, starts
         self._start, self._seed, self._indices = start, seed, source.indices
         self._places = {index: place for place, index in enumerate(source.indices)}
@@ -51,8 +53,13 @@ class InvertedDataset(DatasetRecipe):
             start = "given, sha256 " + digest([start])  # type: ignore[assignment]
         # Without it, as in manifests from before there were several.
         several = {"starts": self.starts} if self.starts > 1 else {}
+        straight = {"straight_through": True} if self.straight_through else {}
         own = {"seed": self._seed, "start": start, "layer": layer_name(model, self.layer)}
-        return own | several
+        return own | several | straight
+
+    def provenance(self, net: Network, batch: Batch) -> dict[str, Any]:
+        """Name and width of the layer."""
+        return {"layer": net.describe_layer(batch.inputs)}
 
     def companions(self, ids: list[int]) -> list[int]:
         """Another image for each sample, uniform over all the others: where it starts.
@@ -128,6 +135,7 @@ def build_inverted(
     bounds: Bounds,
     seed: int | torch.Generator | None,
     patience: int | None,
+    straight_through: bool,
     options: BuildOptions,
 ) -> ConstructedDataset:
     """Invert the activations of every row."""
@@ -138,7 +146,8 @@ def build_inverted(
     checks.seed(seed)
     source = indexed_source(data, options)
     _check_start(start, starts, len(source), bounds)
-    recipe = InvertedDataset(method, attack, layer, start, starts, options.seed(seed), source)
+    drawn = options.seed(seed)
+    recipe = InvertedDataset(method, attack, layer, start, starts, drawn, source, straight_through)
     return build_dataset(model, source, recipe, options)
 
 

@@ -90,6 +90,7 @@ class DatasetRecipe(ABC):
     attack: Attack
     layer: Layer = None
     starts: int = 1  # constructed samples for each sample of the data
+    straight_through: bool = False
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:
@@ -102,6 +103,10 @@ class DatasetRecipe(ABC):
     def given_starts(self, ids: list[int]) -> Tensor | None:
         """Starts that come from the user, one for each row."""
         return None
+
+    def provenance(self, net: Network, batch: Batch) -> dict[str, Any]:
+        """What is found out about the model, for the manifest."""
+        return {}
 
     @abstractmethod
     def begin(self, net: Network, batch: Batch) -> Batch:

@@ -31,7 +31,7 @@ from advfeat.model.freezing import (
     refuse_inference_tensors,
     warn_about_training_submodules,
 )
-from advfeat.model.layers import Layer, LayerHook, find_layer, last_linear
+from advfeat.model.layers import Layer, LayerHook, StraightThrough, find_layer, logits_layer
 
 # A folded BatchNorm may differ by rounding, as a share of the largest output; bfloat16 has 4e-3.
 _ROUNDING = 1e-3
@@ -66,6 +66,7 @@ class Network:
         layer: Layer = None,
         compile: bool = False,
         fold: bool = False,
+        straight_through: bool = False,
     ) -> None:
         self._module = module
         self._own: nn.Module = innermost(module)  # inside torch.compile's
@@ -74,6 +75,8 @@ class Network:
         self._compile = compile
         self._logits_call = CompiledModule(module) if compile else module
         self._layer = layer
+        self._head: nn.Module | None = None  # where the layer is found by the logits
+        self._straight_through = straight_through
         self._at_layer: Callable[[Tensor], object] | None = None
         tensors = itertools.chain(module.parameters(), module.buffers())
         example = next((t for t in tensors if t.is_floating_point()), None)
@@ -195,15 +198,28 @@ class Network:
 
     def _layer_call(self, inputs: Tensor) -> object:
         if self._at_layer is None:
-            self._at_layer = self._function_of_layer(inputs[:1])
+            at_layer = self._function_of_layer(inputs[:1])
+            self._at_layer = StraightThrough(at_layer) if self._straight_through else at_layer
         return self._at_layer(inputs)
+
+    def describe_layer(self, inputs: Tensor) -> dict[str, object]:
+        """Where `features` are taken, and how many there are to a sample."""
+        width = self.features(inputs[:1]).shape[1]
+        module = self._head if self._layer is None else self._layer
+        if not isinstance(module, nn.Module):
+            name = getattr(module, "__qualname__", type(module).__qualname__)
+            return {"function": name, "width": width}
+        names = {part: name for name, part in self._own.named_modules()}
+        side = "input" if self._layer is None else "output"
+        return {"module": names[module], "side": side, "width": width}
 
     def _function_of_layer(self, example: Tensor) -> Callable[[Tensor], object]:
         layer = self._layer
         assert not isinstance(layer, str)
         if layer is None:
-            last, calls = last_linear(self._module, example)
-            return LayerHook(self._module, last, compile=self._compile, calls=calls, before=True)
+            head, calls = logits_layer(self._module, example)
+            self._head = head
+            return LayerHook(self._module, head, compile=self._compile, calls=calls, before=True)
         if isinstance(layer, nn.Module):
             return LayerHook(self._module, layer, compile=self._compile)
         return CompiledModule(layer) if self._compile else layer
@@ -279,6 +295,7 @@ def attackable(
     layer: Layer = None,
     train: bool = False,
     compile: bool = False,
+    straight_through: bool = False,
 ) -> Iterator[Network]:
     """Freeze a module, yield its `Network`, and leave the module as it was found.
 
@@ -292,14 +309,18 @@ def attackable(
         convolution before it, where that is sure to give the same.
     layer
         Where `Network.features` looks: a module's name or the module (its output), a callable
-        of the inputs, or None for the input of the Linear that is called last.
+        of the inputs, or None for the input of the Linear that gives the logits.
     train
         Keep the training flags (BatchNorm uses batch statistics, dropout is on) instead of
         evaluation mode. Buffers are restored all the same.
     compile
         Go through ``torch.compile``; warns and goes on without it where it fails.
+    straight_through
+        Let gradients of `Network.features` pass the last ReLU before the layer unchanged.
     """
     checks.model(module)
+    if straight_through and compile:
+        checks.fail("straight_through", True, "not with compile=True; leave one of them out")
     checks.one_of("precision", precision, checks.PRECISIONS)
     module = unwrapped(module)
     refuse_inference_tensors(module)
@@ -307,4 +328,5 @@ def attackable(
     # Not in the user's inference mode: its tensors could not enter a gradient.
     with torch.inference_mode(False), torch.no_grad(), frozen(module, train=train):
         fold = not (train or compile)  # a compiler does it itself
-        yield Network(module, supported_precision(precision, module), layer, compile, fold)
+        precision = supported_precision(precision, module)
+        yield Network(module, precision, layer, compile, fold, straight_through)

@@ -51,24 +51,26 @@ def size(delta: Tensor, norm: Norm, keepdim: bool = False) -> Tensor:
     return found
 
 
-def known_none(mask: Tensor) -> bool:
-    """Whether a mask is False everywhere, if that is known without waiting for a device.
+def known_none(values: Tensor) -> bool:
+    """Whether all values are False or zero, if that is known without waiting for a device.
 
     On the CPU a loop can then leave work out. On an accelerator it is never known: there the work
     costs less than to wait.
     """
-    return mask.device.type == "cpu" and not np.count_nonzero(mask.numpy())
+    return values.device.type == "cpu" and not np.count_nonzero(values.numpy())
 
 
 def choose(samples: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     """Samples of ``chosen`` where the mask ``(N,)`` holds, and of ``other`` elsewhere.
 
-    For finite tensors. Where nothing is chosen the result may be ``other`` itself.
+    For finite tensors. The result may be ``chosen`` or ``other`` itself.
     """
-    if known_none(samples):
-        return other
     if other.device.type != "cpu":
         return torch.where(per_sample(samples, other), chosen, other)
+    if known_none(samples):
+        return other
+    if known_none(~samples):
+        return chosen
     # With weights of 0 and 1 exact, and more than twice as fast as torch.where.
     return torch.lerp(other, chosen, per_sample(samples, other).to(other.dtype))
 
@@ -140,6 +142,7 @@ def project(
     norm: Norm,
     bounds: Bounds = (0.0, 1.0),
     limits: tuple[Tensor, Tensor] | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """Nearest points, in Euclidean distance, of the ball around ``center`` and the box together.
 
@@ -153,6 +156,8 @@ def project(
         The ball's norm and the box ``(low, high)``.
     limits
         `limits_of` the same center, radius and box, for a loop that has them.
+    inplace
+        Whether ``points`` may be overwritten.
 
     Examples
     --------
@@ -164,11 +169,14 @@ def project(
         return points.clamp(low, high)
     limits = limits_of(center, eps, norm, bounds) if limits is None else limits
     if norm == "linf":
-        return points.clamp(*limits)
+        return points.clamp_(*limits) if inplace else points.clamp(*limits)
     radius = per_sample(eps, center)
+    delta = points.sub_(center) if inplace else points - center
     if norm == "l2":
-        return _project_l2(points, center, radius, bounds, limits)
-    delta = points - center
+        length = size(delta, "l2", keepdim=True)
+        if not inplace and known_none(length > radius):
+            return points.clamp(low, high)
+        return _scale_into_ball(delta, length, radius, limits).add_(center).clamp_(low, high)
     kept = _shrink_l1(delta.abs(), torch.where(delta > 0, limits[1], limits[0]).abs_(), radius)
     nearest = center + torch.copysign(kept, delta)
     # Rounded towards the center: roundings of one sign in many entries would leave the ball.
@@ -190,44 +198,38 @@ def limits_of(
     return (center - radius).clamp_min_(bounds[0]), (center + radius).clamp_max_(bounds[1])
 
 
-def _project_l2(
-    points: Tensor,
-    center: Tensor,
-    radius: Tensor,
-    bounds: Bounds,
-    limits: tuple[Tensor, Tensor],
+def _scale_into_ball(
+    delta: Tensor, length: Tensor, radius: Tensor, limits: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """Return clip(s * delta, *limits) with the largest s <= 1 that is in the ball, as a point.
+    """Return clip(s * delta, *limits) with the largest s <= 1 whose l2 size is in the radius.
 
     The squared size is concave and piecewise linear in s squared: secants, the first from 0 and
     the s of the ball alone, stay within the radius but for rounding, and are exact once both points
     of one have the same entries stopped.
     """
-    axes = feature_axes(points)
-    delta = points - center
-    length = torch.linalg.vector_norm(delta, 2, dim=axes, keepdim=True)
-    if known_none(length > radius):
-        return points.clamp(*bounds)
     scale = (radius / _nonzero(length)).clamp_max_(1.0)
     inverse = radius.reciprocal().nan_to_num_(posinf=0.0)  # with a radius of 0 the end is 0 too
     kept = (delta * scale).clamp_(*limits)
-    length = torch.linalg.vector_norm(kept, 2, dim=axes, keepdim=True)
+    length = size(kept, "l2", keepdim=True)
     square, value = scale.square_(), (length * inverse).square_()
     slope = value / _nonzero(square)
     excess = value.sub_(1.0)
+    last = square, excess
     # Where the end cannot be seen, as many rounds as all but constructed cases need.
-    for _ in range(64 if points.device.type == "cpu" else 16):
-        missing = F.hardshrink(excess, 4 * torch.finfo(points.dtype).eps)
+    for turn in range(64 if delta.device.type == "cpu" else 16):
+        missing = F.hardshrink(excess, 4 * torch.finfo(delta.dtype).eps)
+        if known_none(missing):
+            break
+        if turn > 0:
+            slope = (excess - last[1]).div_(_nonzero(square - last[0]))
         grown = torch.addcdiv(square, missing, _nonzero(slope), value=-1).clamp_(0.0, 1.0)
         if known_none(grown != square):
             break
         kept = torch.mul(delta, grown.sqrt(), out=kept).clamp_(*limits)
-        length = torch.linalg.vector_norm(kept, 2, dim=axes, keepdim=True)
-        found = (length * inverse).square_().sub_(1.0)
-        slope = (found - excess).div_(_nonzero(square.neg_().add_(grown)))
-        square, excess = grown, found
-    factor = (radius / _nonzero(length)).clamp_max_(1.0)
-    return torch.addcmul(center, kept, factor, out=kept).clamp_(*bounds)
+        length = size(kept, "l2", keepdim=True)
+        last = square, excess
+        square, excess = grown, (length * inverse).square_().sub_(1.0)
+    return kept.mul_((radius / _nonzero(length)).clamp_max_(1.0))
 
 
 def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 40) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ class APGD(Attack):
         direction = direction.sign() if self.norm == "linf" else threat.scaled(direction)
         state = self._keep(state, found, place)
         state = self._update_max(state, found.value.to(state.value.dtype), direction)
-        due = schedule.due[place]
+        due = schedule.due.index_select(0, place)
         if not threat.known_none(due):
             adapt = self._adapt_l1 if self.norm == "l1" else self._adapt
             state, direction = adapt(state, direction, due, schedule, place)
@@ -256,16 +257,17 @@ class APGD(Attack):
         """Step along the direction, with momentum, in l2 and linf."""
         current, inputs = state.current, state.inputs
         size = threat.per_sample(state.step_size, current)
-        alpha = threat.per_sample(schedule.alpha[place], current)
-        limits = state.low, state.high
+        alpha = threat.per_sample(schedule.alpha.index_select(0, place), current)
         if self.norm == "linf":
-            moved = torch.addcmul(current, direction, size).clamp_(*limits)
+            moved = torch.addcmul(current, direction, size)
         else:
             moved = threat.ascend_l2(current, direction, size)
-            moved = threat.project(moved, inputs, state.eps, "l2", self.bounds, limits)
+        limits = state.low, state.high
+        project = partial(threat.project, limits=limits, inplace=True)
+        moved = project(moved, inputs, state.eps, self.norm, self.bounds)
         moved = torch.addcmul(current, moved.sub_(current), alpha, out=moved)
-        moved.addcmul_(current - state.previous, 1 - alpha)  # momentum
-        moved = threat.project(moved, inputs, state.eps, self.norm, self.bounds, limits)
+        moved.addcmul_(current - state.previous, torch.rsub(alpha, 1.0))  # momentum
+        moved = project(moved, inputs, state.eps, self.norm, self.bounds)
         return state._replace(current=moved, previous=current, step=state.step + 1)
 
     def _move_l1(

@@ -216,7 +216,10 @@ class PGD(Attack):
                 gradient = threat.unblocked(gradient, state.current, self.bounds)
             moved = torch.addcmul(state.current, threat.steepest(gradient, self.norm), size)
         limits = state.low, state.high
-        moved = threat.project(moved, state.inputs, state.eps, self.norm, self.bounds, limits)
+        own = self.norm == "linf"  # in l2 a point in the ball is to stay as it is
+        moved = threat.project(
+            moved, state.inputs, state.eps, self.norm, self.bounds, limits, inplace=own
+        )
         return state._replace(current=moved, velocity=velocity, step=state.step + 1)
 
     def _restarted(self, state: PGDState) -> PGDState:

@@ -59,7 +59,11 @@ APGD = [
     ("l1 shrink 1.5 -> 2", "_L1_SMALLEST = 0.2, 1.5, 0.1", "_L1_SMALLEST = 0.2, 2.0, 0.1"),
     ("l1 smallest 0.1 -> 0.5", "_L1_SMALLEST = 0.2, 1.5, 0.1", "_L1_SMALLEST = 0.2, 1.5, 0.5"),
     ("no step is ever halved", "state.step_size / 2", "state.step_size / 1"),
-    ("momentum line removed", "moved.addcmul_(current - state.previous, 1 - alpha)", "pass"),
+    (
+        "momentum line removed",
+        "moved.addcmul_(current - state.previous, torch.rsub(alpha, 1.0))",
+        "pass",
+    ),
     ("l1 phases at one radius", "((3.0, 0.3), (2.0, 0.3)", "((1.0, 0.3), (1.0, 0.3)"),
     ("first step 2 eps -> 0.2 eps", "else 2 * radius", "else 0.2 * radius"),
 ]

@@ -207,3 +207,17 @@ def test_a_callable_is_climbed_as_it_is(targeted):
     logits, labels = some_logits()
     climb = losses.objective(lambda z, y: z[:, 0] * y, labels, targeted)
     assert torch.equal(climb(logits), logits[:, 0] * labels)
+
+
+def test_towards_one_class_is_the_difference_of_two_logits():
+    logits = torch.tensor([[3.0, 1.0, 2.0, -1.0, 0.5]])
+    label, target = torch.tensor([0]), torch.tensor([2])
+    margin = losses.towards("margin", logits, label, target)
+    assert margin.tolist() == [-1.0]
+    # Over z_(1) - (z_(3) + z_(4)) / 2 = 3 - (1 + 0.5) / 2.
+    torch.testing.assert_close(losses.towards("dlr", logits, label, target), margin / 2.25)
+    likelihood = logits.log_softmax(1)[:, 2]
+    torch.testing.assert_close(losses.towards("cross_entropy", logits, label, target), likelihood)
+    # With three classes there is no fourth logit.
+    few = losses.towards("dlr", logits[:, :3], label, target)
+    assert few.tolist() == [-1.0]

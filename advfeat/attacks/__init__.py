@@ -4,6 +4,7 @@ from advfeat.attacks._apgd import APGD, apgd
 from advfeat.attacks._fab import FAB, fab
 from advfeat.attacks._fmn import FMN, fmn
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
+from advfeat.attacks._smoothed import SmoothedPGD, smoothed_pgd
 from advfeat.attacks._square import Square, square
 from advfeat.attacks.base import Attack
 from advfeat.attacks.inversion import invert
@@ -23,6 +24,7 @@ __all__ = [
     "AutoAttack",
     "Batch",
     "Network",
+    "SmoothedPGD",
     "Square",
     "apgd",
     "fab",
@@ -30,5 +32,6 @@ __all__ = [
     "fmn",
     "invert",
     "pgd",
+    "smoothed_pgd",
     "square",
 ]

@@ -32,6 +32,7 @@ from advfeat.model.freezing import (
     warn_about_training_submodules,
 )
 from advfeat.model.layers import Layer, LayerHook, StraightThrough, find_layer, logits_layer
+from advfeat.model.straight_through import StraightThroughMode
 
 # A folded BatchNorm may differ by rounding, as a share of the largest output; bfloat16 has 4e-3.
 _ROUNDING = 1e-3
@@ -123,13 +124,21 @@ class Network:
         with torch.no_grad():
             return self._features(inputs, low_precision=False)
 
-    def logits_gradient(self, inputs: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
+    def logits_gradient(
+        self,
+        inputs: Tensor,
+        objective: Callable[[Tensor], Tensor],
+        straight_through: bool = False,
+    ) -> Evaluation:
         """Gradient of a per-sample objective of the logits, by the inputs.
 
         Returned as ``gradient`` (like ``inputs``), ``value`` (the objective, ``(N,)``) and
         ``output`` (the logits, ``(N, C)``), in bfloat16's precision where the user asked for it.
+        With ``straight_through`` layers that round or compare pass gradients on, see
+        `advfeat.model.straight_through`.
         """
-        return self._gradient(inputs, self._logits, objective)
+        forward = self._straight_through_logits if straight_through else self._logits
+        return self._gradient(inputs, forward, objective)
 
     def features_gradient(
         self, inputs: Tensor, objective: Callable[[Tensor], Tensor]
@@ -188,6 +197,10 @@ class Network:
             self.classes = output.shape[1]
             checks.class_range(self._largest_label, self.classes, self._label_name)
         return at_least_float32(output)
+
+    def _straight_through_logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        with StraightThroughMode():
+            return self._logits(inputs, low_precision)
 
     def _features(self, inputs: Tensor, low_precision: bool) -> Tensor:
         output = self._call(self._layer_call, inputs, low_precision)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks.base import Attack, Batch, is_success, per_sample_eps, verified_logits
-from advfeat.losses import LossName
+from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
+from advfeat.attacks.samples import Batch
+from advfeat.losses import LossName, is_success
 from advfeat.model import Network, Precision
 from advfeat.threat import Bounds, Norm
+
+StraightThroughUse: TypeAlias = Literal["auto", "always", "never"]
 
 _MOMENTUM = 0.5  # decay of the accumulated gradients, each of l1 size 1
 _FIRST_STEP, _LAST_STEP = 0.5, 0.01  # step sizes as fractions of eps
@@ -58,7 +61,7 @@ class SmoothedPGD(Attack):
     steps: int = 120
     scales: tuple[float, ...] = (6.0,)
     masking_ratio: float = 0.0
-    straight_through: bool | Literal["auto"] = "auto"
+    straight_through: StraightThroughUse = "auto"
     loss: LossName = "margin"
     returns: Literal["best", "first"] = "best"
     bounds: Bounds = (0.0, 1.0)
@@ -78,7 +81,7 @@ class SmoothedPGD(Attack):
         for scale in self.scales:
             checks.number("scales", scale, low=0.0)
         checks.number("masking_ratio", self.masking_ratio, low=0.0)
-        checks.one_of("straight_through", self.straight_through, (True, False, "auto"))
+        checks.one_of("straight_through", self.straight_through, ("auto", "always", "never"))
         checks.loss(self.loss)
         checks.one_of("returns", self.returns, ("best", "first"))
         checks.seed(self.seed)
@@ -136,14 +139,6 @@ class SmoothedPGD(Attack):
         """Steps of all runs."""
         return len(self.scales) * self.steps
 
-    def run(self, net: Network, state: SmoothedPGDState) -> SmoothedPGDState:
-        """Take all steps, as long as a sample has some left."""
-        for _ in range(self.max_evaluations):
-            if bool(self.finished(state).all()):
-                break
-            state = self.step(net, state)
-        return state
-
     def _objective(self, labels: Tensor) -> Callable[[Tensor], Tensor]:
         return losses.objective(self.loss, labels, targeted=False)
 
@@ -166,7 +161,7 @@ class SmoothedPGD(Attack):
         """Gradient at the noisy copies; straight-through where it is exactly zero."""
         points, objective = self._noisy(state), self._objective(state.labels)
         through = self.straight_through
-        found = net.logits_gradient(points, objective, straight_through=through is True)
+        found = net.logits_gradient(points, objective, straight_through=through == "always")
         gradient = _finite(found.gradient).to(points.dtype)
         if through == "auto":
             flat = (threat.size(gradient, "linf") == 0).nonzero().squeeze(1)
@@ -242,7 +237,7 @@ def smoothed_pgd(
     steps: int = 120,
     scales: tuple[float, ...] = (6.0,),
     masking_ratio: float = 0.0,
-    straight_through: bool | Literal["auto"] = "auto",
+    straight_through: StraightThroughUse = "auto",
     loss: LossName = "margin",
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
@@ -272,7 +267,8 @@ def smoothed_pgd(
         0 gives all runs to every sample.
     straight_through
         Let gradients pass rounding, thresholding and index layers
-        (`advfeat.model.straight_through`). ``"auto"`` does so where the gradient is exactly zero.
+        (`advfeat.model.straight_through`): ``"auto"`` where the gradient is exactly zero,
+        ``"always"`` or ``"never"``.
     loss
         ``"margin"``, ``"cross_entropy"`` or ``"dlr"``.
     seed

@@ -1,7 +1,7 @@
 """Straight-through gradients of rounding, thresholding and index layers, without a changed model.
 
-Inside `StraightThroughMode`, operations whose derivative is zero almost everywhere keep their values
-and get the derivative of a smooth neighbour (Bengio et al. 2013; BPDA, Athalye et al. 2018).
+Inside `StraightThroughMode`, operations whose derivative is zero almost everywhere keep their
+values and get the derivative of a smooth neighbour (Bengio et al. 2013; BPDA, Athalye et al. 2018).
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _attach(output: Any, soft: Any, shape: torch.Size | None = None) -> Any:
             soft = soft if shape is None else soft.reshape(shape)
             return own + (soft - soft.detach()).to(own.dtype)
         output = output.view(output.shape)  # another object: the argument is not marked
-        output._advfeat_soft = soft  # type: ignore[attr-defined]
+        output._advfeat_soft = soft
     return output
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import advfeat as af
-from advfeat.attacks import Batch, invert
-from advfeat.attacks.pool import worst_case
+from advfeat.attacks import AutoAttack, Batch, apgd, invert
+from advfeat.attacks.pool import Pool, drive, worst_case
 from advfeat.model import Network, attackable
 
 FEATURES, CLASSES = 6, 3
@@ -346,3 +346,116 @@ def test_a_graph_that_the_user_holds_survives_an_attack():
     nn.functional.cross_entropy(twin(x), y).backward()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+# --- What a driver may cost ---
+
+
+class SampleCount(nn.Module):
+    """Counts the samples that go through a model, forward and with a gradient."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.samples = 0
+
+    def forward(self, x):
+        self.samples += len(x)
+        return self.module(x)
+
+
+def fragile(classes=10, features=16):
+    """A linear model that any attack fools at once."""
+    torch.manual_seed(0)
+    return nn.Linear(features, classes)
+
+
+def labelled(model, count, features=16, seed=0):
+    x = torch.rand(count, features, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+@pytest.mark.parametrize("version", ["fast", "standard"])
+def test_an_ensemble_of_a_batch_costs_what_robust_accuracy_costs(version):
+    # A19: all samples are fooled at once, and no later attack is to see any of them.
+    model = fragile()
+    x, y = labelled(model, 50)
+    attack = AutoAttack(eps=0.5, norm="linf", version=version, seed=0)
+    counted = SampleCount(model)
+    assert (model(attack(counted, x, y)).argmax(1) != y).all()
+    of_batch, counted.samples = counted.samples, 0
+    af.robust_accuracy(counted, TensorDataset(x, y), attack=attack)
+    assert of_batch <= counted.samples
+
+
+def test_an_ensemble_of_a_batch_agrees_with_robust_accuracy():
+    model = fragile()
+    x, y = labelled(model, 60)
+    attack = AutoAttack(eps=0.02, norm="linf", version="fast", seed=0)
+    robust = af.robust_accuracy(model, TensorDataset(x, y), attack=attack, keep_inputs=True)
+    adversarial = attack(model, x, y)
+    assert 0 < robust.count < 60
+    assert torch.equal(model(adversarial).argmax(1) == y, robust.correct)
+    fooled = ~robust.correct
+    torch.testing.assert_close(adversarial[fooled], robust.adversarial[fooled])
+
+
+def test_duplicate_indices_in_a_batch_do_not_mix_samples():
+    model = fragile()
+    x, y = labelled(model, 8)
+    attack = AutoAttack(eps=0.03, norm="linf", version="fast", seed=0)
+    same = attack(model, x, y, index=torch.zeros(8, dtype=torch.int64))
+    assert ((same - x).abs() <= 0.03 + 1e-6).all()
+
+
+@pytest.mark.parametrize("classes", [3, 4])
+def test_rounds_towards_classes_that_do_not_exist_are_not_taken(classes):
+    # A20: 9 targets asked for, and classes - 1 to aim at.
+    model = SampleCount(fragile(classes))
+    x, y = labelled(model.module, 5)
+    model.samples = 0
+    apgd(model, x, y, eps=1e-4, norm="linf", steps=20, targets=9, loss="margin", seed=0)
+    # One forward pass finds the likely classes, and each round evaluates its start too.
+    assert model.samples <= 5 * (1 + (classes - 1) * 21)
+
+
+def test_memory_does_not_grow_with_samples_that_are_fooled():
+    # A21: what the first attack fools waits for nobody.
+    model = fragile()
+    x, y = labelled(model, 400)
+    read = []
+
+    def reading():
+        for part in portions(x, y, 20):
+            read.append(len(part.ids))
+            yield part
+
+    attacks = [attack_of(eps=0.9), attack_of(eps=0.9)]
+    waiting = []
+    with attackable(model) as net:
+        given = 0
+        for verdict in worst_case(attacks, net, reading(), 20):
+            given += len(verdict.ids)
+            waiting.append(sum(read) - given)
+    assert given == 400
+    assert max(waiting) <= 3 * 20
+
+
+def test_one_large_batch_is_not_copied_for_every_sample_that_leaves():
+    # A22: the queue hands out views of a batch, so that its cost is linear in any batching.
+    model = fragile()
+    x, y = labelled(model, 300)
+    (whole,) = portions(x, y, 300)
+    begun = []
+
+    def begin(batch):
+        begun.append(batch.inputs)
+        return batch.ids, attack_of().init(net, batch)
+
+    with attackable(model) as net:
+        pool = Pool(attack_of(), net, 16, begin)
+        left = [ids for ids, _ in drive(pool, [whole])]
+    assert torch.equal(torch.cat(left).sort().values, whole.ids)
+    storage = whole.inputs.untyped_storage().data_ptr()
+    assert all(part.untyped_storage().data_ptr() == storage for part in begun)

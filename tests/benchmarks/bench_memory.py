@@ -1,6 +1,9 @@
-"""Memory of building 50,000 CIFAR-10-sized images in a folder, and of opening them (Linux).
+"""Memory of building 50,000 CIFAR-10-sized images in a folder, of opening them, of evaluation.
 
 python tests/benchmarks/bench_memory.py [FOLDER]
+python tests/benchmarks/bench_memory.py evaluate SAMPLES
+
+Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.data import TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 
 import advfeat as af
 
@@ -59,6 +62,41 @@ def open_again(out: str) -> None:
     )
 
 
+class Repeated(Dataset):  # type: ignore[type-arg]
+    """As many samples as are asked for, of a few images: the data themselves take no memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, count: int) -> None:
+        self.images, self.labels, self.count = images, labels, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        place = index % len(self.images)
+        return self.images[place], self.labels[place]
+
+
+def evaluate(count: str) -> None:
+    """Every sample is fooled by the first attack of the ensemble."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 10)
+    )
+    images = torch.rand(500, 3, 32, 32)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    af.robust_accuracy(model, Repeated(images, labels, 256), eps=0.5, norm="linf", seed=0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = megabytes("VmRSS")
+    robust = af.robust_accuracy(
+        model, Repeated(images, labels, int(count)), eps=0.5, norm="linf", seed=0
+    )
+    print(
+        f"{count} samples, {robust.count} robust: resident memory rose by at most "
+        f"{megabytes('VmHWM') - before:.1f} MB over {before:.0f} MB"
+    )
+
+
 def main(place: str) -> None:
     for method in METHODS:
         for act in ("build", "open"):
@@ -69,6 +107,8 @@ def main(place: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["build"]:
         build(*sys.argv[2:])
+    elif sys.argv[1:2] == ["evaluate"]:
+        evaluate(sys.argv[2])
     elif sys.argv[1:2] == ["open"]:
         open_again(sys.argv[3])
     else:

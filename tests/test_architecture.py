@@ -1,6 +1,7 @@
 """Levels of packages, what each may import, what is public, what must be installed."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -163,3 +164,92 @@ def test_the_public_names_are_these():
 def test_every_public_name_has_a_docstring_with_examples(name):
     text = inspect.getdoc(getattr(advfeat, name))
     assert "\nExamples\n--------\n>>> " in text
+
+
+# --- Sizes and cycles ---
+
+# A module may be longer where docs/architecture.md says why.
+LONGEST_MODULE, LONGEST_BODY, MOST_PARAMETERS = 400, 60, 12
+ARCHITECTURE = (ROOT.parent / "docs/architecture.md").read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_module_is_short_or_says_why_not(path):
+    name = path.relative_to(ROOT.parent).as_posix()
+    if len(path.read_text().splitlines()) > LONGEST_MODULE:
+        listed = ARCHITECTURE.split("## Modules above 400 lines\n", 1)[1].split("\n## ")[0]
+        assert f"`{name}`" in listed, "split it, or give the reason in docs/architecture.md"
+
+
+def body_lines(function):
+    """Lines of a function without its signature and docstring."""
+    body = function.body
+    if ast.get_docstring(function) is not None:
+        body = body[1:]
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def functions_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def is_public(path, name):
+    """Whether a user types this name: it is in the __all__ of its package."""
+    package = importlib.import_module(f"advfeat.{package_of(path)}")
+    return name in getattr(package, "__all__", ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_functions_are_short_and_take_few_arguments(path):
+    for function in functions_of(path):
+        assert body_lines(function) <= LONGEST_BODY, function.name
+        args = function.args
+        count = len(args.posonlyargs) + len(args.args) + len(args.kwonlyargs)
+        if count > MOST_PARAMETERS:
+            assert is_public(path, function.name), f"{function.name} takes {count} arguments"
+
+
+def test_no_two_modules_import_each_other_even_for_types():
+    modules = {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in FILES
+    }
+    graph = {}
+    for name, path in modules.items():
+        found = set()
+        for imported, _ in imports(path):
+            # `from a.b import c`: the module a.b.c, or the name c of the module a.b.
+            for target in (imported, imported.rpartition(".")[0]):
+                if target in modules:
+                    found.add(target)
+                    break
+        graph[name] = found - {name}
+    order, done, path_now = [], set(), []
+
+    def visit(name):
+        assert name not in path_now, f"cycle: {[*path_now[path_now.index(name) :], name]}"
+        if name in done:
+            return
+        path_now.append(name)
+        for other in sorted(graph[name]):
+            visit(other)
+        path_now.pop()
+        done.add(name)
+        order.append(name)
+
+    for name in sorted(graph):
+        visit(name)
+    assert len(order) == len(modules)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_private_modules_are_imported_by_their_own_package_alone(path):
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if (
+            parts[0] == "advfeat"
+            and parts[1] != "_version"
+            and any(part.startswith("_") for part in parts[2:3])
+        ):
+            assert parts[1] == package_of(path), name

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral, Real
 from typing import NoReturn
 
@@ -20,6 +25,53 @@ PRECISIONS = ("float32", "bfloat16")
 def fail(argument: str, value: object, cause: str) -> NoReturn:
     """Raise the ValueError of this library: argument, value, usual cause."""
     raise ValueError(f"{argument}={value!r}: {cause}")
+
+
+class ResultWarning(UserWarning):
+    """A result may not mean what it seems to; the message says why, and what to do."""
+
+
+_count = 0
+# Topics that were warned of in the call that is under way; None outside of `warns_once`.
+_topics: ContextVar[set[str] | None] = ContextVar("topics", default=None)
+
+
+@contextmanager
+def warns_once() -> Iterator[None]:
+    """Within one call of the user, give a warning of each topic once. Also a decorator."""
+    token = None if _topics.get() is not None else _topics.set(set())
+    try:
+        yield
+    finally:
+        if token is not None:
+            _topics.reset(token)
+
+
+@contextmanager
+def warnings_counted() -> Iterator[Callable[[], int]]:
+    """Yield a function that says how many doubts were found since, given to the user or not."""
+    global _count
+    start = _count
+    yield lambda: _count - start
+
+
+def warn(message: str, topic: str) -> None:
+    """Give a `ResultWarning` at the user's own line, once for each topic of a call."""
+    global _count
+    _count += 1
+    topics = _topics.get()
+    if topics is not None:
+        if topic in topics:
+            return
+        topics.add(topic)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_internal(frame.f_globals.get("__name__", "")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, ResultWarning, stacklevel=level)
+
+
+def _is_internal(name: str) -> bool:
+    return name.partition(".")[0] in ("advfeat", "contextlib", "torch")
 
 
 def model(value: object) -> None:

@@ -123,6 +123,26 @@ def ascend_l2(points: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
     return torch.addcmul(points, gradient, length / _nonzero(size(gradient, "l2", keepdim=True)))
 
 
+def finite(gradient: Tensor) -> Tensor:
+    """Replace the entries of a gradient that are not finite: NaN by 0, infinity by the largest.
+
+    The largest is that of the sample's finite entries in magnitude, or 1 where all of those are 0.
+
+    Examples
+    --------
+    >>> finite(torch.tensor([[3.0, torch.nan, -torch.inf, 0.5]]))
+    tensor([[ 3.0000,  0.0000, -3.0000,  0.5000]])
+    """
+    # To look is free on the CPU; elsewhere it would wait for the device.
+    if gradient.device.type == "cpu" and bool(torch.isfinite(gradient.sum())):
+        return gradient
+    is_finite = torch.isfinite(gradient)
+    largest = torch.where(is_finite, gradient, 0.0).abs().amax(feature_axes(gradient), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    replaced = torch.where(gradient.isnan(), 0.0, torch.copysign(largest, gradient))
+    return torch.where(is_finite, gradient, replaced)
+
+
 def unblocked(gradient: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
     """The gradient without the entries that push a point on the box's wall against it.
 

@@ -143,7 +143,9 @@ def prepare_batch(
     checks.index(index, inputs)
     # Copied, for labels made in inference mode could not enter a gradient.
     labels = labels.to(torch.int64, copy=True)
-    return Batch(net.prepare(inputs).clamp_(*bounds), labels, index)
+    prepared = net.prepare(inputs).clamp_(*bounds)
+    net.inspect(prepared, bounds)
+    return Batch(prepared, labels, index)
 
 
 def per_sample_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:

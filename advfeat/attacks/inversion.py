@@ -174,7 +174,11 @@ def invert(
         cause = f"expected the shape of inputs, {tuple(inputs.shape)}, or (starts, N, ...)"
         checks.fail("start.shape", tuple(start.shape), cause)
     with attackable(
-        model, precision=precision, layer=layer, straight_through=straight_through
+        model,
+        precision=precision,
+        layer=layer,
+        straight_through=straight_through,
+        purpose="features",
     ) as net:
         labels = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
         batch = prepare_batch(net, inputs, labels, None, bounds)

@@ -63,13 +63,13 @@ def build_dataset(
         check_same_manifest(out, manifest)
         if is_finished(out):
             return ConstructedDataset.open(out)
-    precision, layer, compiled = options.precision, recipe.layer, options.compile
     with attackable(
         model,
-        precision=precision,
-        layer=layer,
-        compile=compiled,
+        precision=options.precision,
+        layer=recipe.layer,
+        compile=options.compile,
         straight_through=recipe.straight_through,
+        purpose=recipe.purpose,
     ) as net:
         builder = _Builder(net, source, recipe, options.dtype, device_of(model))
         with _open_writer(builder, manifest, out, process) as growing, _stoppable(growing):
@@ -184,6 +184,8 @@ class _Builder:
         checks.labels(rows.labels, rows.inputs)
         net.expect(rows.labels)
         inputs = self._moved(rows.inputs)
+        if count > 1 or len(self._source) == 1:  # not the example
+            net.inspect(inputs, bounds)
         start = inputs[count:] if len(inputs) > count else None
         given = self._recipe.given_starts(rows.ids.tolist())
         return Batch(

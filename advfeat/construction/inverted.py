@@ -30,6 +30,8 @@ Start: TypeAlias = Literal["images", "noise"] | Tensor
 class InvertedDataset(DatasetRecipe):
     """Images with the activations of others: D_R or D_NR, as the model is robust or standard."""
 
+    purpose = "features"
+
     def __init__(
         self,
         method: str,

@@ -16,7 +16,7 @@ from advfeat.attacks import Attack, Batch
 from advfeat.datasets.dataset import DTYPES, Dtype
 from advfeat.datasets.folder import read_manifest
 from advfeat.durable import Folder
-from advfeat.model import Layer, Network, Precision
+from advfeat.model import Layer, Network, Precision, Purpose
 
 # In the name of a folder it stands for the rank.
 _RANK = "{rank}"
@@ -91,6 +91,7 @@ class DatasetRecipe(ABC):
     layer: Layer = None
     starts: int = 1  # constructed samples for each sample of the data
     straight_through: bool = False
+    purpose: Purpose = "attack"
 
     @abstractmethod
     def settings(self, model: nn.Module) -> dict[str, Any]:

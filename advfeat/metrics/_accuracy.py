@@ -145,7 +145,7 @@ def accuracy(
     """
     source = Source(data, batch_size)
     clean = CleanPass(source, model, _EVERYWHERE, "accuracy", progress)
-    with attackable(model) as net:
+    with attackable(model, purpose="predictions") as net:
         for _ in clean.read(net):
             pass
     return clean.accuracy

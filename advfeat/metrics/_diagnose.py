@@ -153,7 +153,7 @@ def _findings(
     seed: int,
 ) -> list[Finding]:
     ball: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds}
-    with attackable(model) as net, warnings.catch_warnings():
+    with attackable(model, purpose=None) as net, warnings.catch_warnings():
         # A detached input is what one of the checks is for.
         warnings.filterwarnings("ignore", "the model's output has no gradient")
         batch = _right_rows(net, model, data, samples, bounds)

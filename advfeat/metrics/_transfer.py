@@ -78,6 +78,7 @@ def _percent(value: float) -> str:
     return "none right" if math.isnan(value) else f"{100 * value:.1f}"
 
 
+@checks.warns_once()
 def transfer_matrix(
     sources: Mapping[str, nn.Module],
     targets: Mapping[str, nn.Module],
@@ -168,7 +169,7 @@ def transfer_matrix(
 def _wrong(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """Where a model is wrong, bool ``(N,)`` on the CPU."""
     device = device_of(model)
-    with attackable(model) as net:
+    with attackable(model, purpose="predictions") as net:
         batch = prepare_batch(
             net, inputs.to(device), labels.to(device), None, (-math.inf, math.inf)
         )

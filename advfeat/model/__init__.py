@@ -4,6 +4,7 @@ from advfeat.model.access import device_of, innermost, logits_of, unwrapped
 from advfeat.model.folding import rare_comparisons
 from advfeat.model.formats import Precision
 from advfeat.model.freezing import buffers_kept
+from advfeat.model.inspection import Purpose
 from advfeat.model.layers import Layer, find_layer
 from advfeat.model.network import Evaluation, Network, attackable
 from advfeat.model.trainable import Trainee, averaging, refuse_wrapped, trainable
@@ -13,6 +14,7 @@ __all__ = [
     "Layer",
     "Network",
     "Precision",
+    "Purpose",
     "Trainee",
     "attackable",
     "averaging",

@@ -38,3 +38,19 @@ def logits_of(output: object) -> object:
     if isinstance(output, (tuple, list)) and output:
         return output[0]
     return output
+
+
+def logit_candidates(output: object, count: int) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of a returned tuple or list that could all be logits ``(N, C)``."""
+    if isinstance(output, (Tensor, Mapping)) or hasattr(output, "logits"):
+        return []
+    items = output if isinstance(output, (tuple, list)) else ()
+    return [
+        tuple(item.shape)
+        for item in items
+        if isinstance(item, Tensor)
+        and item.is_floating_point()
+        and item.ndim == 2
+        and len(item) == count
+        and item.shape[1] > 1
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -20,9 +19,7 @@ from advfeat.model.formats import (
     Precision,
     at_least_float32,
     contiguous_only,
-    in_channels_last,
     keep_pooled_gradient_in_channels_last,
-    set_memory_format,
     supported_precision,
 )
 from advfeat.model.freezing import (
@@ -31,8 +28,11 @@ from advfeat.model.freezing import (
     refuse_inference_tensors,
     warn_about_training_submodules,
 )
+from advfeat.model.inputs import InputAdapter
+from advfeat.model.inspection import NO_GRADIENT, Purpose, inspect_module
 from advfeat.model.layers import Layer, LayerHook, StraightThrough, find_layer, logits_layer
 from advfeat.model.straight_through import StraightThroughMode
+from advfeat.threat import Bounds
 
 # A folded BatchNorm may differ by rounding, as a share of the largest output; bfloat16 has 4e-3.
 _ROUNDING = 1e-3
@@ -50,10 +50,6 @@ class Evaluation(NamedTuple):
     output: Tensor  # (N, C) logits or (N, F) features, float32 at least
 
 
-# What torch says, and its compiler, of a view of activations in channels_last.
-_CANNOT_VIEW = ("view size is not compatible", "Cannot view a tensor")
-
-
 class Network:
     """A frozen module as attacks see it: logits, features and input gradients, batch first.
 
@@ -68,9 +64,12 @@ class Network:
         compile: bool = False,
         fold: bool = False,
         straight_through: bool = False,
+        train: bool = False,
+        purpose: Purpose | None = None,
     ) -> None:
         self._module = module
         self._own: nn.Module = innermost(module)  # inside torch.compile's
+        self._inputs = InputAdapter(self._own)
         self._fold = fold
         self._folded: dict[object, folding.Forwards] = {}  # by the function that is called
         self._compile = compile
@@ -79,12 +78,15 @@ class Network:
         self._head: nn.Module | None = None  # where the layer is found by the logits
         self._straight_through = straight_through
         self._at_layer: Callable[[Tensor], object] | None = None
-        tensors = itertools.chain(module.parameters(), module.buffers())
-        example = next((t for t in tensors if t.is_floating_point()), None)
+        example = next((t for t in _tensors(module) if t.is_floating_point()), None)
         self.device = None if example is None else example.device
         self.dtype = None if example is None else example.dtype
+        self._has_float16 = any(t.dtype == torch.float16 for t in _tensors(module))
         self.low_precision = precision == "bfloat16"
         self._has_convolution = any(isinstance(m, CONVOLUTIONS) for m in module.modules())
+        self._warned_of_no_gradient = False
+        self._purpose, self._trains = purpose, train
+        self._from_probabilities: Callable[[Tensor], Tensor] | None = None
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
         # A compiler would meet the hook that looks.
@@ -95,6 +97,23 @@ class Network:
         dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
         memory_format = self._memory_format(inputs)
         return inputs.detach().to(dtype, copy=True).contiguous(memory_format=memory_format)
+
+    def inspect(self, inputs: Tensor, bounds: Bounds) -> None:
+        """Warn of what makes a result doubtful, once, from the first prepared batch.
+
+        Where the module returns probabilities, `logits` are their logarithms from then on.
+        """
+        if self._purpose is None:
+            return
+        purpose, self._purpose = self._purpose, None
+        self._from_probabilities = inspect_module(
+            lambda x: self._call(self._module, x, low_precision=False),
+            self._own,
+            inputs,
+            bounds,
+            purpose=purpose,
+            train=self._trains,
+        )
 
     def expect(self, labels: Tensor, name: str = "labels") -> None:
         """Check class indices against the number of logits, now or once it is known."""
@@ -163,7 +182,7 @@ class Network:
             found = None
             if value.requires_grad and output.requires_grad:
                 found = self._by_inputs(leaf, output, value)
-            gradient = self._no_gradient(leaf) if found is None else found
+            gradient = self._no_gradient(leaf) if found is None else threat.finite(found)
         return Evaluation(gradient, value.detach(), output.detach())
 
     def _by_inputs(self, leaf: Tensor, output: Tensor, value: Tensor) -> Tensor | None:
@@ -171,7 +190,7 @@ class Network:
             keep_pooled_gradient_in_channels_last(output)
         # A sum, never a mean: no sample's gradient depends on its batch.
         total = value.sum()
-        if self.dtype != torch.float16:
+        if not self._has_float16:
             return torch.autograd.grad(total, leaf, allow_unused=True)[0]
         # float16 holds neither the tiny gradient of a sure answer nor a huge one (pitfall 12):
         # every row enters the model at one size, and has its own back in float32.
@@ -181,13 +200,10 @@ class Network:
         (found,) = torch.autograd.grad(output, leaf, unit * _HALF_SCALE, allow_unused=True)
         return None if found is None else found * threat.per_sample(peak / _HALF_SCALE, leaf)
 
-    @staticmethod
-    def _no_gradient(leaf: Tensor) -> Tensor:
-        warnings.warn(
-            "the model's output has no gradient by its input (detached, or computed outside "
-            "autograd): gradient attacks cannot move, and robustness measured so means nothing",
-            stacklevel=2,
-        )
+    def _no_gradient(self, leaf: Tensor) -> Tensor:
+        if not self._warned_of_no_gradient:
+            self._warned_of_no_gradient = True
+            checks.warn(NO_GRADIENT, topic="no gradient")
         return torch.zeros_like(leaf)
 
     def _logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
@@ -196,7 +212,10 @@ class Network:
         if self.classes is None:
             self.classes = output.shape[1]
             checks.class_range(self._largest_label, self.classes, self._label_name)
-        return at_least_float32(output)
+        output = at_least_float32(output)
+        if self._from_probabilities is not None:
+            output = self._from_probabilities(output)
+        return output
 
     def _straight_through_logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
         with StraightThroughMode():
@@ -240,8 +259,6 @@ class Network:
     def _call(
         self, function: Callable[[Tensor], object], inputs: Tensor, low_precision: bool
     ) -> object:
-        if self.dtype is not None and not low_precision:
-            inputs = inputs.to(self.dtype)
         if self._fold and low_precision and function not in self._folded:
             self._folded[function] = self._checked_folding(function, inputs)
         forwards = self._folded.get(function, {}) if low_precision else {}
@@ -252,17 +269,7 @@ class Network:
             folding.forwards_replaced(forwards) if forwards else nullcontext(),
             _autocast(inputs.device.type, low_precision),
         ):
-            # Images of one channel are contiguous in either format: then the weights decide.
-            if inputs.is_contiguous() and self._own not in in_channels_last:
-                return function(inputs)
-            try:
-                return function(inputs)
-            except RuntimeError as error:
-                if not any(message in str(error) for message in _CANNOT_VIEW):
-                    raise
-                contiguous_only.add(self._own)
-                set_memory_format(in_channels_last.pop(self._own, []), torch.contiguous_format)
-                return function(inputs.contiguous())
+            return self._inputs.call(function, inputs, cast=not low_precision)
 
     def _checked_folding(
         self, function: Callable[[Tensor], object], inputs: Tensor
@@ -300,6 +307,10 @@ def _autocast(device: str, enabled: bool) -> AbstractContextManager[object]:
     return torch.autocast(device, torch.bfloat16, enabled=enabled)
 
 
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
+
+
 @contextmanager
 def attackable(
     module: nn.Module,
@@ -309,6 +320,7 @@ def attackable(
     train: bool = False,
     compile: bool = False,
     straight_through: bool = False,
+    purpose: Purpose | None = "attack",
 ) -> Iterator[Network]:
     """Freeze a module, yield its `Network`, and leave the module as it was found.
 
@@ -330,6 +342,9 @@ def attackable(
         Go through ``torch.compile``; warns and goes on without it where it fails.
     straight_through
         Let gradients of `Network.features` pass the last ReLU before the layer unchanged.
+    purpose
+        What `Network.inspect` warns of: what makes an attack doubtful, or ``"predictions"``, or a
+        layer's ``"features"``; nothing if None.
     """
     checks.model(module)
     if straight_through and compile:
@@ -342,4 +357,4 @@ def attackable(
     with torch.inference_mode(False), torch.no_grad(), frozen(module, train=train):
         fold = not (train or compile)  # a compiler does it itself
         precision = supported_precision(precision, module)
-        yield Network(module, precision, layer, compile, fold, straight_through)
+        yield Network(module, precision, layer, compile, fold, straight_through, train, purpose)

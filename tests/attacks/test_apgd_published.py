@@ -40,7 +40,7 @@ def points(count=12, shape=(3, 4, 4)):
 
 def run(attack, model, x, y, start=None, steps=None):
     """States before each evaluation and after the last; from ``start`` instead of a random one."""
-    with attackable(model) as net:
+    with attackable(model, purpose=None) as net:
         state = attack.init(net, prepare_batch(net, x, y, None, attack.bounds))
         if start is not None:
             state = state._replace(current=start, previous=start)

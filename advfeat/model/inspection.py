@@ -1,0 +1,335 @@
+"""Inspect a module once, before an attack or a measurement, and warn of what makes it doubtful.
+
+Each check compares a few samples: two calls on the same samples, the values of the outputs, and
+the gradient of the cross-entropy. A healthy module costs two forward passes and one backward pass
+of those samples; only where something is suspicious, further passes find out what it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks
+from advfeat.model.access import logit_candidates, logits_of
+from advfeat.model.formats import at_least_float32
+from advfeat.threat import Bounds
+
+Forward: TypeAlias = Callable[[Tensor], object]
+FromProbabilities: TypeAlias = Callable[[Tensor], Tensor]
+
+# What a call goes by: input gradients of logits, clean predictions alone, or a layer's activations.
+Purpose: TypeAlias = Literal["attack", "predictions", "features"]
+# Samples of the first batch that are inspected.
+INSPECTED = 32
+NO_GRADIENT = (
+    "the model's output has no gradient by its input (detached, or computed outside autograd): "
+    "gradient attacks cannot move, and robustness measured so means nothing; attack a "
+    "differentiable version of the model, or use advfeat.attacks.Square"
+)
+# Functions whose values are between 0 and 1, or become so by a shift, by autograd's name.
+_BOUNDED = ("Sigmoid", "Hardsigmoid", "Softmax", "Tanh", "Hardtanh", "Clamp", "Exp")
+# As many functions from the output one of them is looked for.
+_NEAR_THE_OUTPUT = 5
+# Fraction of the samples from which on a gradient of zero, or a lost margin, is worth a warning.
+_FRACTION = 0.1
+# Fraction of the bounds that data must use.
+_SLIVER = 0.02
+_LARGEST_PIXELS = (127, 127.5, 128, 255)
+# Modules of which a single-batch call found nothing, with their structure and settings then.
+_healthy: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+
+
+class _Look(NamedTuple):
+    """One forward pass on the inspected samples."""
+
+    inputs: Tensor  # (n, ...) leaf
+    raw: object  # as the module returned it
+    logits: Tensor  # (n, C) at least float32, with its graph
+    dtype: torch.dtype  # of the logits as returned
+
+
+def inspect_module(
+    forward: Forward,
+    module: nn.Module,
+    inputs: Tensor,
+    bounds: Bounds,
+    *,
+    purpose: Purpose,
+    train: bool,
+) -> FromProbabilities | None:
+    """Warn of what is doubtful; return how to turn outputs into logits, None where they are."""
+    part = inputs[:INSPECTED]
+    if purpose != "predictions":
+        _warn_of_unused_bounds(inputs, bounds)
+    settings = (purpose, train, part.shape[1:], part.dtype, len(part) > 1, _settings(module))
+    if _healthy.get(module) == settings:
+        return None
+    with checks.warnings_counted() as count, _random_state_kept(part.device):
+        before = _random_numbers_drawn(part.device)
+        look = _look(forward, part) or (_look(forward, inputs) if len(part) < len(inputs) else None)
+        if look is None:
+            return None  # the call that follows raises the error
+        drew = _random_numbers_drawn(part.device) != before
+        if not train:
+            _warn_of_changing_outputs(forward, module, look, drew)
+        if purpose != "features":
+            _warn_of_several_outputs(look)
+        from_probabilities = None
+        if purpose == "attack":
+            from_probabilities = _find_probabilities(forward, look)
+            if from_probabilities is not None:
+                look = look._replace(logits=from_probabilities(look.logits))
+            _warn_of_rounded_margins(look)
+            _warn_of_bad_gradients(look)
+    if not count():
+        _healthy[module] = settings
+    return from_probabilities
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What can change how a module computes, its weights and training flags aside."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (type(m), *(item for item in vars(m).items() if isinstance(item[1], plain)))
+        for m in module.modules()
+    )
+
+
+def _look(forward: Forward, inputs: Tensor) -> _Look | None:
+    leaf = inputs.detach().clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            raw = forward(leaf)
+            logits = checks.logits(logits_of(raw), inputs)
+            return _Look(leaf, raw, at_least_float32(logits), logits.dtype)
+    except Exception:  # a fixed batch size, or an error that the real call will raise too
+        return None
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave all global random states as they are; in another thread they may be in use."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(numpys)  # noqa: NPY002
+
+
+def _random_numbers_drawn(device: torch.device) -> tuple[Any, ...]:
+    """The global random states, to be compared."""
+    numpys: Any = np.random.get_state(legacy=False)  # noqa: NPY002
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return (
+        tuple(bytes(state.numpy()) for state in states),
+        random.getstate(),
+        (numpys["state"]["pos"], numpys["state"]["key"].tobytes()),
+    )
+
+
+def _warn_of_unused_bounds(inputs: Tensor, bounds: Bounds) -> None:
+    # Bounds such as (-100, 100) are a way to say that there are none.
+    if bounds[0] < 0 and bounds[1] not in _LARGEST_PIXELS:
+        return
+    low, high = torch.stack(inputs.aminmax()).tolist()
+    used = (high - low) / (bounds[1] - bounds[0])
+    if 0 < used < _SLIVER:
+        checks.warn(
+            f"the inputs lie in [{low:.4g}, {high:.4g}], {100 * used:.2g}% of bounds={bounds}: "
+            "eps may be in units of other data than these; pass the bounds of the data as the "
+            "model takes them, such as (0.0, 1.0), and eps in the same units, such as 8/255",
+            topic="bounds",
+        )
+
+
+def _warn_of_several_outputs(look: _Look) -> None:
+    candidates = logit_candidates(look.raw, len(look.inputs))
+    if len(candidates) > 1:
+        shapes = " and ".join(str(("N", *shape[1:])).replace("'", "") for shape in candidates)
+        checks.warn(
+            f"the model returns several tensors that could be logits, of shapes {shapes}; the "
+            "first is used. If that is not the logits, wrap the model so that it returns them "
+            "alone, or first",
+            topic="several outputs",
+        )
+
+
+def _warn_of_changing_outputs(forward: Forward, module: nn.Module, look: _Look, drew: bool) -> None:
+    """Compare with a call in which the second half of the samples is exchanged for the first."""
+    inputs, count = look.inputs.detach(), len(look.inputs)
+    half = -(-count // 2)
+    exchanged = torch.cat([inputs[:half], inputs[:half]])[:count]
+    same = torch.arange(count, device=inputs.device) % half
+    tolerance = _rounding(module, look)
+
+    def differ(given: Tensor, rows: Tensor) -> bool:
+        with torch.no_grad():
+            again = at_least_float32(checks.logits(logits_of(forward(given)), given))
+        first = look.logits.detach()[rows]
+        gap = (again - first).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax(1)
+        return bool((gap > tolerance[rows]).any())
+
+    every = torch.arange(count, device=inputs.device)
+    changed = differ(exchanged, same)
+    is_random = (changed and drew) or any(
+        differ(inputs, every) for _ in range(8 if drew else int(changed))
+    )
+    if is_random:
+        checks.warn(
+            "the model is random: two calls on the same inputs differ (noise, random crops, or "
+            "dropout that is on in evaluation mode). An attack then keeps the worst of many "
+            "draws; use expectation=k to attack and judge the average of k calls, or switch the "
+            "randomness off",
+            topic="random",
+        )
+    elif changed:
+        checks.warn(
+            "the model's output for a sample depends on the other samples of the batch (BatchNorm "
+            "without running statistics, or another statistic over the batch): no sample has a "
+            "result of its own, and results change with batch_size; use fixed statistics in "
+            "evaluation mode",
+            topic="depends on the batch",
+        )
+
+
+def _rounding(module: nn.Module, look: _Look) -> Tensor:
+    """By how much equal logits of each sample may differ, ``(n,)``."""
+    finite = look.logits.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    types = {t.dtype for t in itertools.chain(module.parameters(), module.buffers())}
+    types = {t for t in types if t.is_floating_point} | {look.dtype}
+    eps = max(torch.finfo(t).eps for t in types if t.itemsize > 1)
+    return 1e-4 * (finite.amax(1) - finite.amin(1)) + 8 * eps * finite.abs().amax(1)
+
+
+def _find_probabilities(forward: Forward, look: _Look) -> FromProbabilities | None:
+    """Warn of outputs that are probabilities, and return what makes logits of them."""
+    if not _are_distributions(look.logits, look.dtype):
+        found = _to_logit if _are_single_probabilities(look) else None
+        kind = "each in [0, 1], from a sigmoid or clamp"
+    else:
+        # One-hot inputs of a linear model add up too, but not when they are scaled.
+        scaled = _look(forward, 0.7 * look.inputs.detach())
+        same = scaled is not None and _are_distributions(
+            torch.cat([scaled.logits, look.logits]), look.dtype
+        )
+        found = _to_log if same else None
+        kind = "not negative, with a constant sum"
+    if found is not None:
+        checks.warn(
+            f"the model returns probabilities ({kind}), not logits: the losses of attacks expect "
+            "logits, and a softmax hides gradients. Their logarithm is attacked here, which is "
+            "exact where they are not rounded to 0 or 1; return the logits, the values before "
+            "the softmax or sigmoid, to be sure",
+            topic="probabilities",
+        )
+    return found
+
+
+def _are_distributions(values: Tensor, dtype: torch.dtype) -> bool:
+    values = values.detach()
+    total = values.sum(1)
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
+    mean = total.mean()
+    level = bool(((total - mean).abs() <= tolerance * mean).all())
+    # A constant model adds up too, whatever its outputs are.
+    varies = len(values) == 1 or bool((values - values[:1]).abs().amax() > 10 * tolerance * mean)
+    is_one = bool((mean - 1).abs() <= tolerance)
+    return level and (varies or is_one) and bool((values >= 0).all()) and bool(mean > 0)
+
+
+def _are_single_probabilities(look: _Look) -> bool:
+    values = look.logits.detach()
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        return False
+    node = look.logits.grad_fn
+    for _ in range(_NEAR_THE_OUTPUT):
+        if node is None:
+            return False
+        if node.name().startswith(_BOUNDED):
+            return True
+        node = next((n for n, _ in node.next_functions if n is not None), None)
+    return False
+
+
+def _to_log(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
+
+
+def _to_logit(probabilities: Tensor) -> Tensor:
+    return torch.logit(probabilities, eps=torch.finfo(probabilities.dtype).eps)
+
+
+def _warn_of_rounded_margins(look: _Look) -> None:
+    logits = look.logits.detach()
+    top = logits.topk(2, dim=1).values
+    exact = look.dtype in (torch.float32, torch.float64)
+    # In float32 some dozen roundings pile up; lower precisions lie closer to their logits anyway.
+    roundings, fraction = (64, _FRACTION) if exact else (1, 0.5)
+    unit = roundings * torch.finfo(look.dtype).eps * top.abs().amax(1)
+    lost = top.isfinite().all(1) & (top[:, 0] - top[:, 1] < unit)
+    if float(lost.float().mean()) > fraction:
+        checks.warn(
+            f"the logits are near {top.mean().item():.3g}, and on {int(lost.sum())} of {len(lost)} "
+            "samples the two largest differ by little more than their rounding: predictions and "
+            "gradients there are noise; leave out the common offset of the logits, or compute "
+            "them in float64 (model.double(), inputs.double())",
+            topic="rounded margins",
+        )
+
+
+def _warn_of_bad_gradients(look: _Look) -> None:
+    """Look at the gradient of the margin to the likeliest other class, which does not saturate."""
+    logits = look.logits
+    if not logits.requires_grad:
+        return  # warned of at the first gradient step
+    usable = logits.detach().isfinite().all(1)
+    with torch.enable_grad():
+        ranked = logits.detach().topk(2, dim=1).indices
+        pair = logits.gather(1, ranked)
+        found: Any
+        try:
+            found = torch.autograd.grad(
+                (pair[:, 1] - pair[:, 0]).sum(), look.inputs, allow_unused=True
+            )[0]
+        except RuntimeError:  # the real backward pass raises it too
+            return
+    if found is None:
+        return
+    flat = found.flatten(1)
+    bad = ~flat.isfinite()
+    count, total = int(bad.any(1).sum()), len(flat)
+    if count:
+        lost = int(flat.isnan().all(1).sum())
+        checks.warn(
+            f"the gradient has NaN or infinite entries on {count} of {total} samples"
+            + (f", and is NaN throughout on {lost}" if lost else "")
+            + ": NaN entries are not moved, infinite ones move like the largest, so robustness "
+            "may be overestimated; look for a square root, a norm, a division or a logarithm at 0",
+            topic="non-finite gradient",
+        )
+    zero = (flat == 0).all(1) & usable
+    if int(zero.sum()) > _FRACTION * total:
+        checks.warn(
+            f"the gradient is exactly zero on {int(zero.sum())} of {total} samples: gradient "
+            "attacks cannot move there, and robustness is overestimated (masked gradients). "
+            "Attack without gradients (advfeat.attacks.Square, or AutoAttack with "
+            "version='standard'), or replace layers that are not differentiable",
+            topic="zero gradient",
+        )

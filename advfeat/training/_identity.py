@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from advfeat import checks
 from advfeat.loading import Data, is_stream
@@ -24,6 +24,8 @@ from advfeat.loading import Data, is_stream
 SAMPLES = 256
 # Objects inside of objects are described to this depth.
 _DEPTH = 6
+# Longer containers are described by their length alone.
+_LONGEST = 1000
 # What a schedule or an optimiser counts, which differs between the start of a run and its middle.
 _COUNTERS = {
     "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "best",
@@ -48,6 +50,8 @@ def describe(value: Any, depth: int = _DEPTH) -> Any:
         return type(value).__qualname__
     if isinstance(value, Mapping):
         return {str(key): describe(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)) and len(value) > _LONGEST:
+        return f"{type(value).__name__} of {len(value)}"
     if isinstance(value, (list, tuple, set, frozenset)):
         items = [describe(item, depth - 1) for item in value]
         return sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
@@ -160,7 +164,10 @@ def describe_scheduler(scheduler: LRScheduler) -> dict[str, Any]:
 
 
 def describe_data(data: Data, samples: Iterator[Any]) -> dict[str, Any]:
-    """Describe data: class, number, digest of samples; of a loader how it goes through them."""
+    """Describe data: class, number, digest of samples; of a loader how it goes through them.
+
+    Of a stream the attributes stand for its samples.
+    """
     found: dict[str, Any] = {}
     if isinstance(data, DataLoader):
         found |= {
@@ -173,6 +180,9 @@ def describe_data(data: Data, samples: Iterator[Any]) -> dict[str, Any]:
         dataset: Any = data.dataset
     else:
         dataset = data
+    if isinstance(dataset, IterableDataset):
+        # To read some would move what it reads from.
+        found["dataset"] = describe(dataset, 4)
     if hasattr(dataset, "__len__"):
         found["samples"] = len(dataset)
     return found | {"digest": digest_samples(samples)}

@@ -38,6 +38,8 @@ _DIVERGENCE_EVERY = 50
 # Training has not left chance with a loss above this fraction of a uniform guess's, and an accuracy
 # of no more than this above one in so many classes ...
 _CHANCE_LOSS, _CHANCE_ACCURACY = 0.9, 0.15
+# ... or with a loss above this fraction, whatever the accuracy ...
+_CHANCE_LOSS_ALONE = 0.97
 # ... after so many epochs and steps.
 _CHANCE_EPOCHS, _CHANCE_STEPS = 3, 30
 
@@ -259,7 +261,12 @@ class TrainingLoop:
             return
         chance, best = math.log(classes), min(row["loss"] for row in rows)
         accuracy = max(row["accuracy"] for row in rows)
-        left = best < _CHANCE_LOSS * chance or accuracy > 1 / classes + _CHANCE_ACCURACY
+        # A loss of two terms says less, and one of the user's own nothing for certain.
+        plain = type(self._method) is PGDTraining and self._settings.loss is None
+        left = best < _CHANCE_LOSS * chance or (
+            accuracy > 1 / classes + _CHANCE_ACCURACY
+            and not (plain and best > _CHANCE_LOSS_ALONE * chance)
+        )
         if left or len(rows) < _CHANCE_EPOCHS or self._at.step < _CHANCE_STEPS:
             return
         warnings.warn(

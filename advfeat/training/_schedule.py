@@ -47,7 +47,8 @@ def make_scheduler(
     if isinstance(schedule, str):
         checks.one_of("schedule", schedule, ("one_cycle",))
         peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, peaks, total_steps=epochs * steps())
+        cycles = any(name in optimizer.param_groups[0] for name in ("momentum", "betas"))
+        return OneCycleLR(optimizer, peaks, total_steps=epochs * steps(), cycle_momentum=cycles)
     if not isinstance(schedule, LRScheduler):
         checks.function("schedule", schedule)
         schedule = schedule(optimizer)

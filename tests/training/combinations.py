@@ -329,6 +329,8 @@ def is_possible(data, method, optimizer, schedule, options):
     closure = optimizer in ("sam", "lbfgs")
     if closure and (options == "awp" or method == "free"):
         return False
+    if optimizer == "lbfgs" and schedule == "one cycle inside":
+        return False  # torch's OneCycleLR wants a momentum
     if method == "free" and options in ("awp", "accumulate"):
         return False
     if optimizer == "schedule-free" and schedule != "default":

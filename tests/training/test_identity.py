@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, MultiStepLR, ReduceLROnPlateau, SequentialLR
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import advfeat as af
 from advfeat.training import Options
@@ -91,6 +98,35 @@ def test_a_loader_that_goes_through_the_data_otherwise_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"data\.{name}="):
             af.fit(network(), other, **settings)
+
+
+class Stream(IterableDataset):
+    def __init__(self, data):
+        self.data, self.rng = data, np.random.default_rng(0)
+
+    def __len__(self):
+        return 60
+
+    def __iter__(self):
+        x, y = self.data.tensors
+        return ((x[i], y[i]) for i in self.rng.permutation(60))
+
+
+def test_another_stream_is_refused_and_the_same_is_not(tmp_path):
+    settings = {"epochs": 2, "seed": 4, "checkpoint": tmp_path}
+    loader = DataLoader(Stream(blobs()), 15)
+    af.fit(network(), loader, **settings)
+    af.fit(network(), loader, **settings)  # its generator has moved
+    with pytest.raises(ValueError, match=r"data\.dataset\.data"):
+        af.fit(network(), DataLoader(Stream(blobs(seed=1)), 15), **settings)
+
+
+def test_a_constructed_dataset_is_not_another_one(tmp_path):
+    settings = BASE | {"checkpoint": tmp_path}
+    made = [af.construct_det_dataset(network(), blobs(), eps=eps, steps=1) for eps in (0.1, 0.2)]
+    af.fit(network(), made[0], **settings)
+    with pytest.raises(ValueError, match=r"data\.digest"):
+        af.fit(network(), made[1], **settings)
 
 
 class Augmenting(Dataset):

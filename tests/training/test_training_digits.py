@@ -63,6 +63,7 @@ def plain_loop(model, batches, eps, epochs):
             optimizer.step()
 
 
+@pytest.mark.slow
 def test_pgd_training_reaches_what_a_plain_loop_reaches(digits):
     train, held = digits
     figures = []
@@ -88,6 +89,7 @@ def test_pgd_training_reaches_what_a_plain_loop_reaches(digits):
     assert (low - plain).abs().max() < 0.015
 
 
+@pytest.mark.slow
 def test_trades_trades_accuracy_for_robustness(digits):
     train, held = digits
     settings = {"eps": 0.15, "norm": "linf", "objective": "trades", "steps": 4, **LEARNING}
@@ -183,3 +185,29 @@ def test_what_stood_the_look_is_kept():
     af.adversarial_fit(model, blobs(), method="fast", **settings)
     af.adversarial_fit(twin, blobs(), steps=1, step_size=0.0125, random_start=True, **settings)
     assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_ball_that_is_not_learned_from_scratch_is_learned_after_a_warm_up(digits):
+    train, test = digits
+
+    def trained(**settings):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 100),
+            nn.ReLU(),
+            nn.Linear(100, 10),
+        )
+        af.adversarial_fit(model, train, eps=0.25, norm="linf", epochs=12, seed=0, **settings)
+        return af.accuracy(model, test)
+
+    with pytest.warns(UserWarning, match=r"the loss never left chance.*warmup=4"):
+        scratch = trained()
+    assert trained(warmup=5) > scratch + 0.2

@@ -3,6 +3,7 @@
 from advfeat.attacks._apgd import APGD, apgd
 from advfeat.attacks._fab import FAB, fab
 from advfeat.attacks._fmn import FMN, fmn
+from advfeat.attacks._minimum_pgd import MinimumPGD, minimum_pgd
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
 from advfeat.attacks._smoothed import SmoothedPGD, smoothed_pgd
 from advfeat.attacks._square import Square, square
@@ -19,6 +20,7 @@ __all__ = [
     "FAB",
     "FGSM",
     "FMN",
+    "MinimumPGD",
     "PGD",
     "Attack",
     "AutoAttack",
@@ -31,6 +33,7 @@ __all__ = [
     "fgsm",
     "fmn",
     "invert",
+    "minimum_pgd",
     "pgd",
     "smoothed_pgd",
     "square",

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, threat
 from advfeat.attacks.minimum_norm import (
+    DUAL,
+    RELATIVE_STEP,
     MinimumNorm,
     evaluated,
     lead_of,
     likely_others,
     rounding,
+    step_direction,
     to_hyperplane,
 )
 from advfeat.attacks.samples import Batch
@@ -28,7 +31,6 @@ from advfeat.threat import Bounds, Norm
 # size as a share of the first's.
 _GAMMA_FIRST, _GAMMA_LAST = 0.05, 0.001
 _STEP_LAST = 0.01
-_DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
 
 class FMNState(NamedTuple):
@@ -136,16 +138,20 @@ class FMN(MinimumNorm):
         # From 1 to 0 along half a cosine, by each row's own count.
         fresh = (1 + (state.step.to(radius.dtype) * (math.pi / self.steps)).cos()) / 2
         gamma = _GAMMA_LAST + (_GAMMA_FIRST - _GAMMA_LAST) * fresh
-        slope = threat.size(found.gradient, _DUAL[self.norm])
+        slope = threat.size(found.gradient, DUAL[self.norm])
         to_boundary = (found.value.to(radius.dtype).abs() / slope).nan_to_num(torch.inf)
         reached = threat.size(current - inputs, self.norm) + to_boundary
         wider = torch.where(state.distance.isinf(), reached, radius * (1 + gamma))
         narrower = torch.minimum(radius * (1 - gamma), state.distance)
         farthest = threat.size(torch.maximum(high - inputs, inputs - low), self.norm)
         radius = torch.where(hits, narrower, wider).minimum(farthest)
-        first = high - low if self.step_size is None else self.step_size
-        size = first * (_STEP_LAST + (1 - _STEP_LAST) * fresh)
-        direction = threat.steepest(found.gradient, "l2")
+        size = _STEP_LAST + (1 - _STEP_LAST) * fresh
+        if self.step_size is None:
+            size = RELATIVE_STEP[self.norm] * size * radius
+            direction = step_direction(found.gradient, self.norm)
+        else:
+            size = self.step_size * size
+            direction = threat.steepest(found.gradient, "l2")
         moved = current + threat.per_sample(size, current) * direction
         current = threat.project(moved, inputs, radius, self.norm, self.bounds)
         return state._replace(current=current, radius=radius, step=state.step + 1)
@@ -186,8 +192,11 @@ def fmn(
     steps
         Gradients a row takes.
     step_size
-        l2 length of the first step, whatever the norm; it falls along a cosine to a hundredth of
-        that. Default the width of ``bounds`` (the paper's 1 for images in [0, 1]).
+        l2 length of the first step, whatever the norm, as in the paper (1 for images in [0, 1]);
+        it falls along a cosine to a hundredth of that. By default steps are as long as the radius
+        of the sample's ball, measured in ``norm``: the signs of the gradient in linf, the
+        normalised gradient in l2 and, at 0.3 of the radius, in l1. Then nothing has to be tuned to
+        the number of features or to the model.
     targets
         Among how many other classes to find the nearest, the most likely first: a gradient each,
         before the first step.

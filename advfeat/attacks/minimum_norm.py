@@ -15,8 +15,12 @@ from advfeat.model import Evaluation, Network
 from advfeat.threat import Bounds, Norm
 
 # Another batch shape, memory format or device moves logits by some units of rounding, and these
-# attacks end on the boundary, where that decides.
-_ROUNDINGS = 64
+# attacks end on the boundary, where that decides. What all logits have in common is added last, and
+# rounded once.
+_ROUNDINGS, _OFFSET_ROUNDINGS = 64, 4
+# The length of a first step as a fraction of the radius.
+RELATIVE_STEP: dict[Norm, float] = {"l1": 0.3, "l2": 1.0, "linf": 1.0}
+DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 # Two points on one sphere differ in distance by rounding alone: the later is not closer for that.
 _CLOSER = 1 - 1e-6
 
@@ -24,8 +28,19 @@ _CLOSER = 1 - 1e-6
 def rounding(logits: Tensor) -> Tensor:
     """By how much one logit has to lead another for the lead to be sure, ``(N,)``."""
     # A class that the model rules out by a logit of minus infinity is not rounded.
-    magnitude = logits.detach().abs().nan_to_num(nan=0.0, posinf=0.0)
-    return _ROUNDINGS * torch.finfo(logits.dtype).eps * magnitude.amax(1)
+    finite = logits.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    offset = finite.mean(1, keepdim=True)
+    spread = (finite - offset).abs().amax(1)
+    uncertain = _ROUNDINGS * spread + _OFFSET_ROUNDINGS * offset.squeeze(1).abs()
+    return torch.finfo(logits.dtype).eps * uncertain
+
+
+def step_direction(gradient: Tensor, norm: Norm) -> Tensor:
+    """Direction of a step whose length is relative to the radius.
+
+    In l1 a step along the steepest entry alone is slow; the projection makes it sparse.
+    """
+    return threat.steepest(gradient, "linf" if norm == "linf" else "l2")
 
 
 def lead_of(targets: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
@@ -130,6 +145,10 @@ class MinimumNorm(Attack):
             value=-distance,
             success=self._close_enough(distance),
         )
+
+    def _keep_start(self, net: Network, state: Any, start: Tensor) -> Any:
+        """Keep the points that an earlier attack found, where they fool the model."""
+        return self._keep(state, start, self._fools(net.logits(start), state.labels))
 
     def _close_enough(self, distance: Tensor) -> Tensor:
         return distance.isfinite() if self.eps is None else distance <= self.eps

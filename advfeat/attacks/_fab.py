@@ -80,7 +80,8 @@ class FAB(MinimumNorm):
             current=inputs,
             **self._nothing_kept(inputs),
         )
-        kept: FABState = self._keep(state, inputs, is_success(logits, labels, False))
+        state = self._keep(state, inputs, is_success(logits, labels, False))
+        kept: FABState = self._keep_start(net, state, batch.start)
         return kept
 
     def step(self, net: Network, state: FABState) -> FABState:

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, threat
 from advfeat.attacks.minimum_norm import (
-    DUAL,
     RELATIVE_STEP,
     MinimumNorm,
     evaluated,
     lead_of,
     likely_others,
+    linearised_distances,
     rounding,
     step_direction,
-    to_hyperplane,
 )
 from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
@@ -31,6 +30,7 @@ from advfeat.threat import Bounds, Norm
 # size as a share of the first's.
 _GAMMA_FIRST, _GAMMA_LAST = 0.05, 0.001
 _STEP_LAST = 0.01
+_DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
 
 class FMNState(NamedTuple):
@@ -88,7 +88,8 @@ class FMN(MinimumNorm):
             radius=inputs.new_zeros(inputs.shape[0]),
             **self._nothing_kept(inputs),
         )
-        kept: FMNState = self._keep(state, inputs, is_success(logits, labels, self.targeted))
+        state = self._keep(state, inputs, is_success(logits, labels, self.targeted))
+        kept: FMNState = self._keep_start(net, state, batch.start)
         return kept
 
     def step(self, net: Network, state: FMNState) -> FMNState:
@@ -113,18 +114,11 @@ class FMN(MinimumNorm):
 
     def _nearest(self, net: Network, batch: Batch, logits: Tensor) -> Tensor:
         """Of the likely classes, the one whose linearised boundary is nearest within the box."""
-        inputs, labels = batch.inputs, batch.labels
-        likely = likely_others(logits, labels, self.targets)
+        likely = likely_others(logits, batch.labels, self.targets)
         if likely.shape[1] == 1:
             return likely.squeeze(1)
-        points, distances = inputs.flatten(1)[:, None], []
-        for target in likely.unbind(1):
-            found = evaluated(net, inputs, lead_of(target, labels))
-            weight, gap = found.gradient.flatten(1), -found.value.to(inputs.dtype)
-            moves = to_hyperplane(points, weight, gap[:, None], self.norm, self.bounds)[:, 0]
-            unreached = (weight * moves).sum(1) < (1 - 1e-4) * gap
-            distances.append(threat.size(moves, self.norm).masked_fill(unreached, torch.inf))
-        nearest = torch.stack(distances, 1).argmin(1, keepdim=True)
+        distances, _ = linearised_distances(net, batch, likely, self.norm, self.bounds)
+        nearest = distances.argmin(1, keepdim=True)
         return likely.gather(1, nearest).squeeze(1)
 
     def _objective(self, state: FMNState) -> Callable[[Tensor], Tensor]:
@@ -138,7 +132,7 @@ class FMN(MinimumNorm):
         # From 1 to 0 along half a cosine, by each row's own count.
         fresh = (1 + (state.step.to(radius.dtype) * (math.pi / self.steps)).cos()) / 2
         gamma = _GAMMA_LAST + (_GAMMA_FIRST - _GAMMA_LAST) * fresh
-        slope = threat.size(found.gradient, DUAL[self.norm])
+        slope = threat.size(found.gradient, _DUAL[self.norm])
         to_boundary = (found.value.to(radius.dtype).abs() / slope).nan_to_num(torch.inf)
         reached = threat.size(current - inputs, self.norm) + to_boundary
         wider = torch.where(state.distance.isinf(), reached, radius * (1 + gamma))
@@ -193,10 +187,10 @@ def fmn(
         Gradients a row takes.
     step_size
         l2 length of the first step, whatever the norm, as in the paper (1 for images in [0, 1]);
-        it falls along a cosine to a hundredth of that. By default steps are as long as the radius
-        of the sample's ball, measured in ``norm``: the signs of the gradient in linf, the
-        normalised gradient in l2 and, at 0.3 of the radius, in l1. Then nothing has to be tuned to
-        the number of features or to the model.
+        it falls along a cosine to a hundredth of that. By default a step is as long as the radius
+        of the sample's ball, in ``norm``: the normalised gradient at l2 length 1 radius in l2 and
+        0.4 in l1, the signs of the gradient at half the radius in linf. Then nothing has to be
+        tuned to the norm, the number of features or the model.
     targets
         Among how many other classes to find the nearest, the most likely first: a gradient each,
         before the first step.

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from advfeat import checks, seeding, threat
 from advfeat.attacks.base import Batch, is_success
 from advfeat.attacks.minimum_norm import (
-    DUAL,
     RELATIVE_STEP,
     MinimumNorm,
     evaluated,
     lead_of,
     likely_others,
+    linearised_distances,
     step_direction,
 )
 from advfeat.model import Network, Precision
@@ -27,7 +27,7 @@ from advfeat.threat import Bounds, Norm
 # step as a fraction of the first's. Measured in docs/benchmarks.md.
 _GAMMA_FIRST: dict[Norm, float] = {"l1": 0.3, "l2": 0.15, "linf": 0.15}
 _GAMMA_LAST = 0.005
-_STEP_LAST = 0.02
+_STEP_LAST: dict[Norm, float] = {"l1": 0.07, "l2": 0.02, "linf": 0.04}
 _MOMENTUM = 0.6
 # The first radius is at most this fraction of the distance to the farthest corner of the bounds.
 _FIRST_RADIUS = 0.1
@@ -45,7 +45,7 @@ class MinimumPGDState(NamedTuple):
     labels: Tensor  # (N,) int64
     keys: Tensor  # (N,) int64, random keys
     classes: Tensor  # (N, T) int64, the classes to aim at
-    slopes: Tensor  # (N, T) dual norm of the gradient of each lead at the clean input
+    slopes: Tensor  # (N, T) what each class's logit gains in a step of unit norm to it; 0 unknown
     target: Tensor  # (N,) int64, the class aimed at now
     step: Tensor  # (N,) int64, steps taken
     current: Tensor  # (N, ...)
@@ -111,7 +111,7 @@ class MinimumPGD(MinimumNorm):
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
         classes = likely_others(logits, labels, self.targets)
-        slopes, distances = self._linearised(net, batch, classes)
+        distances, gaps = linearised_distances(net, batch, classes, self.norm, self.bounds)
         nearest = distances.argmin(1, keepdim=True)
         low, high = self.bounds
         farthest = threat.size(torch.maximum(high - inputs, inputs - low), self.norm)
@@ -122,7 +122,7 @@ class MinimumPGD(MinimumNorm):
             labels=labels,
             keys=seeding.keys(seeding.resolve(self.seed), batch.ids) if seeded else batch.ids,
             classes=classes,
-            slopes=slopes,
+            slopes=(gaps / distances).nan_to_num(0.0, 0.0, 0.0),
             target=classes.gather(1, nearest).squeeze(1),
             step=torch.zeros_like(labels),
             current=inputs,
@@ -132,16 +132,12 @@ class MinimumPGD(MinimumNorm):
             **self._nothing_kept(inputs),
         )
         state = self._keep(state, inputs, is_success(logits, labels, False))
-        if batch.start is None:
-            return state
-        state = self._keep_start(net, state, batch.start)
-        # A sample whose start does not fool the model begins at its clean input.
-        found = state.distance.isfinite()
-        start = threat.per_sample(found, inputs)
-        return state._replace(
-            current=torch.where(start, state.x_best, inputs),
-            x_best=torch.where(start, state.x_best, inputs),
-            radius=torch.where(found, state.distance, radius),
+        kept: MinimumPGDState = self._keep_start(net, state, batch.start)
+        # Without a start that fools the model, a sample begins at its clean input.
+        found = kept.distance.isfinite()
+        return kept._replace(
+            current=torch.where(threat.per_sample(found, inputs), kept.x_best, inputs),
+            radius=torch.where(found, kept.distance, radius),
         )
 
     def step(self, net: Network, state: MinimumPGDState) -> MinimumPGDState:
@@ -156,27 +152,12 @@ class MinimumPGD(MinimumNorm):
         moved = self._moved(state, found.gradient, plain, hits)._replace(target=target)
         return self._restarted(moved) if self.restarts > 1 else moved
 
-    def _linearised(
-        self, net: Network, batch: Batch, classes: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Dual norm of the gradient of each class's lead, and the distance it suggests."""
-        slopes, distances = [], []
-        for target in classes.unbind(1):
-            found = evaluated(net, batch.inputs, lead_of(target, batch.labels))
-            slope = threat.size(found.gradient, DUAL[self.norm])
-            gap = -found.value.to(slope.dtype)
-            slopes.append(slope)
-            # No finite slope tells no distance.
-            distances.append((gap / slope).nan_to_num(torch.inf, torch.inf, 0.0).clamp_min(0.0))
-        return torch.stack(slopes, 1), torch.stack(distances, 1)
-
     def _nearest(self, state: MinimumPGDState, logits: Tensor) -> Tensor:
         """The class whose boundary is nearest by its own slope, of those to aim at."""
         own = logits.gather(1, state.labels[:, None])
         lead = (logits.gather(1, state.classes) - own).to(state.slopes.dtype)
-        usable = state.slopes.isfinite() & (state.slopes > 0)
-        distance = (lead / state.slopes).masked_fill(~usable, -torch.inf).nan_to_num(-torch.inf)
-        return state.classes.gather(1, distance.argmax(1, keepdim=True)).squeeze(1)
+        score = (lead / state.slopes).masked_fill(state.slopes <= 0, -torch.inf)
+        return state.classes.gather(1, score.argmax(1, keepdim=True)).squeeze(1)
 
     def _progress(self, state: MinimumPGDState) -> Tensor:
         """From 0 to 1 in each restart, ``(N,)``."""
@@ -209,7 +190,8 @@ class MinimumPGD(MinimumNorm):
         adapted = state.radius * torch.where(hits, 1 - gamma, 1 + gamma)
         radius = torch.where(plain, adapted, state.radius).minimum(state.distance)
         radius = radius.minimum(state.farthest)
-        length = RELATIVE_STEP[self.norm] * first * (_STEP_LAST + (1 - _STEP_LAST) * fresh) * radius
+        last = _STEP_LAST[self.norm]
+        length = RELATIVE_STEP[self.norm] * first * (last + (1 - last) * fresh) * radius
         velocity = _MOMENTUM * state.velocity + step_direction(gradient, self.norm)
         moved = state.current + threat.per_sample(length, velocity) * velocity
         current = threat.project(moved, state.inputs, radius, self.norm, self.bounds)
@@ -218,7 +200,7 @@ class MinimumPGD(MinimumNorm):
         )
 
     def _restarted(self, state: MinimumPGDState) -> MinimumPGDState:
-        """Put samples at the end of a restart back at their clean input, in the ball of the best."""
+        """Put samples at the end of a restart back at their clean input."""
         over = state.step % self._round == 0
         rows = threat.per_sample(over, state.inputs)
         return state._replace(
@@ -269,8 +251,9 @@ def minimum_pgd(
         Further runs from the clean input, each in the ball of the closest result so far. More than
         about 100 gradients are better spent on restarts than on steps.
     step_size
-        Length of the first step as a fraction of the default, which is the radius in linf and l2
-        and 0.3 of it in l1. It falls along a cosine to a fiftieth. The radius adapts in proportion.
+        Length of the first step as a fraction of the default, which is the radius in l2, half of
+        it in linf and 0.4 of it in l1. It falls along a cosine to a few percent of that. The radius
+        adapts in proportion.
     noise
         Size of the first noise, in units of a point of the ball; 0 takes none, and no random
         numbers.

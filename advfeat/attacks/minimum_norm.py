@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from advfeat import checks, losses, threat
-from advfeat.attacks.base import Attack
+from advfeat.attacks.base import Attack, Batch
 from advfeat.model import Evaluation, Network
 from advfeat.threat import Bounds, Norm
 
@@ -19,8 +19,7 @@ from advfeat.threat import Bounds, Norm
 # rounded once.
 _ROUNDINGS, _OFFSET_ROUNDINGS = 64, 4
 # The length of a first step as a fraction of the radius.
-RELATIVE_STEP: dict[Norm, float] = {"l1": 0.3, "l2": 1.0, "linf": 1.0}
-DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
+RELATIVE_STEP: dict[Norm, float] = {"l1": 0.4, "l2": 1.0, "linf": 0.5}
 # Two points on one sphere differ in distance by rounding alone: the later is not closer for that.
 _CLOSER = 1 - 1e-6
 
@@ -70,6 +69,25 @@ def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
     others = logits.scatter(1, labels[:, None], -torch.inf)
     order = others.argsort(dim=1, descending=True, stable=True)
     return order[:, : min(count, logits.shape[1] - 1)]
+
+
+def linearised_distances(
+    net: Network, batch: Batch, classes: Tensor, norm: Norm, bounds: Bounds
+) -> tuple[Tensor, Tensor]:
+    """How far each class is by its gradient at the clean input, and what its logit lacks there.
+
+    Both ``(N, T)`` for ``classes``; a class that the linear model does not reach within the bounds
+    is infinitely far.
+    """
+    points, distances, gaps = batch.inputs.flatten(1)[:, None], [], []
+    for target in classes.unbind(1):
+        found = evaluated(net, batch.inputs, lead_of(target, batch.labels))
+        weight, gap = found.gradient.flatten(1), -found.value.to(batch.inputs.dtype)
+        moves = to_hyperplane(points, weight, gap[:, None], norm, bounds)[:, 0]
+        unreached = (weight * moves).sum(1) < (1 - 1e-4) * gap
+        distances.append(threat.size(moves, norm).masked_fill(unreached, torch.inf))
+        gaps.append(gap)
+    return torch.stack(distances, 1), torch.stack(gaps, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +164,14 @@ class MinimumNorm(Attack):
             success=self._close_enough(distance),
         )
 
-    def _keep_start(self, net: Network, state: Any, start: Tensor) -> Any:
+    def _keep_start(self, net: Network, state: Any, start: Tensor | None) -> Any:
         """Keep the points that an earlier attack found, where they fool the model."""
-        return self._keep(state, start, self._fools(net.logits(start), state.labels))
+        if start is None:
+            return state
+        hits = self._fools(net.logits(start), state.labels)
+        # A start that does not is no point of this attack.
+        start = torch.where(threat.per_sample(hits, start), start, state.inputs)
+        return self._keep(state, start, hits)
 
     def _close_enough(self, distance: Tensor) -> Tensor:
         return distance.isfinite() if self.eps is None else distance <= self.eps

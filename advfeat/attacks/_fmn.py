@@ -139,12 +139,12 @@ class FMN(MinimumNorm):
         narrower = torch.minimum(radius * (1 - gamma), state.distance)
         farthest = threat.size(torch.maximum(high - inputs, inputs - low), self.norm)
         radius = torch.where(hits, narrower, wider).minimum(farthest)
-        size = _STEP_LAST + (1 - _STEP_LAST) * fresh
         if self.step_size is None:
-            size = RELATIVE_STEP[self.norm] * size * radius
+            first, last = RELATIVE_STEP[self.norm]
+            size = (last + (first - last) * fresh) * radius
             direction = step_direction(found.gradient, self.norm)
         else:
-            size = self.step_size * size
+            size = self.step_size * (_STEP_LAST + (1 - _STEP_LAST) * fresh)
             direction = threat.steepest(found.gradient, "l2")
         moved = current + threat.per_sample(size, current) * direction
         current = threat.project(moved, inputs, radius, self.norm, self.bounds)

@@ -23,11 +23,9 @@ from advfeat.attacks.minimum_norm import (
 from advfeat.model import Network, Precision
 from advfeat.threat import Bounds, Norm
 
-# By which factor the radius shrinks or grows, at first and at last, and the length of the last
-# step as a fraction of the first's. Measured in docs/benchmarks.md.
+# By which factor the radius shrinks or grows, at first and at last. Measured in docs/benchmarks.md.
 _GAMMA_FIRST: dict[Norm, float] = {"l1": 0.3, "l2": 0.15, "linf": 0.15}
 _GAMMA_LAST = 0.005
-_STEP_LAST: dict[Norm, float] = {"l1": 0.07, "l2": 0.02, "linf": 0.04}
 _MOMENTUM = 0.6
 # The first radius is at most this fraction of the distance to the farthest corner of the bounds.
 _FIRST_RADIUS = 0.1
@@ -185,13 +183,13 @@ class MinimumPGD(MinimumNorm):
     ) -> MinimumPGDState:
         # From 1 to 0 along half a cosine, by each sample's own count.
         fresh = (1 + (self._progress(state) * math.pi).cos()) / 2
-        first = 1.0 if self.step_size is None else self.step_size
-        gamma = _GAMMA_LAST + (first * _GAMMA_FIRST[self.norm] - _GAMMA_LAST) * fresh
+        scale = 1.0 if self.step_size is None else self.step_size
+        gamma = _GAMMA_LAST + (scale * _GAMMA_FIRST[self.norm] - _GAMMA_LAST) * fresh
         adapted = state.radius * torch.where(hits, 1 - gamma, 1 + gamma)
         radius = torch.where(plain, adapted, state.radius).minimum(state.distance)
         radius = radius.minimum(state.farthest)
-        last = _STEP_LAST[self.norm]
-        length = RELATIVE_STEP[self.norm] * first * (last + (1 - last) * fresh) * radius
+        first, last = RELATIVE_STEP[self.norm]
+        length = (last + (scale * first - last) * fresh) * radius
         velocity = _MOMENTUM * state.velocity + step_direction(gradient, self.norm)
         moved = state.current + threat.per_sample(length, velocity) * velocity
         current = threat.project(moved, state.inputs, radius, self.norm, self.bounds)

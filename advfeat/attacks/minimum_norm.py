@@ -18,8 +18,12 @@ from advfeat.threat import Bounds, Norm
 # attacks end on the boundary, where that decides. What all logits have in common is added last, and
 # rounded once.
 _ROUNDINGS, _OFFSET_ROUNDINGS = 64, 4
-# The length of a first step as a fraction of the radius.
-RELATIVE_STEP: dict[Norm, float] = {"l1": 0.4, "l2": 1.0, "linf": 0.5}
+# The length of the first and of the last step as a fraction of the radius.
+RELATIVE_STEP: dict[Norm, tuple[float, float]] = {
+    "l1": (0.4, 0.1),
+    "l2": (1.0, 0.02),
+    "linf": (0.5, 0.02),
+}
 # Two points on one sphere differ in distance by rounding alone: the later is not closer for that.
 _CLOSER = 1 - 1e-6
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, seeding, threat
-from advfeat.attacks.base import Batch, is_success
 from advfeat.attacks.minimum_norm import (
     RELATIVE_STEP,
     MinimumNorm,
@@ -20,6 +19,8 @@ from advfeat.attacks.minimum_norm import (
     linearised_distances,
     step_direction,
 )
+from advfeat.attacks.samples import Batch
+from advfeat.losses import is_success
 from advfeat.model import Network, Precision
 from advfeat.threat import Bounds, Norm
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from advfeat import checks, losses, threat
-from advfeat.attacks.base import Attack, Batch
+from advfeat.attacks.base import Attack
+from advfeat.attacks.samples import Batch
 from advfeat.model import Evaluation, Network
 from advfeat.threat import Bounds, Norm
 
 # Another batch shape, memory format or device moves logits by some units of rounding, and these
 # attacks end on the boundary, where that decides. What all logits have in common is added last, and
 # rounded once.
-_ROUNDINGS, _OFFSET_ROUNDINGS = 64, 4
+_ROUNDINGS, _OFFSET_ROUNDINGS = 64, 1
 # The length of the first and of the last step as a fraction of the radius.
 RELATIVE_STEP: dict[Norm, tuple[float, float]] = {
     "l1": (0.4, 0.1),

@@ -6,7 +6,6 @@ import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 
 from advfeat import checks, plots, threat
 from advfeat.attacks import FAB, Batch, MinimumPGD
-from advfeat.attacks.base import concat_samples, is_success, select_samples
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.minimum_norm import MinimumNorm, rounding
+from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
+from advfeat.losses import is_success
 from advfeat.metrics._accuracy import Accuracy, CleanPass, places, tensor
 from advfeat.model import Network, Precision, attackable
 from advfeat.threat import Bounds, Norm
@@ -182,12 +182,11 @@ def _chunks(clean: CleanPass, net: Network, size: int) -> Iterator[tuple[Batch, 
     for batch in clean.resisting(net):
         held.append(batch)
         while (count := sum(len(part.ids) for part in held)) >= size:
-            whole = reduce(concat_samples, held)
-            order = torch.arange(count, device=whole.ids.device)
-            yield select_samples(whole, order[:size]), size
-            held = [select_samples(whole, order[size:])]
+            whole = concat_samples(*held)
+            yield select_samples(whole, slice(0, size)), size
+            held = [select_samples(whole, slice(size, count))]
     if count := sum(len(part.ids) for part in held):
-        whole = reduce(concat_samples, held)
+        whole = concat_samples(*held)
         padded = torch.arange(min(size, len(clean.index)), device=whole.ids.device)
         yield select_samples(whole, padded.clamp_max(count - 1)), count
 

@@ -8,7 +8,8 @@ from torch import nn
 from toys import NORMS, SHAPES, WIDE, batch, curved, linear, predicted, sizes
 
 from advfeat.attacks import FAB, FMN, MinimumPGD, minimum_pgd
-from advfeat.attacks.base import concat_samples, prepare_batch, select_samples
+from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.model import attackable
 
 

@@ -71,6 +71,7 @@ def build_dataset(
         straight_through=recipe.straight_through,
         purpose=recipe.purpose,
     ) as net:
+        net.batches.usual = source.batch_size
         builder = _Builder(net, source, recipe, options.dtype, device_of(model))
         with _open_writer(builder, manifest, out, process) as growing, _stoppable(growing):
             left = [c for c in chunks if not growing.done[np.searchsorted(kept, c)].all()]

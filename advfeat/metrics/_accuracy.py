@@ -305,12 +305,13 @@ class CleanPass:
             label=label,
             progress=progress,
         )
-        self._bounds = bounds
+        self._bounds, self._batch_size = bounds, source.pool_size
         self._index, self._right = array("q"), array("b")
         self._inputs: list[Tensor] | None = [] if keep_inputs else None
 
     def read(self, net: Network) -> Iterator[tuple[Batch, Tensor]]:
         """Every batch, checked and prepared, with whether the model is right on each row."""
+        net.batches.usual = self._batch_size
         for rows in self._batches:
             batch = prepare_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
             right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)

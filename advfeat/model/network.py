@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from advfeat import checks, threat
 from advfeat.model import folding
 from advfeat.model.access import innermost, logits_of, unwrapped
+from advfeat.model.batches import BatchPadding
 from advfeat.model.compiled import CompiledModule
 from advfeat.model.formats import (
     CONVOLUTIONS,
@@ -87,6 +88,7 @@ class Network:
         self._warned_of_no_gradient = False
         self._purpose, self._trains = purpose, train
         self._from_probabilities: Callable[[Tensor], Tensor] | None = None
+        self.batches = BatchPadding()
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
         # A compiler would meet the hook that looks.
@@ -136,12 +138,13 @@ class Network:
         ``low_precision`` computes them as gradients are, for what is settled in float32 later.
         """
         with torch.no_grad():
-            return self._logits(inputs, low_precision and self.low_precision)
+            low = low_precision and self.low_precision
+            return self.batches.call(lambda x: self._logits(x, low), inputs)
 
     def features(self, inputs: Tensor) -> Tensor:
         """Activations at the layer, ``(N, F)``, without a gradient, in float32 (or float64)."""
         with torch.no_grad():
-            return self._features(inputs, low_precision=False)
+            return self.batches.call(lambda x: self._features(x, low_precision=False), inputs)
 
     def logits_gradient(
         self,
@@ -177,7 +180,7 @@ class Network:
         # The user's own autocast would decide the precision of the backward pass too.
         with torch.enable_grad(), _autocast(inputs.device.type, enabled=False):
             leaf = inputs.detach().requires_grad_()
-            output = forward(leaf, low_precision=self.low_precision)
+            output = self.batches.call(lambda x: forward(x, low_precision=self.low_precision), leaf)
             value = objective(output)
             found = None
             if value.requires_grad and output.requires_grad:

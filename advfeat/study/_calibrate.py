@@ -37,6 +37,7 @@ _RADII = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of evaluation, as multiples
 _TARGETED = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)  # of targeted perturbations
 _LENGTHS = (20, 40, 80, 160, 320)  # steps of inversion
 _MOMENTUM, _GOOD_DISTANCE, _STEP = 0.6, 0.10, 0.05
+_MANY = 20_000  # training samples from which one start for each image is enough
 _WORTHWHILE = 0.02  # accuracy that a smaller ball must gain
 
 
@@ -75,7 +76,12 @@ class Calibration:
             As in `Recipe`.
         """
         c = self.choices
-        inversion = {"steps": c["steps"], "step_size": c["step_size"], "momentum": _MOMENTUM}
+        inversion = {
+            "steps": c["steps"],
+            "step_size": c["step_size"],
+            "momentum": _MOMENTUM,
+            "starts": c["starts"],
+        }
         targeted = {"eps": c["targeted_eps"], "steps": 20}
         light = {"augment": shift_batch if c["images"] else None, "epochs": c["epochs"]}
         return Recipe(
@@ -155,7 +161,7 @@ def calibrate(
     >>> found = study.calibrate(lambda: torch.nn.Linear(6, 3), data, eps=0.1, norm="l2", seed=0)
     >>> recipe = found.recipe()
     >>> sorted(recipe.sets["D_R"]), found.at[-1]
-    (['momentum', 'step_size', 'steps'], 0.1)
+    (['momentum', 'starts', 'step_size', 'steps'], 0.1)
     """
     checks.number("eps", eps, low=0.0, strict=True)
     checks.norm(norm)
@@ -266,6 +272,11 @@ class _Choice:
         choices["epochs"] = epochs_for(pilot.count)
         self.reasons.append(
             f"epochs {choices['epochs']}: at least {_STEPS} steps of {_BATCH} samples"
+        )
+        choices["starts"] = 1 if pilot.count >= _MANY else 4
+        self.reasons.append(
+            f"{choices['starts']} starts for each image of D_R and D_NR, at equal steps: "
+            f"{pilot.count} training samples"
         )
         return Calibration(choices, tuple(self.reasons), tuple(self.warnings), self.tables)
 

@@ -34,7 +34,8 @@ class Recipe:
         robust model; ``"D_det noise control"`` and ``"D_det moved control"`` (and of D_rand) have
         noise, or other images' perturbations, in place of each image's own. A control is
         constructed and trained on with the settings, random numbers and number of steps of its
-        dataset.
+        dataset. With ``starts=k`` D_R and D_NR have k samples for each image, and epochs are
+        divided by k: the number of steps does not depend on it.
     fresh
         For datasets by name, of `advfeat.fit` for the model that learns from it, where they
         differ from ``standard``; controls have those of their dataset.
@@ -88,6 +89,13 @@ class Recipe:
         """Settings of the construction of a dataset, by its name."""
         return {**self.sets.get(base_of(name), {}), **self.sets[name]}
 
+    def starts(self, name: str) -> int:
+        """How many starts each image of a dataset has, and how often its control repeats it."""
+        if PLANS[name].method not in ("D_R", "D_NR", "original"):
+            return 1
+        starts: int = self.sets.get(base_of(name), {}).get("starts", 1)
+        return starts
+
     def control(self, name: str) -> str | None:
         """The model that a dataset's own is compared with: trained alike on the control.
 
@@ -100,9 +108,10 @@ class Recipe:
         if name.startswith(("D_R", "D_NR")) and name in PLANS and base_of(name) == name:
             settings = self.training(name)
             for other in ("D_R control", "D_NR control"):
-                if other in self.sets and self.training(other) == settings:
+                alike = other in self.sets and self.training(other) == settings
+                if alike and self.starts(other) == self.starts(name):
                     return other
-            if self.rows is None and settings == self.standard:
+            if self.rows is None and settings == self.standard and self.starts(name) == 1:
                 return "standard"
         return None
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from advfeat import checks, nonrobust, robustify, seeding
 from advfeat.analysis import leakage
@@ -255,18 +255,20 @@ class Work:
             "seed": self._training_seed(name),
             "progress": self.progress,
         }
+        settings |= self.recipe.training(name)
         data: Dataset[Any] = self.train
-        if name in self.made_names:
-            data = resident(self.dataset(name), model)
-        elif name in PLANS:
-            data = self.rows
+        if name in PLANS:
+            starts = self.recipe.starts(name)
+            settings["epochs"] = max(1, round(settings["epochs"] / starts))
+            if name in self.made_names:
+                data = resident(self.dataset(name), model)
+            else:
+                data = self.rows if starts == 1 else ConcatDataset([self.rows] * starts)
         if name == "robust":
-            if "attack" not in self.recipe.training(name):
-                settings |= {"eps": self.eps, "norm": self.norm}
-            settings["bounds"] = self.bounds
-            history = adversarial_fit(model, data, **settings | self.recipe.training(name))
+            ball = {} if "attack" in settings else {"eps": self.eps, "norm": self.norm}
+            history = adversarial_fit(model, data, **{**ball, "bounds": self.bounds, **settings})
         else:
-            history = fit(model, data, **settings | self.recipe.training(name))
+            history = fit(model, data, **settings)
         self._models[name] = model
         return history
 
@@ -334,7 +336,7 @@ class Work:
     def _behind_dataset(self, name: str) -> dict[str, Any]:
         plan = PLANS[name]
         if plan.source is None:
-            return {"name": name}
+            return {"name": name, "starts": self.recipe.starts(name)}
         if plan.is_constructed:
             settings = self.recipe.construction(name)
             return {"name": name, **settings, "source": self._behind_model(plan.source)}

@@ -1,5 +1,6 @@
 """Verdicts on the paper's claims: closed cases, null cases, and several seeds in one call."""
 
+import dataclasses
 import json
 
 import pytest
@@ -183,6 +184,18 @@ def test_a_control_is_trained_as_its_dataset_is():
     differences = {e.text for claim in found.claims for e in claim.evidence}
     assert any(text.startswith("D_R - D_R control, l2") for text in differences)
     assert "D_det - D_det control, accuracy" in differences
+
+
+def test_several_starts_take_no_more_steps_and_the_control_repeats_its_images():
+    sets = {"D_R": {"layer": "0", "steps": 3, "starts": 2}, "D_R control": {}, "D_NR": {}}
+    recipe = dataclasses.replace(RECIPE, sets=sets, fresh={"D_R": {"epochs": 4}})
+    assert recipe.control("D_NR") is None
+    found = run(recipe=recipe, stages=["train on D_R", "train on D_R control"])
+    assert len(found.dataset("D_R")) == 60
+    assert [len(found.histories[n].rows) for n in ("D_R", "D_R control")] == [2, 2]
+    steps = [[e["steps"] for e in found.histories[n].rows if "steps" in e] for n in
+             ("D_R", "D_R control")]  # fmt: skip
+    assert steps[0] == steps[1]
 
 
 def test_chance_is_that_of_the_commonest_class_also_of_sorted_data():

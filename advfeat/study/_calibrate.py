@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch import nn
 
-from advfeat import checks, nonrobust, robustify, seeding
-from advfeat.loading import Data, Source
-from advfeat.metrics import accuracy, robustness_curve
+from advfeat import checks, seeding
+from advfeat.loading import Data
+from advfeat.metrics import accuracy
 from advfeat.model import Precision
 from advfeat.study._advice import (
     GOOD_SUCCESS,
@@ -25,18 +22,15 @@ from advfeat.study._advice import (
     MOST_DISTANCE,
 )
 from advfeat.study._data import dataset_of
+from advfeat.study._pilot import BATCH, MOMENTUM, STEPS, Pilot, epochs_for, shift_batch
 from advfeat.study._recipe import Recipe
 from advfeat.tables import table
 from advfeat.threat import Bounds, Norm
-from advfeat.training import adversarial_fit, fit
 
-# Samples: of the pilot, held out of it, attacked for radii, inverted.
-_PILOT, _HELD_OUT, _ATTACKED, _INVERTED = 2000, 500, 200, 64
-_STEPS, _BATCH = 300, 128  # of a training, at the least
 _RADII = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of evaluation, as multiples of eps
 _TARGETED = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)  # of targeted perturbations
 _LENGTHS = (20, 40, 80, 160, 320)  # steps of inversion
-_MOMENTUM, _GOOD_DISTANCE, _STEP = 0.6, 0.10, 0.05
+_GOOD_DISTANCE, _STEP = 0.10, 0.05
 _MANY = 20_000  # training samples from which one start for each image is enough
 _WORTHWHILE = 0.02  # accuracy that a smaller ball must gain
 
@@ -79,7 +73,7 @@ class Calibration:
         inversion = {
             "steps": c["steps"],
             "step_size": c["step_size"],
-            "momentum": _MOMENTUM,
+            "momentum": MOMENTUM,
             "starts": c["starts"],
         }
         targeted = {"eps": c["targeted_eps"], "steps": 20}
@@ -168,93 +162,15 @@ def calibrate(
     checks.bounds(bounds)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.seed(seed)
-    pilot = _Pilot(make_model, dataset_of("train", train), norm, bounds, seeding.resolve(seed))
+    pilot = Pilot(make_model, dataset_of("train", train), norm, bounds, seeding.resolve(seed))
     pilot.precision, pilot.device, pilot.progress = precision, device, progress
     return _Choice(pilot, eps).calibration()
-
-
-class _Pilot:
-    """Two small trainings and what is measured on held-out samples."""
-
-    precision: Precision
-    device: torch.device | str | None
-    progress: bool | None
-
-    def __init__(
-        self,
-        make_model: Callable[[], nn.Module],
-        train: Dataset[Any],
-        norm: Norm,
-        bounds: Bounds,
-        seed: int,
-    ) -> None:
-        self.make_model, self.norm, self.bounds, self.seed = make_model, norm, bounds, seed
-        self.count = len(train)  # type: ignore[arg-type]
-        if self.count < 8:
-            checks.fail("train", self.count, "at least eight samples are needed")
-        order = torch.randperm(self.count, generator=seeding.generator(seed)).tolist()
-        held_out = min(_HELD_OUT, self.count // 4)
-        self.held_out = Subset(train, order[:held_out])
-        self.train = Subset(train, order[held_out : held_out + _PILOT])
-        source = Source(self.held_out)
-        self.images = source.rows(source.indices, torch.device("cpu")).inputs.float()
-        self.is_images = self.images.ndim == 4 and min(self.images.shape[-2:]) >= 4
-
-    def fitted(self, eps: float | None) -> nn.Module:
-        """A standard model, or one trained in a ball."""
-        device = torch.device("cpu" if self.device is None else self.device)
-        with seeding.default_generators(self.seed, 0, device):
-            model = self.make_model()
-        model = model if self.device is None else model.to(self.device)
-        settings: dict[str, Any] = {
-            "epochs": epochs_for(len(self.train)),
-            "batch_size": _BATCH,
-            "lr": 0.1,
-            "schedule": "one_cycle",
-            "augment": shift_batch if self.is_images else None,
-            "seed": self.seed,
-            "precision": self.precision,
-            "progress": self.progress,
-        }
-        if eps is None:
-            fit(model, self.train, **settings)
-        else:
-            adversarial_fit(
-                model, self.train, eps=eps, norm=self.norm, steps=3, step_size=eps / 2,
-                bounds=self.bounds, **settings,
-            )  # fmt: skip
-        return model
-
-    def curve(self, model: nn.Module, radii: Sequence[float]) -> list[float]:
-        """Robust accuracy at each radius, from one run of a minimum-norm attack."""
-        found = robustness_curve(
-            model, self.held_out, norm=self.norm, bounds=self.bounds, progress=False
-        )
-        return [float(found.at(radius)) for radius in radii]
-
-    def success(self, model: nn.Module, eps: float) -> float:
-        """How many targeted perturbations reach the next class."""
-        some = Subset(self.held_out, range(min(_ATTACKED, len(self.held_out))))
-        made = nonrobust.construct_det_dataset(
-            model, some, eps=eps, norm=self.norm, steps=20, bounds=self.bounds, progress=False
-        )
-        return float(made.field("success").double().mean())
-
-    def distance(self, model: nn.Module, steps: int, step_size: float) -> float:
-        """What an inversion leaves of the distance of activations."""
-        some = Subset(self.held_out, range(min(_INVERTED, len(self.held_out))))
-        made = robustify.construct_robust_dataset(
-            model, some, steps=steps, step_size=step_size, momentum=_MOMENTUM, bounds=self.bounds,
-            seed=self.seed, progress=False,
-        )  # fmt: skip
-        before, after = (made.field(n).double().mean() for n in ("distance_before", "distance"))
-        return float(after / before.clamp_min(1e-12))
 
 
 class _Choice:
     """The rule: from what the pilot measures to settings, with a reason for each."""
 
-    def __init__(self, pilot: _Pilot, eps: float) -> None:
+    def __init__(self, pilot: Pilot, eps: float) -> None:
         self.pilot, self.eps = pilot, eps
         self.reasons: list[str] = []
         self.warnings: list[str] = []
@@ -271,7 +187,7 @@ class _Choice:
         choices["steps"], choices["step_size"] = self._inversion(standard, robust)
         choices["epochs"] = epochs_for(pilot.count)
         self.reasons.append(
-            f"epochs {choices['epochs']}: at least {_STEPS} steps of {_BATCH} samples"
+            f"epochs {choices['epochs']}: at least {STEPS} steps of {BATCH} samples"
         )
         choices["starts"] = 1 if pilot.count >= _MANY else 4
         self.reasons.append(
@@ -377,7 +293,7 @@ class _Choice:
         steps, step_size, on_robust, on_standard = min(found, key=lambda each: max(each[2:]))
         self.reasons.append(
             f"inversions of {steps} steps of {step_size:g} (images lie {apart:.3g} apart), "
-            f"momentum {_MOMENTUM:g}: they leave {on_robust:.0%} of the "
+            f"momentum {MOMENTUM:g}: they leave {on_robust:.0%} of the "
             f"distance of the robust model's activations, {on_standard:.0%} of the standard one's"
         )
         if on_robust > MOST_DISTANCE:
@@ -387,17 +303,3 @@ class _Choice:
                 "starts. Give more steps, or another layer."
             )
         return steps, step_size
-
-
-def epochs_for(count: int) -> int:
-    """Epochs that make enough steps; twelve at the least."""
-    return max(12, math.ceil(_STEPS / math.ceil(count / _BATCH)))
-
-
-def shift_batch(images: Tensor) -> Tensor:
-    """Shift a batch of images by at most a sixteenth of their size, all alike."""
-    margin = max(1, round(min(images.shape[-2:]) / 16))
-    down, across = torch.randint(0, 2 * margin + 1, (2,)).tolist()
-    height, width = images.shape[-2:]
-    padded = F.pad(images, (margin,) * 4, mode="replicate")
-    return padded[..., down : down + height, across : across + width]

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from advfeat import analysis, study
-from advfeat.study._calibrate import shift_batch
+from advfeat.study._pilot import shift_batch
 
 
 def network():

@@ -18,6 +18,11 @@ from typing import Any, BinaryIO, TypeAlias
 Folder: TypeAlias = str | os.PathLike[str]
 
 
+def as_path(folder: Folder) -> Path:
+    """The path of a user's name for a folder, in which ``~`` is the home folder."""
+    return Path(folder).expanduser()
+
+
 def write_whole(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all, in the place of what was there.
 
@@ -67,7 +72,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 @contextmanager
 def whole_folder(folder: Folder) -> Iterator[Path]:
     """Give a folder to write to, which takes its name when all of it is written, or never."""
-    folder = Path(folder)
+    folder = as_path(folder)
     if folder.exists():
         raise FileExistsError(f"folder={str(folder)!r}: exists; save under another name")
     folder.parent.mkdir(parents=True, exist_ok=True)

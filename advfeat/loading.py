@@ -85,6 +85,11 @@ class Source:
         return len(self.indices)
 
     @property
+    def dataset_size(self) -> int:
+        """Samples of the dataset, of which a loader may cover a part; for map-style data."""
+        return len(self._dataset)
+
+    @property
     def batch_count(self) -> int:
         """Batches that `batches` gives."""
         if self.is_stream:

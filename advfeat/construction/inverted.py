@@ -11,7 +11,7 @@ from advfeat import checks, seeding, threat
 from advfeat.attacks import Batch
 from advfeat.attacks.inversion import Inversion
 from advfeat.construction.builder import build_dataset, indexed_source
-from advfeat.construction.provenance import digest, layer_name
+from advfeat.construction.provenance import layer_name
 from advfeat.construction.recipe import (
     BuildOptions,
     DatasetRecipe,
@@ -20,6 +20,7 @@ from advfeat.construction.recipe import (
     start_number,
 )
 from advfeat.datasets import ConstructedDataset
+from advfeat.datasets.source import digest
 from advfeat.loading import Data, Source
 from advfeat.model import Layer, Network
 from advfeat.threat import Bounds

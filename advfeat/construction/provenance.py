@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import platform
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from advfeat._version import __version__
 from advfeat.construction.recipe import BuildOptions, DatasetRecipe
+from advfeat.datasets.source import describe_source, digest
 from advfeat.loading import Source
 from advfeat.model import Layer, unwrapped
-
-# Samples that the digest of the source data is computed from, evenly spread: reading all of
-# ImageNet would take hours.
-_LOOKED_AT = 256
 
 
 def layer_name(model: nn.Module, layer: Layer) -> str:
@@ -47,7 +41,7 @@ def build_manifest(
         "settings": to_json({**own, **chosen, **recipe.settings(model)}),
         "rows": len(source) * recipe.starts,
         "model": {"class": type(unwrapped(model)).__name__, "sha256": model_fingerprint(model)},
-        "data": {"sha256": data_fingerprint(source)},
+        "data": describe_source(source),
         "versions": {
             "advfeat": __version__,
             "torch": torch.__version__,
@@ -68,27 +62,8 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(source: Source) -> str:
-    """Digest of the row numbers and of rows spread evenly over all of them."""
-    rows = source.indices
-    spread = rows[:: -(-len(rows) // _LOOKED_AT)]
-    looked_at = (
-        item
-        for start in range(0, len(spread), 32)
-        for item in source.rows(spread[start : start + 32], torch.device("cpu"))
-    )
-    return digest(itertools.chain([torch.tensor(rows)], looked_at))
-
-
-def digest(items: Iterable[str | Tensor]) -> str:
-    found = hashlib.sha256()
-    for item in items:
-        if isinstance(item, Tensor):
-            found.update(f"{item.dtype} {tuple(item.shape)}".encode())
-            plain = item.detach().cpu().contiguous().reshape(-1)
-            found.update(plain.view(torch.uint8).numpy().data)
-        else:
-            found.update(item.encode() + b"\0")
-    return found.hexdigest()
+    """Digest of the indices and of samples spread evenly over all of them."""
+    return str(describe_source(source)["sha256"])
 
 
 def to_json(value: Any) -> Any:

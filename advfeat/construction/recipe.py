@@ -15,7 +15,7 @@ from advfeat import checks, distributed, seeding
 from advfeat.attacks import Attack, Batch
 from advfeat.datasets.dataset import DTYPES, Dtype
 from advfeat.datasets.folder import read_manifest
-from advfeat.durable import Folder
+from advfeat.durable import Folder, as_path
 from advfeat.model import Layer, Network, Precision, Purpose
 
 # In the name of a folder it stands for the rank.
@@ -70,7 +70,7 @@ class BuildOptions:
         if self.out is None:
             return None
         rank = distributed.current_process().rank if self.has_own_folder else 0
-        return Path(os.fspath(self.out).replace(_RANK, str(rank)))
+        return as_path(os.fspath(self.out).replace(_RANK, str(rank)))
 
     def seed(self, seed: int | torch.Generator | None) -> int:
         """The seed to use: of a set that was begun in ``out`` its own, unless another is given."""

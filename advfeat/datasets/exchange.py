@@ -13,7 +13,7 @@ from torch import Tensor
 from advfeat import checks
 from advfeat.datasets.dataset import ConstructedDataset, quantize
 from advfeat.datasets.folder import Array
-from advfeat.durable import Folder, whole_folder
+from advfeat.durable import Folder, as_path, whole_folder
 
 __all__ = ["export_images", "export_released", "import_images", "import_released"]
 
@@ -52,7 +52,7 @@ def import_released(folder: Folder) -> ConstructedDataset:
     >>> import_released(folder).labels
     tensor([0, 1])
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     images, labels = (_tensors(folder / name) for name in (_IMAGES, _LABELS))
     fields = {"images": images.float().numpy(), "labels": labels.to(torch.int64).numpy()}
     return ConstructedDataset(fields, _manifest("released format", folder))
@@ -98,7 +98,7 @@ def import_images(folder: Folder) -> ConstructedDataset:
         There is no image, a file is no image, or one is of another size.
     """
     image_module = _pillow()
-    folder = Path(folder)
+    folder = as_path(folder)
     classes = [path for path in _visible(folder) if path.is_dir()]
     indexed_source = all(path.name.isdecimal() for path in classes)
     arrays: list[Array] = []

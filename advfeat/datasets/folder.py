@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from advfeat import checks
-from advfeat.durable import Folder, write_whole
+from advfeat.durable import Folder, as_path, write_whole
 
 FORMAT = 2
 
@@ -29,9 +29,17 @@ MANIFEST, DONE, LOCK = "manifest.json", "done", ".lock"
 Array: TypeAlias = npt.NDArray[Any]
 
 
+def check_field_name(name: object) -> None:
+    """Refuse a name of a field that cannot be that of its file."""
+    if not (isinstance(name, str) and name.isidentifier()):
+        checks.fail("fields", name, "a name must be a Python identifier, as 'class_name' is")
+    if name.lower() == DONE:
+        checks.fail("fields", name, "the name of a file that says which samples are finished")
+
+
 def read_manifest(folder: Folder) -> dict[str, Any] | None:
     """The manifest of a folder of this format; None where nothing was made yet."""
-    path = Path(folder) / MANIFEST
+    path = as_path(folder) / MANIFEST
     if not path.is_file():
         return None
     try:
@@ -112,7 +120,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
         yield f"share={there.get('share')} there, {here.get('share')} here"
     elif there.get("rows") != here["rows"]:
         yield f"{there.get('rows')} rows there, {here['rows']} here"
-    elif there.get("data") != here["data"]:
+    elif there.get("data", {}).get("sha256") != here["data"]["sha256"]:
         yield "the source data differ (random augmentation?)"
     if there.get("model") != here["model"]:
         yield "the model or its weights differ"
@@ -121,7 +129,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 def is_finished(folder: Folder) -> bool:
     """Whether a set is there, with all its rows."""
     manifest = read_manifest(folder)
-    return manifest is not None and bool(read_done(Path(folder), manifest).all())
+    return manifest is not None and bool(read_done(as_path(folder), manifest).all())
 
 
 def read_done(folder: Path, manifest: Mapping[str, Any]) -> Array:

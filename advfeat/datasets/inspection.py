@@ -20,6 +20,7 @@ from advfeat.datasets.definition import (
     notes,
 )
 from advfeat.datasets.folder import Array
+from advfeat.datasets.source import check_source
 from advfeat.loading import Data, Source
 
 __all__ = ["Inspection", "inspect", "moved_control", "noise_control"]
@@ -152,7 +153,7 @@ def inspect(
     found = _look(dataset)
     if data is None:
         return found
-    source, measured = Source(data), {}
+    source, measured = _source(dataset, data), {}
     if features:
         measured = feature_usefulness(dataset, source, features, samples=samples, seed=seed)
     before, after = found.distance_before, found.distance
@@ -241,7 +242,7 @@ def noise_control(
     """
     checks.seed(seed)
     drawn = seeding.resolve(seed)
-    source, norm, (low, high) = Source(data), _norm(dataset), dataset.bounds
+    source, norm, (low, high) = _source(dataset, data), _norm(dataset), dataset.bounds
     images = np.empty(dataset.fields["images"].shape, np.float32)
     for rows, base in _bases(dataset, source):
         keys = seeding.keys(drawn, torch.from_numpy(rows))
@@ -286,7 +287,7 @@ def moved_control(
     """
     checks.seed(seed)
     generator = seeding.generator(seeding.resolve(seed))
-    source, labels, (low, high) = Source(data), dataset.labels, dataset.bounds
+    source, labels, (low, high) = _source(dataset, data), dataset.labels, dataset.bounds
     giver = torch.full((len(dataset),), -1)
     groups = labels
     if "start_number" in dataset.fields:
@@ -351,6 +352,13 @@ def _bases(dataset: ConstructedDataset, source: Source) -> Iterator[tuple[Array,
         rows = np.arange(at, min(at + _BATCH, len(dataset)))
         found = source.rows(index[rows].tolist(), torch.device("cpu")).inputs
         yield rows, found.to(torch.float32)
+
+
+def _source(dataset: ConstructedDataset, data: Data) -> Source:
+    """The data of a dataset, if they are the ones that it was constructed from."""
+    source = Source(data)
+    check_source(dataset.manifest, source)
+    return source
 
 
 def _norm(dataset: ConstructedDataset) -> threat.Norm:

@@ -26,7 +26,7 @@ from advfeat.datasets.folder import (
     read_manifest,
     write_manifest,
 )
-from advfeat.durable import Folder, lock_file
+from advfeat.durable import Folder, as_path, lock_file
 
 
 class MemoryWriter:
@@ -76,7 +76,7 @@ class FolderWriter:
     """
 
     def __init__(self, folder: Folder) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise FileNotFoundError(
@@ -182,7 +182,7 @@ def lock_folder(folder: Folder) -> AbstractContextManager[None]:
     BlockingIOError
         Another process is at work in it.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         names = {path.name for path in folder.iterdir()}
@@ -210,7 +210,7 @@ def create_folder(
     OSError
         The disk has no room for all of it; nothing is left there.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     fields = {**example, DONE: np.zeros(1, np.uint8)}
     try:
         for name, array in fields.items():

@@ -17,8 +17,8 @@ from advfeat.threat import Bounds, Norm
 
 # Another batch shape, memory format or device moves logits by some units of rounding, and these
 # attacks end on the boundary, where that decides. What all logits have in common is added last, and
-# rounded once.
-_ROUNDINGS, _OFFSET_ROUNDINGS = 64, 1
+# rounded a few times only.
+_ROUNDINGS, _OFFSET_ROUNDINGS = 64, 8
 # The length of the first and of the last step as a fraction of the radius.
 RELATIVE_STEP: dict[Norm, tuple[float, float]] = {
     "l1": (0.4, 0.1),

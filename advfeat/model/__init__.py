@@ -1,6 +1,6 @@
 """The only code that touches the user's module."""
 
-from advfeat.model.access import device_of, innermost, logits_of, unwrapped
+from advfeat.model.access import device_of, innermost, logit_candidates, logits_of, unwrapped
 from advfeat.model.folding import rare_comparisons
 from advfeat.model.formats import Precision
 from advfeat.model.freezing import buffers_kept
@@ -22,6 +22,7 @@ __all__ = [
     "device_of",
     "find_layer",
     "innermost",
+    "logit_candidates",
     "logits_of",
     "rare_comparisons",
     "refuse_wrapped",

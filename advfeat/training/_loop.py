@@ -46,7 +46,7 @@ _CHANCE_EPOCHS, _CHANCE_STEPS = 3, 30
 
 def train(settings: TrainingSettings, method_settings: MethodSettings) -> History:
     """Train a model; the one way from both public functions."""
-    with make_plan(settings, method_settings) as plan:
+    with checks.warns_once(), make_plan(settings, method_settings) as plan:
         method = method_settings.method(settings, plan.seed)
         _check_closure(plan, method)
         return TrainingLoop(plan, method).run()
@@ -210,8 +210,10 @@ class TrainingLoop:
             model = self._plan.model
             if self._settings.output is None:
                 model = OutputInspector(model)
-            with attackable(model) as net:
-                classes = net.class_count(net.prepare(batch.inputs[:1]))
+            with attackable(model, purpose="predictions") as net:
+                inputs = net.prepare(batch.inputs)
+                net.inspect(inputs, self._method.bounds)
+                classes = net.logits(inputs[:2]).shape[1]
             self._checks.set_classes(classes, self._plan.data)
             self._learner.check_classes(classes)
         return batch

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+from advfeat import checks
+from advfeat.model import logit_candidates
 
 Output: TypeAlias = "str | int | Callable[[Any], Tensor]"
 
@@ -55,24 +57,19 @@ class OutputInspector(OutputChoice):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, self._inspect)
-        self._warned = False
 
     def _inspect(self, found: Any) -> Any:
-        if isinstance(found, (tuple, list)) and len(found) > 1 and not self._warned:
-            shapes = [
-                tuple(t.shape) for t in found if isinstance(t, Tensor) and t.is_floating_point()
-            ]
-            flat = [shape for shape in shapes if len(shape) == 2 and shape[:1] == shapes[0][:1]]
-            # Logits come first as a rule, and are narrower than features.
-            if len(flat) > 1 and flat[0] == shapes[0] and min(flat)[1] < flat[0][1]:
-                self._warned = True
-                warnings.warn(
-                    f"the model returns {len(found)} tensors of shapes "
-                    f"{' and '.join(map(str, flat))}; the first is trained as logits, and features "
-                    "are usually the wider ones. Pass output=0 if that is right, or the position "
-                    "of the logits: output=1",
-                    stacklevel=2,
-                )
+        tensors = found if isinstance(found, (tuple, list)) else ()
+        count = next((len(t) for t in tensors if isinstance(t, Tensor) and t.ndim), 0)
+        shapes = logit_candidates(found, count)
+        if len(shapes) > 1:
+            # Said here, for evaluation says the same without knowing of `output`.
+            checks.warn(
+                f"the model returns tensors of shapes {' and '.join(map(str, shapes))}; the first "
+                "is trained as logits. Pass output=0 if that is right, or the position of the "
+                "logits: output=1",
+                topic="several outputs",
+            )
         return found
 
 

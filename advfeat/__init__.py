@@ -9,6 +9,7 @@ from advfeat._version import __version__ as __version__
 from advfeat.attacks import FGSM, PGD, fgsm, pgd
 from advfeat.datasets import ConstructedDataset
 from advfeat.metrics import accuracy, robust_accuracy
+from advfeat.model import Normalize
 from advfeat.nonrobust import (
     construct_det_dataset,
     construct_nonrobust_dataset,
@@ -21,6 +22,7 @@ __all__ = [
     "FGSM",
     "PGD",
     "ConstructedDataset",
+    "Normalize",
     "accuracy",
     "adversarial_fit",
     "construct_det_dataset",

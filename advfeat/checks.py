@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from advfeat.losses import LOSS_NAMES
-from advfeat.threat import NORMS, Bounds
+from advfeat.threat import NORMS, Bounds, Norm
 
+T = TypeVar("T")
 # Inputs this far outside the bounds are rounding (of a resize, of float16) and are clipped.
 CLIPPED = 1e-3
 PRECISIONS = ("float32", "bfloat16")
@@ -77,19 +80,58 @@ def _is_internal(name: str) -> bool:
 def model(value: object) -> None:
     """Refuse what is not a module."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(value).__name__}")
+        hint = "; pass its .module()" if type(value).__name__ == "ExportedProgram" else ""
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(value).__name__}{hint}")
 
 
-def norm(value: object) -> None:
-    """Refuse an unknown norm."""
-    if value not in NORMS:
+_SPELLINGS: dict[object, Norm] = {
+    **dict.fromkeys(("l1", "1", 1), "l1"),
+    **dict.fromkeys(("l2", "2", 2, "euclidean"), "l2"),
+    **dict.fromkeys(("linf", "inf", math.inf, "infinity", "max"), "linf"),
+}
+
+
+def norm(value: object) -> Norm:
+    """Return the norm in this library's spelling; refuse an unknown one.
+
+    Examples
+    --------
+    >>> norm("L_2"), norm(float("inf"))
+    ('l2', 'linf')
+    """
+    spelled = value
+    if isinstance(value, str):
+        spelled = re.sub(r"[\s_-]|norm", "", value.lower())
+        spelled = {"linfinity": "linf", "l∞": "linf", "∞": "linf"}.get(spelled, spelled)
+    try:
+        found = None if isinstance(value, bool) else _SPELLINGS.get(spelled)
+    except TypeError:  # not hashable
+        found = None
+    if found is None:
         fail("norm", value, f"unknown norm; use one of {', '.join(map(repr, NORMS))}")
+    return found
+
+
+def scalar(argument: str, value: T) -> T | float:
+    """Return a tensor or array of no axes as a float, anything else as it is."""
+    if isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex():
+        return float(value)
+    return value
+
+
+def canonical(attack: Any) -> None:
+    """Spell norm, bounds and eps of a frozen attack as this library does, or refuse them."""
+    object.__setattr__(attack, "norm", norm(attack.norm))
+    object.__setattr__(attack, "bounds", bounds(attack.bounds))
+    object.__setattr__(attack, "eps", scalar("eps", attack.eps))
 
 
 def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse a name that is not among the choices."""
     if value not in choices:
-        fail(argument, value, f"unknown; use one of {', '.join(map(repr, choices))}")
+        near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        fail(argument, value, f"unknown; {hint}use one of {', '.join(map(repr, choices))}")
 
 
 def loss(value: object) -> None:
@@ -146,15 +188,25 @@ def fraction(argument: str, value: object) -> None:
         fail(argument, value, "must be at most 1; it is a share, not a percentage")
 
 
-def bounds(value: object) -> None:
-    """Refuse anything but two finite numbers in rising order."""
-    if not isinstance(value, tuple) or len(value) != 2:
+def bounds(value: object) -> Bounds:
+    """Return bounds as a tuple; refuse anything but two finite numbers in rising order."""
+    if isinstance(value, Tensor) and value.shape == (2,):
+        value = tuple(value.tolist())
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"bounds={value!r}: expected a tuple (low, high)")
+    if any(isinstance(end, Tensor) and end.ndim for end in value):
+        raise TypeError(
+            f"bounds: tensors of shape {tuple(value[0].shape)}; expected two numbers. For inputs "
+            "that are normalised by channel, pass them in [0, 1] and put the normalisation inside "
+            "the model: advfeat.Normalize(model, mean, std)"
+        )
+    value = tuple(scalar("bounds", end) for end in value)
     low, high = value
     for end in (low, high):
         number("bounds", end, low=-math.inf)
     if not low < high:
         fail("bounds", value, "low must be below high; are they reversed?")
+    return low, high
 
 
 def own_bounds(given: Bounds, own: Bounds) -> None:
@@ -168,8 +220,9 @@ def eps(value: object) -> None:
     if isinstance(value, Tensor):
         if value.ndim != 1 or not value.is_floating_point():
             raise TypeError(
-                f"eps: expected a float or a floating tensor (N,), got {value.dtype} of shape "
-                f"{tuple(value.shape)}"
+                f"eps: expected a float or a floating tensor (N,), one radius for each sample, got "
+                f"{value.dtype} of shape {tuple(value.shape)}. A radius for each channel is no "
+                "norm: attack inputs in [0, 1], with advfeat.Normalize(model, mean, std)"
             )
         # NaN fails this comparison too.
         if not bool((value >= 0).all()) or not bool(torch.isfinite(value).all()):
@@ -248,6 +301,13 @@ def labels(value: object, inputs: Tensor, name: str = "labels") -> None:
             f"{name}.shape",
             tuple(value.shape),
             "expected (N,) class indices; one-hot labels? use labels.argmax(1)",
+        )
+    if value.ndim == 0 or value.shape == (1,) != inputs.shape[:1]:
+        fail(
+            f"{name}.shape",
+            tuple(value.shape),
+            f"one label for inputs of shape {tuple(inputs.shape)}; for a single input add the "
+            "batch axis to both: inputs[None], labels.reshape(1)",
         )
     if value.ndim != 1 or value.shape[0] != inputs.shape[0]:
         fail(

@@ -62,6 +62,7 @@ class Source:
     def __init__(self, data: Data, batch_size: int | None = None) -> None:
         if batch_size is not None:
             checks.count("batch_size", batch_size, low=1)
+        data = as_dataset(data)
         self._loader = data if isinstance(data, DataLoader) else None
         dataset = data.dataset if isinstance(data, DataLoader) else data
         self.is_stream = is_stream(data)
@@ -122,11 +123,11 @@ class Source:
                 for start in range(0, len(self.indices), self._batch_size)
             ]
         for chunk, batch in zip(chunks, self._read(chunks), strict=True):
-            yield _rows(torch.tensor(chunk), batch, device)
+            yield _rows(torch.tensor(chunk, device="cpu"), batch, device)
 
     def rows(self, indices: list[int], device: torch.device, check: Check | None = None) -> Samples:
         """Give single rows by their numbers; map-style data only."""
-        return _rows(torch.tensor(indices), self.fetch(indices), device, check)
+        return _rows(torch.tensor(indices, device="cpu"), self.fetch(indices), device, check)
 
     def _read(self, chunks: list[list[int]]) -> Iterable[Any]:
         workers = 0 if self._loader is None else self._loader.num_workers
@@ -151,7 +152,7 @@ class Source:
         dataset = self._dataset
         if type(dataset) is TensorDataset and self._collate is default_collate:
             # Whole-batch indexing is known to mean the same as row by row.
-            return dataset[torch.tensor(indices)]
+            return dataset[torch.tensor(indices, device="cpu")]
         if hasattr(dataset, "__getitems__"):
             return self._collate(dataset.__getitems__(indices))
         return self._collate([dataset[i] for i in indices])
@@ -186,9 +187,27 @@ def unpack(batch: object) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"data: a batch is {type(batch).__name__}; expected (inputs, labels, ...) or a mapping"
         )
+    inputs, labels = _as_tensor(inputs), _as_tensor(labels)
     if isinstance(inputs, Tensor) and isinstance(labels, Tensor):
         return inputs, labels
     raise TypeError(_no_tensors(inputs, labels))
+
+
+def _as_tensor(value: Any) -> Any:
+    """A NumPy array as a tensor, anything else as it is."""
+    numeric = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+    return torch.from_numpy(value) if numeric else value
+
+
+def as_dataset(data: Any) -> Any:
+    """A pair of tensors or arrays, inputs and labels, as a dataset; other data as they are."""
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return data
+    inputs, labels = map(_as_tensor, data)
+    is_pair = isinstance(inputs, Tensor) and isinstance(labels, Tensor)
+    if not is_pair or labels.ndim != 1 or inputs.shape[:1] != labels.shape:
+        return data
+    return TensorDataset(inputs, labels)
 
 
 def _no_tensors(inputs: object, labels: object) -> str:
@@ -233,7 +252,7 @@ def _numbered(
     place = 0
     for batch in batches:
         inputs, _ = unpack(batch)
-        yield _rows(torch.arange(place, place + len(inputs)), batch, device, check)
+        yield _rows(torch.arange(place, place + len(inputs), device="cpu"), batch, device, check)
         place += len(inputs)
     if place == 0:
         checks.fail("data", type(batches).__name__, "it gave no rows")
@@ -244,9 +263,11 @@ def is_stream(data: object) -> bool:
     if isinstance(data, DataLoader):
         return isinstance(data.dataset, IterableDataset) or data.batch_sampler is None
     if isinstance(data, (list, tuple)):
-        if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        if len(data) == 2 and isinstance(data[0], Tensor):
+            shapes = [tuple(getattr(part, "shape", ())) for part in data]
             raise TypeError(
-                "data: a pair of tensors; wrap it: torch.utils.data.TensorDataset(inputs, labels)"
+                f"data: a pair of tensors of shapes {shapes}; expected inputs (N, ...) and labels "
+                "(N,), or a list of batches"
             )
         return True
     if isinstance(data, IterableDataset):

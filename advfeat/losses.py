@@ -77,7 +77,29 @@ def _likelihood_of_target(logits: Tensor, targets: Tensor) -> Tensor:
     return -cross_entropy(logits, targets)
 
 
-_UNTARGETED: dict[str, Objective] = {"cross_entropy": cross_entropy, "margin": margin, "dlr": dlr}
+# Where the label leads by more than this, rounding takes over in the gradient of the softmax.
+_SATURATED = -8.0
+
+
+def _climbable_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy, with its gradient to full precision where the label is nearly certain.
+
+    The gradient is (1 - p) times that of the other logits' logsumexp less the label's logit; in
+    the softmax 1 - p rounds to zero, and a gradient attack would lose its direction, or stop.
+    """
+    value = cross_entropy(logits, labels)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    gap = logits.scatter(1, labels[:, None], float("-inf")).logsumexp(1) - own
+    size = gap.detach().exp().clamp_min(1e-30)
+    exact = value.detach() + size * (gap - gap.detach())
+    return torch.where((gap < _SATURATED) & gap.isfinite(), exact, value)
+
+
+_UNTARGETED: dict[str, Objective] = {
+    "cross_entropy": _climbable_cross_entropy,
+    "margin": margin,
+    "dlr": dlr,
+}
 _TARGETED: dict[str, Objective] = {
     "cross_entropy": _likelihood_of_target,
     "margin": margin_to_target,
@@ -89,9 +111,21 @@ LOSS_NAMES = tuple(_UNTARGETED)
 def objective(
     loss: LossName | Objective, labels: Tensor, targeted: bool
 ) -> Callable[[Tensor], Tensor]:
-    """What an attack climbs, as a function of the logits alone; a callable is taken as it is."""
-    objective = loss if callable(loss) else (_TARGETED if targeted else _UNTARGETED)[loss]
+    """What an attack climbs, as a function of the logits alone.
+
+    A callable is a loss that grows as the model is more wrong about the labels, such as the
+    cross-entropy: a targeted attack climbs its negative.
+    """
+    if callable(loss):
+        own, sign = loss, -1 if targeted else 1
+        return lambda logits: _signed(own(logits, labels), sign)
+    objective = (_TARGETED if targeted else _UNTARGETED)[loss]
     return lambda logits: objective(logits, labels)
+
+
+def _signed(value: Tensor, sign: int) -> Tensor:
+    # What is no tensor is refused later.
+    return -value if sign < 0 and isinstance(value, Tensor) else value
 
 
 def towards(loss: LossName, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

@@ -13,11 +13,13 @@ from advfeat.datasets.dataset import Dtype
 from advfeat.durable import Folder
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, Precision
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 __all__ = ["construct_det_dataset", "construct_nonrobust_dataset", "construct_rand_dataset"]
 
 
+@suggests
 def construct_nonrobust_dataset(
     model: nn.Module,
     data: Data,
@@ -71,6 +73,7 @@ def construct_nonrobust_dataset(
     )
 
 
+@suggests
 def construct_det_dataset(
     model: nn.Module,
     data: Data,
@@ -160,6 +163,7 @@ def construct_det_dataset(
     )
 
 
+@suggests
 def construct_rand_dataset(
     model: nn.Module,
     data: Data,

@@ -11,11 +11,13 @@ from advfeat.datasets.dataset import Dtype
 from advfeat.durable import Folder
 from advfeat.loading import Data
 from advfeat.model import Layer, Precision
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds
 
 __all__ = ["construct_robust_dataset"]
 
 
+@suggests
 def construct_robust_dataset(
     model: nn.Module,
     data: Data,

@@ -86,7 +86,7 @@ def integers(keys: Tensor, draw: int | Tensor, high: int) -> Tensor:
 
 def derive(seed: int, draw: int) -> int:
     """Another seed, for a part of the work that is to have random numbers of its own."""
-    return int(bits(keys(seed, torch.zeros(1, dtype=torch.int64)), draw, 1))
+    return int(bits(keys(seed, torch.zeros(1, dtype=torch.int64, device="cpu")), draw, 1))
 
 
 def generator(seed: int, draw: int = 0) -> torch.Generator:

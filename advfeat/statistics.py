@@ -316,7 +316,7 @@ def bootstrap_interval(
             for _ in range(resamples)
         ]
     )
-    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
     low, high = torch.quantile(drawn, ends).tolist()
     return low, high
 
@@ -344,7 +344,7 @@ def holm(p_values: Sequence[float] | Tensor) -> Tensor:
     """
     given = torch.as_tensor(p_values, dtype=torch.float64)
     order = given.flatten().argsort()
-    factors = torch.arange(given.numel(), 0, -1, dtype=torch.float64)
+    factors = torch.arange(given.numel(), 0, -1, dtype=torch.float64, device="cpu")
     corrected = torch.empty_like(given.flatten())
     corrected[order] = (factors * given.flatten()[order]).cummax(0).values.clamp_max(1.0)
     return corrected.view(given.shape)

@@ -122,7 +122,7 @@ def alignment(
     """
     named = named_models(models)
     checks.number("eps", eps, low=0.0)
-    checks.norm(norm)
+    norm = checks.norm(norm)
     checks.count("draws", draws, low=1)
     checks.seed(seed)
     seed = seeding.resolve(seed)

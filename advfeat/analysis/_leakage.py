@@ -132,7 +132,7 @@ def leakage(
     (False, True)
     """
     checks.number("eps", eps, low=0.0, strict=True)
-    checks.norm(norm)
+    norm = checks.norm(norm)
     checks.seed(seed)
     cpu = torch.device("cpu")
     made, true, judged = (

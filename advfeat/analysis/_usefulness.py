@@ -267,7 +267,7 @@ def linear_usefulness(
     1.0 0.75
     """
     checks.number("eps", eps, low=0.0)
-    checks.norm(norm)
+    norm = checks.norm(norm)
     options = _Options(level, resamples, seed)
     options.check()
     if not isinstance(weight, Tensor):

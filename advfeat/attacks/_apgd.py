@@ -18,6 +18,7 @@ from advfeat.attacks.base import Attack, per_sample_eps
 from advfeat.attacks.samples import Batch
 from advfeat.losses import LossName, is_success
 from advfeat.model import Evaluation, Network, Precision
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 # In l1: first step's share of entries, what a checkpoint divides entries and step by, and the
@@ -53,6 +54,7 @@ class APGDState(NamedTuple):
     success: Tensor  # (N,) bool
 
 
+@suggests
 @dataclass(frozen=True, kw_only=True)
 class APGD(Attack):
     """Auto-PGD as a value; see `apgd` for the meaning of each setting.
@@ -80,8 +82,7 @@ class APGD(Attack):
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""
-        checks.norm(self.norm)
-        checks.bounds(self.bounds)
+        checks.canonical(self)
         checks.eps(self.eps)
         checks.linf_in_bounds(self.eps, self.norm, self.bounds)
         checks.count("steps", self.steps, low=1)
@@ -345,6 +346,7 @@ def _support(points: Tensor, inputs: Tensor) -> Tensor:
     return differs.to(inputs.dtype).clamp_min(1.0)
 
 
+@suggests
 def apgd(
     model: nn.Module,
     inputs: Tensor,

@@ -20,6 +20,7 @@ from advfeat.attacks.minimum_norm import (
 from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
 from advfeat.model import Evaluation, Network, Precision
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 # The paper's: the largest pull towards the clean input, the overshoot across the boundary, and
@@ -43,6 +44,7 @@ class FABState(NamedTuple):
     success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
 
 
+@suggests
 @dataclass(frozen=True, kw_only=True)
 class FAB(MinimumNorm):
     """FAB-T as a value; see `fab` for the meaning of each setting.
@@ -134,6 +136,7 @@ class FAB(MinimumNorm):
         return (current + step.view(current.shape)).clamp(*self.bounds)
 
 
+@suggests
 def fab(
     model: nn.Module,
     inputs: Tensor,

@@ -24,6 +24,7 @@ from advfeat.attacks.minimum_norm import (
 from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
 from advfeat.model import Evaluation, Network, Precision
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 # The paper's: by which share the radius grows or shrinks, at first and at last; and the last step's
@@ -48,6 +49,7 @@ class FMNState(NamedTuple):
     success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
 
 
+@suggests
 @dataclass(frozen=True, kw_only=True)
 class FMN(MinimumNorm):
     """FMN as a value; see `fmn` for the meaning of each setting.
@@ -151,6 +153,7 @@ class FMN(MinimumNorm):
         return state._replace(current=current, radius=radius, step=state.step + 1)
 
 
+@suggests
 def fmn(
     model: nn.Module,
     inputs: Tensor,

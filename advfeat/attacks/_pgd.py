@@ -15,6 +15,7 @@ from advfeat.attacks.base import Attack, per_sample_eps, track_patience
 from advfeat.attacks.samples import Batch
 from advfeat.losses import LossName, Objective, is_success
 from advfeat.model import Evaluation, Network, Precision
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 Returns: TypeAlias = Literal["last", "best", "first"]
@@ -40,6 +41,7 @@ class PGDState(NamedTuple):
     success: Tensor  # (N,) bool, whether it fools the model
 
 
+@suggests
 @dataclass(frozen=True, kw_only=True)
 class PGD(Attack):
     """Projected gradient descent as a value: settings that can be passed around and compared.
@@ -72,8 +74,7 @@ class PGD(Attack):
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""
-        checks.norm(self.norm)
-        checks.bounds(self.bounds)
+        checks.canonical(self)
         checks.eps(self.eps)
         checks.linf_in_bounds(self.eps, self.norm, self.bounds)
         checks.count("steps", self.steps, low=1)
@@ -240,6 +241,7 @@ class PGD(Attack):
         return threat.project(start, state.inputs, state.eps, self.norm, self.bounds)
 
 
+@suggests
 @dataclass(frozen=True, kw_only=True)
 class FGSM(PGD):
     """The fast gradient sign method (Goodfellow et al. 2015): one step of PGD; see `fgsm`.
@@ -253,6 +255,7 @@ class FGSM(PGD):
     steps: int = field(default=1, init=False)
 
 
+@suggests
 def pgd(
     model: nn.Module,
     inputs: Tensor,
@@ -311,7 +314,8 @@ def pgd(
         many steps; by default every row takes all steps. Not with restarts.
     loss
         ``"cross_entropy"``, ``"margin"``, ``"dlr"``, or a callable of logits and labels that
-        returns one value to climb for each sample.
+        returns one value for each sample that grows as the model is more wrong about the labels;
+        with ``targeted`` its negative is climbed, as for the named losses.
     returns
         ``"last"``: the iterate after the last step, as in the paper. ``"best"``: the one with the
         largest objective. ``"first"``: the first that fools the model, else the best. A failed
@@ -364,6 +368,7 @@ def pgd(
     return attack(model, inputs, labels, precision=precision)
 
 
+@suggests
 def fgsm(
     model: nn.Module,
     inputs: Tensor,

@@ -71,8 +71,7 @@ class SmoothedPGD(Attack):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        checks.norm(self.norm)
-        checks.bounds(self.bounds)
+        checks.canonical(self)
         checks.eps(self.eps)
         checks.linf_in_bounds(self.eps, self.norm, self.bounds)
         checks.count("steps", self.steps, low=1)

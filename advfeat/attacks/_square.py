@@ -15,6 +15,7 @@ from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
 from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
 from advfeat.model import Network
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 # Of 10,000 proposals, those after which the area of the window is halved.
@@ -37,6 +38,7 @@ class SquareState(NamedTuple):
     success: Tensor  # (N,) bool, whether it fools the model
 
 
+@suggests
 @dataclass(frozen=True, kw_only=True)
 class Square(Attack):
     """Square Attack as a value; see `square` for the meaning of each setting.
@@ -62,8 +64,7 @@ class Square(Attack):
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""
-        checks.norm(self.norm)
-        checks.bounds(self.bounds)
+        checks.canonical(self)
         checks.eps(self.eps)
         checks.linf_in_bounds(self.eps, self.norm, self.bounds)
         checks.count("queries", self.queries, low=1)
@@ -347,6 +348,7 @@ def _sizes(delta: Tensor, order: float, axes: tuple[int, ...] = (2, 3)) -> Tenso
     return found.clamp_min(1e-12)
 
 
+@suggests
 def square(
     model: nn.Module,
     inputs: Tensor,

@@ -122,7 +122,37 @@ class Attack(ABC):
         with attackable(model, precision=precision, train=train) as net:
             batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted)
             adversarial = self.result(attack_batch(self, net, batch))
+            _warn_of_unmoved(self, net, batch, adversarial)
         return adversarial.contiguous()
+
+
+def _warn_of_unmoved(attack: Any, net: Network, batch: Batch, adversarial: Tensor) -> None:
+    """Warn where the clean input is returned though the model is right on it."""
+    eps = getattr(attack, "eps", None)
+    same = is_unmoved(adversarial, batch.inputs)
+    same = same if eps is None else same & (per_sample_eps(eps, batch.inputs) > 0)
+    chosen = same.nonzero().squeeze(1)
+    if not len(chosen):
+        return
+    logits = net.logits(adversarial[chosen])
+    count = int((~is_success(logits, batch.labels[chosen], attack.targeted)).sum())
+    if count:
+        warn_of_unmoved(count, len(same))
+
+
+def is_unmoved(adversarial: Tensor, inputs: Tensor) -> Tensor:
+    """Samples whose adversarial input is the clean one, bool ``(N,)``."""
+    return (adversarial == inputs).flatten(1).all(1)
+
+
+def warn_of_unmoved(count: int, total: int) -> None:
+    """Warn of samples that gradient attacks left where they were."""
+    checks.warn(
+        f"{count} of {total} samples were left as they were: their gradient was zero or NaN at "
+        "every step, so the attack says nothing about them; use an attack without gradients "
+        "(advfeat.attacks.Square), or replace layers that are not differentiable",
+        topic="unmoved",
+    )
 
 
 def prepare_batch(

@@ -68,6 +68,7 @@ class AutoAttack:
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""
+        checks.canonical(self)
         checks.number("eps", self.eps, low=0.0)
         checks.one_of("version", self.version, ("fast", "standard", "strong"))
         checks.seed(self.seed)

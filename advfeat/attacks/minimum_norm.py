@@ -114,8 +114,7 @@ class MinimumNorm(Attack):
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""
-        checks.norm(self.norm)
-        checks.bounds(self.bounds)
+        checks.canonical(self)
         if self.eps is not None:
             checks.number("eps", self.eps, low=0.0)
             checks.linf_in_bounds(self.eps, self.norm, self.bounds)

@@ -292,8 +292,15 @@ def worst_case(
     place in the pool of the next. Memory holds the pools alone, however many samples there are and
     whatever becomes of them: verdicts are given as they fall.
     """
-    pools = [_evaluation_pool(attack, net, pool_size) for attack in attacks]
     entries = _numbered(batches)
+    if not attacks:
+        for place, batch in entries:
+            robust, nothing = torch.full_like(batch.ids, ROBUST), batch.inputs[:0].flatten()
+            value = nothing.new_full(batch.ids.shape, torch.nan)
+            found = (batch.ids, batch.inputs, batch.labels, batch.inputs)
+            yield Verdict(place, *found, torch.zeros_like(robust, dtype=torch.bool), value, robust)
+        return
+    pools = [_evaluation_pool(attack, net, pool_size) for attack in attacks]
     while True:
         number = next((n for n in reversed(range(len(pools))) if pools[n].is_ready), None)
         if number is None:

@@ -124,10 +124,11 @@ class _Builder:
         """The chunks' rows, and their companions behind them, on the host."""
         ids = [[self._ids[place] for place in chunk] for chunk in chunks]
         wanted = [
-            source_index(torch.tensor(own)).tolist() + self._recipe.companions(own) for own in ids
+            source_index(torch.tensor(own, device="cpu")).tolist() + self._recipe.companions(own)
+            for own in ids
         ]
         for own, rows in zip(ids, self._source.batches(torch.device("cpu"), wanted), strict=True):
-            yield rows._replace(ids=torch.tensor(own))
+            yield rows._replace(ids=torch.tensor(own, device="cpu"))
 
     def example(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """All fields of the first sample, before any step; and what is known of the model."""

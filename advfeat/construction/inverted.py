@@ -71,7 +71,7 @@ class InvertedDataset(DatasetRecipe):
         """
         if isinstance(self._start, Tensor) or self._start != "images":
             return []
-        count, own = len(self._indices), torch.tensor(ids)
+        count, own = len(self._indices), torch.tensor(ids, device="cpu")
         places = [self._places[index] for index in source_index(own).tolist()]
         chosen = self._offsets(own)
         return [
@@ -82,7 +82,7 @@ class InvertedDataset(DatasetRecipe):
     def _offsets(self, ids: Tensor) -> Tensor:
         """Uniform integers below the number of other images; distinct over a sample's starts."""
         others, numbers, indices = len(self._indices) - 1, start_number(ids), source_index(ids)
-        drawn = torch.empty(int(numbers.max()) + 1, len(ids), dtype=torch.int64)
+        drawn = torch.empty(int(numbers.max()) + 1, len(ids), dtype=torch.int64, device="cpu")
         for number in range(len(drawn)):
             keys = seeding.keys(self._seed, sample_id(indices, number))
             drawn[number] = seeding.integers(keys, 0, others)
@@ -90,13 +90,13 @@ class InvertedDataset(DatasetRecipe):
             while (taken := (drawn[:number] == drawn[number]).any(0)).any():
                 drawn[number, taken] = seeding.integers(keys[taken], draw, others)
                 draw += 1
-        return drawn[numbers, torch.arange(len(ids))]
+        return drawn[numbers, torch.arange(len(ids), device="cpu")]
 
     def given_starts(self, ids: list[int]) -> Tensor | None:
         """The user's, by place."""
         if not isinstance(self._start, Tensor):
             return None
-        own = torch.tensor(ids)
+        own = torch.tensor(ids, device="cpu")
         places = [self._places[index] for index in source_index(own).tolist()]
         if self.starts == 1:
             return self._start[places]

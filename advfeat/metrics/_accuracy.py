@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks
-from advfeat.attacks import PGD, Attack, AutoAttack, Batch, pool
-from advfeat.attacks.base import check_attack, prepare_batch
-from advfeat.attacks.ensemble import seed_attacks
+from advfeat.attacks import Attack, AutoAttack, Batch, pool
+from advfeat.attacks.base import is_unmoved, prepare_batch, warn_of_unmoved
 from advfeat.attacks.samples import select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
+from advfeat.metrics._choice import choose_attacks
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import with_progress
 from advfeat.statistics import wilson_interval
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 _EVERYWHERE = (-math.inf, math.inf)
@@ -61,7 +62,7 @@ class Accuracy(float):
         count, total = int(correct.sum()), len(correct)
         value = cls(count / total if total else math.nan)
         value.count, value.total, value.correct = count, total, correct
-        value.index = torch.arange(total) if index is None else index
+        value.index = torch.arange(total, device="cpu") if index is None else index
         return value
 
     @property
@@ -106,6 +107,7 @@ class RobustAccuracy(Accuracy):
     adversarial: Tensor | None
 
 
+@suggests
 @torch.no_grad()
 def accuracy(
     model: nn.Module,
@@ -151,13 +153,14 @@ def accuracy(
     return clean.accuracy
 
 
+@suggests
 def robust_accuracy(
     model: nn.Module,
     data: Data,
     *,
     eps: float | None = None,
     norm: Norm | None = None,
-    attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | None = None,
+    attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | str | None = None,
     steps: int | None = None,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
@@ -180,7 +183,8 @@ def robust_accuracy(
     eps, norm
         The ball, in the units of the inputs; required unless ``attack`` is given.
     attack
-        An attack, or a list of them: a sample is robust if it resists each. By default
+        An attack, or a list of them: a sample is robust if it resists each; or a name,
+        ``"autoattack"``, ``"pgd"`` or another of the attacks, with its defaults. By default
         ``advfeat.attacks.AutoAttack(version="fast")``; for a number to publish, one with
         ``version="standard"``.
     steps
@@ -218,18 +222,25 @@ def robust_accuracy(
     >>> float(robust), robust.standard.count, robust.broken_by
     (0.0, 2, tensor([ 0,  0, -2]))
     """
-    attacks = _attacks(attack, eps, norm, steps, bounds, seed)
+    attacks = choose_attacks(attack, eps, norm, steps, bounds, seed)
     source = Source(data, batch_size)
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
     ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
+    unmoved = 0
+    # In a ball of radius 0 a random model would be asked again until it is wrong.
+    moving = attacks if any(getattr(each, "eps", None) != 0 for each in attacks) else ()
     with attackable(model, precision=precision, compile=compile) as net:
-        for verdict in pool.worst_case(attacks, net, clean.resisting(net), source.pool_size):
+        for verdict in pool.worst_case(moving, net, clean.resisting(net), source.pool_size):
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
             values.extend(verdict.value.tolist())
             adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
+            still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
+            unmoved += int(still.sum())
+    if unmoved and moving:
+        warn_of_unmoved(unmoved, len(clean.index))
     broken_by = torch.full_like(clean.index, WRONG)
-    value = torch.full(broken_by.shape, torch.nan)
+    value = torch.full(broken_by.shape, torch.nan, dtype=torch.float32, device="cpu")
     rows = places(clean.index, tensor(ids))
     broken_by[rows], value[rows] = tensor(broken), tensor(values)
     inputs = clean.inputs
@@ -238,52 +249,8 @@ def robust_accuracy(
     robust = RobustAccuracy.of(broken_by == pool.ROBUST, clean.index)
     robust.standard, robust.attacks = clean.accuracy, attacks
     robust.broken_by, robust.value = broken_by, value
-    robust.adversarial = inputs
+    robust.adversarial = None if inputs is None else inputs.contiguous()
     return robust
-
-
-def _attacks(
-    attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | None,
-    eps: float | None,
-    norm: Norm | None,
-    steps: int | None,
-    bounds: Bounds,
-    seed: int | torch.Generator | None,
-) -> tuple[Attack, ...]:
-    """Single attacks, each until a row is fooled, and with a seed if it is random."""
-    checks.seed(seed)
-    if attack is None:
-        listed: Sequence[Attack | AutoAttack] = [_default(eps, norm, steps, bounds)]
-    else:
-        if not (eps is None and norm is None and steps is None):
-            cause = "the attack has its own; pass one or the other"
-            checks.fail("eps, norm, steps", (eps, norm, steps), cause)
-        listed = attack if isinstance(attack, Sequence) else [attack]
-    flat: list[Attack] = []
-    for one in listed:
-        if isinstance(one, AutoAttack):
-            # Its own seed is for all its attacks.
-            flat += one.attacks if one.seed is None else seed_attacks(one.attacks, one.seed)
-        else:
-            check_attack(one, None, None)
-            flat.append(one)
-    if not flat:
-        checks.fail("attack", attack, "no attack at all; for clean inputs use advfeat.accuracy")
-    if any(one.bounds != flat[0].bounds for one in flat):
-        checks.fail("attack", attack, "the attacks have different bounds")
-    checks.own_bounds(bounds, flat[0].bounds)
-    return seed_attacks([one.stop_at_success() for one in flat], seed)
-
-
-def _default(
-    eps: float | None, norm: Norm | None, steps: int | None, bounds: Bounds
-) -> Attack | AutoAttack:
-    if eps is None or norm is None:
-        checks.fail("eps, norm", (eps, norm), "both are needed where no attack is given")
-    checks.number("eps", eps, low=0.0)
-    if steps is None:
-        return AutoAttack(eps=eps, norm=norm, version="fast", bounds=bounds)
-    return PGD(eps=eps, norm=norm, steps=steps, bounds=bounds)
 
 
 class CleanPass:

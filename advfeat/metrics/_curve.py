@@ -20,6 +20,7 @@ from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.metrics._accuracy import Accuracy, CleanPass, places, tensor
 from advfeat.model import Network, Precision, attackable
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class RobustnessCurve:
         return plots.robustness_curves({"model": self}, norm=self.norm)
 
 
+@suggests
 def robustness_curve(
     model: nn.Module,
     data: Data,
@@ -133,6 +135,7 @@ def robustness_curve(
     >>> float(curve.at(0.4)), float(curve.at(0.6))
     (1.0, 0.0)
     """
+    norm = checks.norm(norm)
     attacks, polish = _default_attacks(norm, bounds) if attack is None else ((attack,), None)
     for each in attacks:
         if not isinstance(each, MinimumNorm) or each.norm != norm or each.eps is not None:

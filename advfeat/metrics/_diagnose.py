@@ -19,6 +19,7 @@ from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.model import Network, attackable, device_of
+from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 
@@ -71,6 +72,7 @@ class Diagnosis:
         return "\n".join(map(str, self.findings.values()))
 
 
+@suggests
 def diagnose(
     model: nn.Module,
     data: Data,
@@ -128,7 +130,7 @@ def diagnose(
     True
     """
     checks.number("eps", eps, low=0.0, strict=True)
-    checks.norm(norm)
+    norm = checks.norm(norm)
     checks.bounds(bounds)
     checks.linf_in_bounds(eps, norm, bounds)
     checks.count("samples", samples, low=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,9 +133,13 @@ def transfer_matrix(
         # One seed for all sources: each is attacked from the same random starts.
         attack = attack.with_seed(seeding.resolve(getattr(attack, "seed", None)))
     shape = (len(sources), len(targets))
-    missed_of = {name: torch.zeros(shape) for name in ("both_right", "fooled", "all")}
-    both_right, fooled_of = torch.zeros(shape, dtype=torch.int64), torch.zeros(len(sources), 1)
-    clean_wrong, total = torch.zeros(len(targets)), 0
+    cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    missed_of = {name: torch.zeros(shape, **cpu) for name in ("both_right", "fooled", "all")}
+    both_right, fooled_of = (
+        torch.zeros(shape, dtype=torch.int64, device="cpu"),
+        torch.zeros(len(sources), 1, **cpu),
+    )
+    clean_wrong, total = torch.zeros(len(targets), **cpu), 0
     batches = source_data.batches(device_of(next(iter(sources.values()))))
     for rows in with_progress(
         batches, total=source_data.batch_count, label="transfer", progress=progress

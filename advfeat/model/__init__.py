@@ -7,12 +7,14 @@ from advfeat.model.freezing import buffers_kept
 from advfeat.model.inspection import Purpose
 from advfeat.model.layers import Layer, find_layer
 from advfeat.model.network import Evaluation, Network, attackable
+from advfeat.model.normalize import Normalize
 from advfeat.model.trainable import Trainee, averaging, refuse_wrapped, trainable
 
 __all__ = [
     "Evaluation",
     "Layer",
     "Network",
+    "Normalize",
     "Precision",
     "Purpose",
     "Trainee",

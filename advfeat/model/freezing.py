@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,11 +18,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from advfeat import checks
 from advfeat.model.access import device_of
 
+T = TypeVar("T")
+
 
 @contextmanager
 def frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
     """Freeze flags and parameters; put back flags, ``requires_grad`` and every buffer's value."""
-    flags = [(m, m.training) for m in module.modules()]
+    # A module of torch.jit.freeze has no flag.
+    flags = [(m, m.training) for m in module.modules() if hasattr(m, "training")]
     wanted = [(p, p.requires_grad) for p in module.parameters()]
     owned = [(m, dict(m._buffers.items())) for m in module.modules()]
     recurrent = [(m, m.dropout) for m in module.modules() if isinstance(m, nn.RNNBase)]
@@ -65,6 +70,25 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
             buffer.data.copy_(value)
 
 
+def copy_for_thread(module: nn.Module, layer: T) -> tuple[nn.Module, T]:
+    """Copy a module, and the layer in it, for work beside another thread that may train it.
+
+    To freeze the module itself would stop the training, and the training would change the weights
+    under the attack.
+    """
+    names = {id(part): name for name, part in module.named_modules()}
+    try:
+        copied = copy.deepcopy(module)
+    except Exception as error:
+        raise RuntimeError(
+            "model: called in a thread, where it is copied so that another thread can train it "
+            f"meanwhile, and the copy failed: {error}. Pass a module made for this thread"
+        ) from error
+    if isinstance(layer, nn.Module):
+        layer = copied.get_submodule(names[id(layer)])  # type: ignore[assignment]
+    return copied, layer
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile(module)`` made it, or ``module.compile()`` was called."""
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
@@ -79,7 +103,11 @@ def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
     own, found = set(module.modules()), set()
 
     def look(called: nn.Module, _: object) -> None:
-        if called.training and called not in own and isinstance(called, (_BatchNorm, _DropoutNd)):
+        if (
+            getattr(called, "training", False)
+            and called not in own
+            and isinstance(called, (_BatchNorm, _DropoutNd))
+        ):
             found.add(type(called).__name__)
 
     handle = register_module_forward_pre_hook(look)

@@ -76,14 +76,23 @@ def inspect_module(
         return None
     with checks.warnings_counted() as count, _random_state_kept(part.device):
         before = _random_numbers_drawn(part.device)
-        look = _look(forward, part) or (_look(forward, inputs) if len(part) < len(inputs) else None)
+        try:
+            look = _look(forward, part)
+        except Exception:
+            if len(part) == len(inputs):
+                raise
+            look = _look(forward, inputs)  # of a fixed batch size
         if look is None:
-            return None  # the call that follows raises the error
+            if purpose == "features":
+                return None
+            checks.logits(logits_of(forward(inputs)), inputs)
+            return None
         drew = _random_numbers_drawn(part.device) != before
         if not train:
             _warn_of_changing_outputs(forward, module, look, drew)
         if purpose != "features":
             _warn_of_several_outputs(look)
+            _warn_of_nan(look)
         from_probabilities = None
         if purpose == "attack":
             from_probabilities = _find_probabilities(forward, look)
@@ -106,14 +115,15 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _look(forward: Forward, inputs: Tensor) -> _Look | None:
+    """None where the module returns no logits."""
     leaf = inputs.detach().clone().requires_grad_()
-    try:
-        with torch.enable_grad():
-            raw = forward(leaf)
+    with torch.enable_grad():
+        raw = forward(leaf)
+        try:
             logits = checks.logits(logits_of(raw), inputs)
-            return _Look(leaf, raw, at_least_float32(logits), logits.dtype)
-    except Exception:  # a fixed batch size, or an error that the real call will raise too
-        return None
+        except (TypeError, ValueError):
+            return None
+        return _Look(leaf, raw, at_least_float32(logits), logits.dtype)
 
 
 @contextmanager
@@ -168,6 +178,17 @@ def _warn_of_several_outputs(look: _Look) -> None:
             "first is used. If that is not the logits, wrap the model so that it returns them "
             "alone, or first",
             topic="several outputs",
+        )
+
+
+def _warn_of_nan(look: _Look) -> None:
+    count = int(look.logits.detach().isnan().any(1).sum())
+    if count:
+        checks.warn(
+            f"the model returns NaN among the logits of {count} of {len(look.logits)} samples, "
+            "which count as wrong: look for a division, logarithm or square root, or weights that "
+            "diverged in training",
+            topic="NaN",
         )
 
 
@@ -299,7 +320,7 @@ def _warn_of_bad_gradients(look: _Look) -> None:
     logits = look.logits
     if not logits.requires_grad:
         return  # warned of at the first gradient step
-    usable = logits.detach().isfinite().all(1)
+    usable = ~logits.detach().isnan().any(1)
     with torch.enable_grad():
         ranked = logits.detach().topk(2, dim=1).indices
         pair = logits.gather(1, ranked)
@@ -313,10 +334,10 @@ def _warn_of_bad_gradients(look: _Look) -> None:
     if found is None:
         return
     flat = found.flatten(1)
-    bad = ~flat.isfinite()
+    bad = ~flat.isfinite() & usable[:, None]
     count, total = int(bad.any(1).sum()), len(flat)
     if count:
-        lost = int(flat.isnan().all(1).sum())
+        lost = int((flat.isnan().all(1) & usable).sum())
         checks.warn(
             f"the gradient has NaN or infinite entries on {count} of {total} samples"
             + (f", and is NaN throughout on {lost}" if lost else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from advfeat.model.formats import (
     supported_precision,
 )
 from advfeat.model.freezing import (
+    copy_for_thread,
     frozen,
     is_compiled,
     refuse_inference_tensors,
@@ -356,6 +358,8 @@ def attackable(
     module = unwrapped(module)
     refuse_inference_tensors(module)
     layer = find_layer(module, layer)
+    if threading.current_thread() is not threading.main_thread():
+        module, layer = copy_for_thread(module, layer)
     # Not in the user's inference mode: its tensors could not enter a gradient.
     with torch.inference_mode(False), torch.no_grad(), frozen(module, train=train):
         fold = not (train or compile)  # a compiler does it itself

@@ -158,7 +158,7 @@ def calibrate(
     (['momentum', 'starts', 'step_size', 'steps'], 0.1)
     """
     checks.number("eps", eps, low=0.0, strict=True)
-    checks.norm(norm)
+    norm = checks.norm(norm)
     checks.bounds(bounds)
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.seed(seed)

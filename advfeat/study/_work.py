@@ -372,7 +372,7 @@ def check_model_maker(make_model: object) -> None:
 def check_ball(eps: float, norm: Norm, bounds: Bounds, at: Iterable[float]) -> None:
     """Refuse radii that are no radii, or are in other units than the inputs."""
     checks.bounds(bounds)
-    checks.norm(norm)
+    norm = checks.norm(norm)
     for argument, radius in (("eps", eps), *(("at", radius) for radius in at)):
         checks.number(argument, radius, low=0.0, strict=True)
         checks.linf_in_bounds(radius, norm, bounds)

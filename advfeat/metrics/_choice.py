@@ -1,0 +1,83 @@
+"""Which attacks `advfeat.robust_accuracy` runs, by its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from advfeat import checks
+from advfeat.attacks import APGD, FAB, FGSM, FMN, PGD, Attack, AutoAttack, Square
+from advfeat.attacks.base import check_attack
+from advfeat.attacks.ensemble import seed_attacks
+from advfeat.threat import Bounds, Norm
+
+
+def choose_attacks(
+    attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | str | None,
+    eps: float | None,
+    norm: Norm | None,
+    steps: int | None,
+    bounds: Bounds,
+    seed: int | torch.Generator | None,
+) -> tuple[Attack, ...]:
+    """Single attacks, each until a row is fooled, and with a seed if it is random."""
+    checks.seed(seed)
+    listed: Sequence[Attack | AutoAttack]
+    if isinstance(attack, str):
+        listed = [_named(attack, eps, norm, steps, bounds)]
+    elif attack is None:
+        listed = [_default(eps, norm, steps, bounds)]
+    else:
+        if not (eps is None and norm is None and steps is None):
+            cause = "the attack has its own; pass one or the other"
+            checks.fail("eps, norm, steps", (eps, norm, steps), cause)
+        listed = [attack] if isinstance(attack, (Attack, AutoAttack)) else attack
+    flat: list[Attack] = []
+    for one in listed:
+        if isinstance(one, AutoAttack):
+            # Its own seed is for all its attacks.
+            flat += one.attacks if one.seed is None else seed_attacks(one.attacks, one.seed)
+        else:
+            check_attack(one, None, None)
+            flat.append(one)
+    if not flat:
+        checks.fail("attack", attack, "no attack at all; for clean inputs use advfeat.accuracy")
+    if any(one.bounds != flat[0].bounds for one in flat):
+        checks.fail("attack", attack, "the attacks have different bounds")
+    checks.own_bounds(bounds, flat[0].bounds)
+    return seed_attacks([one.stop_at_success() for one in flat], seed)
+
+
+def _named(
+    name: str, eps: float | None, norm: Norm | None, steps: int | None, bounds: Bounds
+) -> Attack | AutoAttack:
+    """The attack of a name, with its default settings."""
+    kinds: dict[str, Callable[..., Attack | AutoAttack]] = {
+        "autoattack": partial(AutoAttack, version="standard"),
+        "fast": partial(AutoAttack, version="fast"),
+        "pgd": PGD,
+        "fgsm": FGSM,
+        "apgd": APGD,
+        "fab": FAB,
+        "fmn": FMN,
+        "square": Square,
+    }
+    checks.one_of("attack", name, tuple(kinds))
+    if eps is None or norm is None:
+        checks.fail("eps, norm", (eps, norm), "both are needed where the attack is a name")
+    settings = {"eps": eps, "norm": norm, "bounds": bounds}
+    return kinds[name](**settings, **({} if steps is None else {"steps": steps}))
+
+
+def _default(
+    eps: float | None, norm: Norm | None, steps: int | None, bounds: Bounds
+) -> Attack | AutoAttack:
+    if eps is None or norm is None:
+        checks.fail("eps, norm", (eps, norm), "both are needed where no attack is given")
+    eps, norm = checks.scalar("eps", eps), checks.norm(norm)
+    checks.number("eps", eps, low=0.0)
+    if steps is None:
+        return AutoAttack(eps=eps, norm=norm, version="fast", bounds=bounds)
+    return PGD(eps=eps, norm=norm, steps=steps, bounds=bounds)

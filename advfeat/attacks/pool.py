@@ -295,10 +295,10 @@ def worst_case(
     entries = _numbered(batches)
     if not attacks:
         for place, batch in entries:
-            robust, nothing = torch.full_like(batch.ids, ROBUST), batch.inputs[:0].flatten()
+            nobody, nothing = torch.full_like(batch.ids, ROBUST), batch.inputs[:0].flatten()
             value = nothing.new_full(batch.ids.shape, torch.nan)
-            found = (batch.ids, batch.inputs, batch.labels, batch.inputs)
-            yield Verdict(place, *found, torch.zeros_like(robust, dtype=torch.bool), value, robust)
+            known = (batch.ids, batch.inputs, batch.labels, batch.inputs)
+            yield Verdict(place, *known, torch.zeros_like(nobody, dtype=torch.bool), value, nobody)
         return
     pools = [_evaluation_pool(attack, net, pool_size) for attack in attacks]
     while True:

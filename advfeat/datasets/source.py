@@ -29,7 +29,7 @@ def describe_source(source: Source) -> dict[str, Any]:
     """Describe data for the manifest: size, a digest, and digests of single samples."""
     indices = _spread(source.indices)
     total, found = hashlib.sha256(), []
-    _update(total, [torch.tensor(source.indices)])
+    _update(total, [torch.tensor(source.indices, device="cpu")])
     for batch in _batches(source, indices):
         _update(total, batch)
         found += _samples(batch.inputs, batch.labels)

@@ -155,7 +155,7 @@ def robustness_curve(
             distance = _closest(net, batch, attacks, polish, number)
             ids.extend(batch.ids[:count].tolist())
             found.extend(distance[:count].tolist())
-    distances = torch.zeros(clean.index.shape)
+    distances = torch.zeros(clean.index.shape, dtype=torch.float32, device="cpu")
     distances[places(clean.index, tensor(ids))] = tensor(found)
     if sum(unresolved) > _UNRESOLVED_SAMPLES * len(unresolved):
         warnings.warn(

@@ -123,6 +123,8 @@ def test_what_is_doubtful_is_warned_of_by_every_call(name):
         ),
         "construction": lambda: af.construct_det_dataset(model, data, eps=0.1, norm="l2", steps=2),
     }
+    if name not in ("softmax", "noise", "layer without backward"):
+        del calls["curve"]  # seconds each
     if name == "BatchNorm without statistics":
         del calls["construction"]  # fails on the first sample alone, and says so
     for call, run in calls.items():

@@ -20,7 +20,7 @@ LEVELS = [
     {"_version"},
     {"threat"},
     {"losses"},
-    {"checks"},
+    {"checks", "suggestions"},
     {"seeding", "tables", "durable", "distributed"},
     {"plots", "progress", "statistics"},
     {"model", "class_correlation"},
@@ -40,6 +40,7 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PUBLIC = [
     "FGSM",
     "PGD",
+    "Normalize",
     "ConstructedDataset",
     "accuracy",
     "adversarial_fit",
@@ -105,7 +106,7 @@ def test_imports_only_point_downward(path):
         # A loop over data never sees a model.
         ("loading", {"checks", "seeding"}),
         # An attack never sees a loader, a file or a progress bar.
-        ("attacks", {"threat", "losses", "checks", "seeding", "model"}),
+        ("attacks", {"threat", "losses", "checks", "suggestions", "seeding", "model"}),
         # Drawing knows numbers and images, and no result: so every package above can plot.
         ("plots", {"threat", "checks"}),
         # A constructed dataset knows no model; its inspection asks models for features.

@@ -1,4 +1,4 @@
-"""Any dataset or loader as indexed_source samples on a device."""
+"""Any dataset or loader as indexed samples on a device."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Source:
     ----------
     data
         A map-style dataset, a DataLoader, or a list of batches. A loader over an iterable dataset
-        must have a length; its rows are indexed_source in the order they come.
+        must have a length; its samples are numbered in the order they come.
     batch_size
         Samples to a batch; by default the loader's own, 128 for a dataset.
     """

@@ -286,7 +286,7 @@ def gaussian(
            1    0.8313    0.9507           0.6291        1.8068        0.8474
     """
     if not isinstance(eps, Sequence) or not eps:
-        checks.fail("eps", eps, "expected a list of per_sample_eps: eps=[0.0, 1.0]")
+        checks.fail("eps", eps, "expected a list of radii: eps=[0.0, 1.0]")
     for radius in eps:
         checks.number("eps", radius, low=0.0)
     truth = Gaussian(torch.as_tensor(mean), torch.as_tensor(covariance))

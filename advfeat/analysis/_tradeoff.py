@@ -69,7 +69,7 @@ class Tradeoff:
 def tradeoff(
     learn: Callable[[float], nn.Module], test: Data, *, eps: Sequence[float], attack: PGD
 ) -> Tradeoff:
-    """Train at several per_sample_eps, and measure what accuracy pays for robust accuracy.
+    """Train at several radii, and measure what accuracy pays for robust accuracy.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def tradeoff(
     """
     checks.function("learn", learn)
     if not isinstance(eps, Sequence) or not eps:
-        checks.fail("eps", eps, "expected a list of per_sample_eps: eps=[0.0, 0.5]")
+        checks.fail("eps", eps, "expected a list of radii: eps=[0.0, 0.5]")
     for radius in eps:
         checks.number("eps", radius, low=0.0)
     found, seconds = [], []

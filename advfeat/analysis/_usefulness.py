@@ -285,7 +285,7 @@ def linear_usefulness(
 
 
 def _signed_unit(features: Tensor, choice: Tensor) -> Tensor:
-    """The unit a row is to raise (indexed_source from 1), or to lower (indexed_source from -1)."""
+    """The unit a row is to raise (numbered from 1), or to lower (numbered from -1)."""
     unit = features.gather(1, choice.abs()[:, None] - 1).squeeze(1)
     return unit * choice.sign()
 

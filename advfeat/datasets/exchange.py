@@ -100,13 +100,13 @@ def import_images(folder: Folder) -> ConstructedDataset:
     image_module = _pillow()
     folder = as_path(folder)
     classes = [path for path in _visible(folder) if path.is_dir()]
-    indexed_source = all(path.name.isdecimal() for path in classes)
+    numbered = all(path.name.isdecimal() for path in classes)
     arrays: list[Array] = []
     labels: list[int] = []
     for place, of_class in enumerate(classes):
         for path in _visible(of_class):
             arrays.append(_pixels(image_module, path))
-            labels.append(int(of_class.name) if indexed_source else place)
+            labels.append(int(of_class.name) if numbered else place)
             if arrays[-1].shape != arrays[0].shape:
                 checks.fail(
                     "folder", str(path), f"{arrays[-1].shape}, images before {arrays[0].shape}"

@@ -153,8 +153,8 @@ def foolbox_attack(
 def secml_attack(
     name: str, model: nn.Module, x: Tensor, y: Tensor, norm: Norm, budget: int
 ) -> None:
-    from secmlt.adv.evasion import fmn as secml_fmn
     from secmlt.adv.evasion.ddn import DDN
+    from secmlt.adv.evasion.fmn import FMN as SECML_FMN
     from secmlt.models.pytorch.base_pytorch_nn import BasePyTorchClassifier
     from torch.utils.data import DataLoader, TensorDataset
 
@@ -163,7 +163,7 @@ def secml_attack(
     if name == "DDN":  # its default first norm, 8/255, never reaches the boundary in 100 steps
         attack = DDN(num_steps=budget, eps_init=1.0)
     else:
-        attack = secml_fmn.FMN(norm, budget, step_size=10.0 if norm == "linf" else 1.0)
+        attack = SECML_FMN(norm, budget, step_size=10.0 if norm == "linf" else 1.0)
     attack(BasePyTorchClassifier(model), DataLoader(TensorDataset(x, y), batch_size=len(x)))
 
 

@@ -111,15 +111,20 @@ class Attack(ABC):
         index: Tensor | None = None,
         precision: Precision = "float32",
         train: bool = False,
+        expectation: int = 1,
     ) -> Tensor:
         """Attack one batch; see `advfeat.attacks.pgd` for the words.
+
+        ``expectation=k`` attacks the mean of k calls of a random model (EOT, Athalye et al. 2018),
+        at k times the cost.
 
         Returns
         -------
         Tensor
             Shape of ``inputs``, float32 (float64 for float64 inputs), detached.
         """
-        with attackable(model, precision=precision, train=train) as net:
+        settings: dict[str, Any] = {"precision": precision, "train": train}
+        with attackable(model, expectation=expectation, **settings) as net:
             batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted)
             adversarial = self.result(attack_batch(self, net, batch))
             _warn_of_unmoved(self, net, batch, adversarial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,6 +115,7 @@ def accuracy(
     data: Data,
     *,
     batch_size: int | None = None,
+    expectation: int = 1,
     progress: bool | None = None,
 ) -> Accuracy:
     """Standard accuracy, in evaluation mode.
@@ -127,6 +129,9 @@ def accuracy(
         device.
     batch_size
         Samples to a forward pass; by default the loader's own, 128 for a dataset.
+    expectation
+        Of a random model, take the mean logits of so many calls, always with the same random
+        numbers, at so many times the cost.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
 
@@ -147,7 +152,7 @@ def accuracy(
     """
     source = Source(data, batch_size)
     clean = CleanPass(source, model, _EVERYWHERE, "accuracy", progress)
-    with attackable(model, purpose="predictions") as net:
+    with attackable(model, purpose="predictions", expectation=expectation) as net:
         for _ in clean.read(net):
             pass
     return clean.accuracy
@@ -167,6 +172,7 @@ def robust_accuracy(
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
+    expectation: int = 1,
     keep_inputs: bool = False,
     progress: bool | None = None,
 ) -> RobustAccuracy:
@@ -199,6 +205,8 @@ def robust_accuracy(
         ``"bfloat16"`` takes gradients in bfloat16; every success is settled in float32.
     compile
         Attack through ``torch.compile``; warns and goes on without where it fails.
+    expectation
+        As in `accuracy`; gradients are means over as many calls too (EOT, Athalye et al. 2018).
     keep_inputs
         Keep the attacked inputs in ``adversarial``.
 
@@ -229,7 +237,8 @@ def robust_accuracy(
     unmoved = 0
     # In a ball of radius 0 a random model would be asked again until it is wrong.
     moving = attacks if any(getattr(each, "eps", None) != 0 for each in attacks) else ()
-    with attackable(model, precision=precision, compile=compile) as net:
+    settings: dict[str, Any] = {"precision": precision, "compile": compile}
+    with attackable(model, expectation=expectation, **settings) as net:
         for verdict in pool.worst_case(moving, net, clean.resisting(net), source.pool_size):
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())

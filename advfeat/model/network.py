@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks, threat
+from advfeat import checks, seeding, threat
 from advfeat.model import folding
 from advfeat.model.access import innermost, logits_of, unwrapped
 from advfeat.model.batches import BatchPadding
@@ -69,6 +69,7 @@ class Network:
         straight_through: bool = False,
         train: bool = False,
         purpose: Purpose | None = None,
+        expectation: int = 1,
     ) -> None:
         self._module = module
         self._own: nn.Module = innermost(module)  # inside torch.compile's
@@ -88,7 +89,7 @@ class Network:
         self.low_precision = precision == "bfloat16"
         self._has_convolution = any(isinstance(m, CONVOLUTIONS) for m in module.modules())
         self._warned_of_no_gradient = False
-        self._purpose, self._trains = purpose, train
+        self._purpose, self._trains, self._expectation = purpose, train, expectation
         self._from_probabilities: Callable[[Tensor], Tensor] | None = None
         self.batches = BatchPadding()
         self.classes: int | None = None
@@ -116,7 +117,7 @@ class Network:
             inputs,
             bounds,
             purpose=purpose,
-            train=self._trains,
+            train=self._trains or self._expectation > 1,  # random, and known to be
         )
 
     def expect(self, labels: Tensor, name: str = "labels") -> None:
@@ -212,6 +213,14 @@ class Network:
         return torch.zeros_like(leaf)
 
     def _logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        if self._expectation == 1:
+            return self._one_draw(inputs, low_precision)
+        # The same draws in every call: the average is a function then, and verdicts repeat.
+        with seeding.default_generators(0, 0, inputs.device):
+            draws = [self._one_draw(inputs, low_precision) for _ in range(self._expectation)]
+        return torch.stack(draws).mean(0)
+
+    def _one_draw(self, inputs: Tensor, low_precision: bool) -> Tensor:
         output = self._call(self._logits_call, inputs, low_precision)
         output = checks.logits(logits_of(output), inputs)
         if self.classes is None:
@@ -326,6 +335,7 @@ def attackable(
     compile: bool = False,
     straight_through: bool = False,
     purpose: Purpose | None = "attack",
+    expectation: int = 1,
 ) -> Iterator[Network]:
     """Freeze a module, yield its `Network`, and leave the module as it was found.
 
@@ -350,11 +360,14 @@ def attackable(
     purpose
         What `Network.inspect` warns of: what makes an attack doubtful, or ``"predictions"``, or a
         layer's ``"features"``; nothing if None.
+    expectation
+        Logits, and their gradients, are means over so many calls of a random model.
     """
     checks.model(module)
     if straight_through and compile:
         checks.fail("straight_through", True, "not with compile=True; leave one of them out")
     checks.one_of("precision", precision, checks.PRECISIONS)
+    checks.count("expectation", expectation, low=1)
     module = unwrapped(module)
     refuse_inference_tensors(module)
     layer = find_layer(module, layer)
@@ -364,4 +377,6 @@ def attackable(
     with torch.inference_mode(False), torch.no_grad(), frozen(module, train=train):
         fold = not (train or compile)  # a compiler does it itself
         precision = supported_precision(precision, module)
-        yield Network(module, precision, layer, compile, fold, straight_through, train, purpose)
+        yield Network(
+            module, precision, layer, compile, fold, straight_through, train, purpose, expectation
+        )

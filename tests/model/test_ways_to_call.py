@@ -196,6 +196,28 @@ def test_no_random_model_is_asked_twice_in_a_ball_of_nothing():
     assert robust == robust.standard > 0
 
 
+@pytest.mark.parametrize("noise", [0.1, 0.3])
+def test_the_mean_of_many_calls_of_a_random_model(noise):
+    """Noise in the inputs of a linear model averages out: its mean is the model without noise."""
+
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = linear(4)
+
+        def forward(self, x):
+            return self.model(x + noise * torch.randn_like(x))
+
+    model, y = model_and_labels()
+    state = torch.get_rng_state()
+    given = {"eps": 0.05, "norm": "linf", "steps": 5, "expectation": 200}
+    robust = af.robust_accuracy(Noisy(), (X, y), **given)
+    assert torch.equal(state, torch.get_rng_state())
+    assert robust == af.robust_accuracy(Noisy(), (X, y), **given)
+    assert robust.standard == af.accuracy(Noisy(), (X, y), expectation=200) > 0.8
+    assert abs(robust - measured(model, (X, y))) <= 0.15
+
+
 # --- Types of numbers ---
 
 

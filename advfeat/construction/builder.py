@@ -29,7 +29,8 @@ from advfeat.construction.recipe import (
     start_number,
 )
 from advfeat.datasets import ConstructedDataset
-from advfeat.datasets.dataset import Dtype, dequantize, quantize
+from advfeat.datasets.arrays import dequantize, quantize
+from advfeat.datasets.dataset import Dtype
 from advfeat.datasets.folder import Array, check_same_manifest, is_finished, read_manifest
 from advfeat.datasets.writer import FolderWriter, MemoryWriter, create_folder, lock_folder
 from advfeat.durable import Folder

@@ -6,9 +6,12 @@ import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.lib.stride_tricks import as_strided
+from torch import Tensor
 
 from advfeat.datasets.folder import Array
+from advfeat.threat import Bounds
 
 
 class _MappedArray(NamedTuple):
@@ -81,3 +84,15 @@ class ConcatArray:
     def mapped_with(self, function: Any) -> ConcatArray:
         """The same of other parts."""
         return ConcatArray([function(part) for part in self._parts], self._order)
+
+
+def quantize(images: Tensor, bounds: Bounds) -> Tensor:
+    """The nearest of 256 even levels of the bounds, uint8."""
+    low, high = bounds
+    return ((images - low) / (high - low) * 255).round().to(torch.uint8)
+
+
+def dequantize(levels: Tensor, bounds: Bounds) -> Tensor:
+    """Pixels of uint8 levels, float32."""
+    low, high = bounds
+    return levels.to(torch.float32) / 255 * (high - low) + low

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from advfeat import checks
-from advfeat.datasets.arrays import ConcatArray, portable, restored
+from advfeat.datasets.arrays import ConcatArray, dequantize, portable, restored
 from advfeat.datasets.folder import (
     DONE,
     MANIFEST,
@@ -27,6 +27,7 @@ from advfeat.datasets.folder import (
     read_manifest,
     write_manifest,
 )
+from advfeat.datasets.hub import from_hub, to_hub
 from advfeat.datasets.source import check_source
 from advfeat.durable import Folder, as_path, whole_folder
 from advfeat.loading import Data, Source
@@ -314,6 +315,35 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
             )
         return cls(open_fields(folder, manifest), manifest)
 
+    def to_hf(self) -> Any:
+        """Return a ``datasets.Dataset`` of Hugging Face's library (extra ``hf``).
+
+        Columns are ``image`` and ``label`` and the other fields by their names, in their own types:
+        nothing is rounded. The manifest, and with it the bounds, is kept; `from_hf` reads it.
+
+        Raises
+        ------
+        ImportError
+            The library is missing.
+        """
+        return to_hub(self.fields, self.manifest)
+
+    @classmethod
+    def from_hf(cls, dataset: Any) -> Self:
+        """Read a ``datasets.Dataset``, or a folder that its ``save_to_disk`` wrote, into memory.
+
+        One from `to_hf` comes back as it was. Of any other, the columns of images (of one size, of
+        8 bits) and labels are read.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is a dictionary of splits, has no such columns, or images differ in size.
+        FileNotFoundError, ImportError
+            There is no such folder, or the library is missing.
+        """
+        return cls(*from_hub(dataset))
+
 
 class _Pairs(Dataset[tuple[Tensor, Tensor]]):
     """Source image and image."""
@@ -361,18 +391,6 @@ def _concat_shards(shards: list[D], folder: Path) -> D:
         for name in shards[0].fields
     }
     return type(shards[0])(fields, {**alike, "rows": len(order), "versions": first["versions"]})
-
-
-def quantize(images: Tensor, bounds: Bounds) -> Tensor:
-    """The nearest of 256 even levels of the bounds, uint8."""
-    low, high = bounds
-    return ((images - low) / (high - low) * 255).round().to(torch.uint8)
-
-
-def dequantize(levels: Tensor, bounds: Bounds) -> Tensor:
-    """Pixels of uint8 levels, float32."""
-    low, high = bounds
-    return levels.to(torch.float32) / 255 * (high - low) + low
 
 
 def _tensor(array: Array) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +14,33 @@ import torch
 from torch import Tensor
 
 from advfeat import checks
-from advfeat.datasets.dataset import ConstructedDataset, quantize
+from advfeat.datasets.arrays import quantize
+from advfeat.datasets.dataset import ConstructedDataset
 from advfeat.datasets.folder import Array
-from advfeat.durable import Folder, as_path, whole_folder
+from advfeat.durable import Folder, as_path, whole_folder, write_whole
 
 __all__ = ["export_images", "export_released", "import_images", "import_released"]
 
 _IMAGES, _LABELS = "CIFAR_ims", "CIFAR_lab"
+# Beside the images: the manifest, and the fields of samples.
+_ABOUT, _FIELDS = "advfeat.json", "advfeat.npz"
 _BATCH = 1000
 
 
 def import_released(folder: Folder) -> ConstructedDataset:
-    """Read a set in the format of the paper's release (`d_robust_CIFAR` and its like).
+    """Read a dataset in the format of the paper's release (`d_robust_CIFAR` and its like).
 
     Parameters
     ----------
     folder
         Holds ``CIFAR_ims`` and ``CIFAR_lab``, each a list of tensors saved by ``torch.save``. They
-        are read with ``weights_only=True``: no code in them is run.
+        are read with ``weights_only=True``: no code in them is run. Bounds and the fields of
+        samples are read too, where `export_released` left them.
 
     Returns
     -------
     ConstructedDataset
-        ``images`` float32 and ``labels``, in memory.
+        ``images`` float32, ``labels`` and further fields, in memory.
 
     Raises
     ------
@@ -55,13 +62,17 @@ def import_released(folder: Folder) -> ConstructedDataset:
     folder = as_path(folder)
     images, labels = (_tensors(folder / name) for name in (_IMAGES, _LABELS))
     fields = {"images": images.float().numpy(), "labels": labels.to(torch.int64).numpy()}
-    return ConstructedDataset(fields, _manifest("released format", folder))
+    known, manifest = _read_about(folder, _manifest("released format", folder))
+    if known and len(next(iter(known.values()))) != len(fields["labels"]):
+        checks.fail("folder", str(folder), f"{_FIELDS} is of another dataset; remove it")
+    return ConstructedDataset(fields | known, manifest)
 
 
 def export_released(dataset: ConstructedDataset, folder: Folder) -> None:
-    """Write a set in the format of the paper's release; see `import_released`.
+    """Write a dataset in the format of the paper's release; see `import_released`.
 
-    Only images and labels are kept. Nothing appears under the name until all of it is written.
+    Fields of samples and bounds go into two further files, which readers of the release leave
+    alone. Nothing appears under the name until all of it is written.
 
     Raises
     ------
@@ -72,6 +83,7 @@ def export_released(dataset: ConstructedDataset, folder: Folder) -> None:
     with whole_folder(folder) as partial:
         torch.save([part.images.clone() for part in parts], partial / _IMAGES)
         torch.save([part.labels.clone() for part in parts], partial / _LABELS)
+        _write_about(partial, dataset)
 
 
 def import_images(folder: Folder) -> ConstructedDataset:
@@ -83,12 +95,14 @@ def import_images(folder: Folder) -> ConstructedDataset:
         Its folders are the classes: where all are named by numbers these are the labels,
         otherwise their alphabetical places are (as in torchvision's ``ImageFolder``). Images are of
         one size, of 8 bits; grey ones have one channel, others three. Names that begin with a dot
-        are left out. Needs pillow.
+        are left out. What `export_images` wrote of bounds, order and fields is read too. Needs
+        pillow.
 
     Returns
     -------
     ConstructedDataset
-        ``images`` uint8 ``(N, C, H, W)``, read as [0, 1]; ``labels``; in memory.
+        ``images`` uint8 ``(N, C, H, W)``, levels of the bounds, [0, 1] unless others are recorded;
+        ``labels`` and further fields; in memory, in the order of the exported dataset.
 
     Raises
     ------
@@ -99,29 +113,59 @@ def import_images(folder: Folder) -> ConstructedDataset:
     """
     image_module = _pillow()
     folder = as_path(folder)
-    classes = [path for path in _visible(folder) if path.is_dir()]
-    numbered = all(path.name.isdecimal() for path in classes)
+    paths, labels = _labelled(folder)
+    known, manifest = _read_about(folder, _manifest("image folder", folder))
+    if known:
+        paths, labels, known = _in_order(folder, paths, labels, known)
     arrays: list[Array] = []
-    labels: list[int] = []
-    for place, of_class in enumerate(classes):
-        for path in _visible(of_class):
-            arrays.append(_pixels(image_module, path))
-            labels.append(int(of_class.name) if numbered else place)
-            if arrays[-1].shape != arrays[0].shape:
-                checks.fail(
-                    "folder", str(path), f"{arrays[-1].shape}, images before {arrays[0].shape}"
-                )
+    for path in paths:
+        arrays.append(_pixels(image_module, path))
+        if arrays[-1].shape != arrays[0].shape:
+            checks.fail("folder", str(path), f"{arrays[-1].shape}, images before {arrays[0].shape}")
     if not arrays:
         checks.fail("folder", str(folder), "no images; expected FOLDER/CLASS/IMAGE.png")
     fields = {"images": np.stack(arrays), "labels": np.array(labels, np.int64)}
-    return ConstructedDataset(fields, _manifest("image folder", folder))
+    return ConstructedDataset(fields | known, manifest)
+
+
+def _labelled(folder: Path) -> tuple[list[Path], list[int]]:
+    """Images of a folder of classes, and their labels."""
+    classes = [path for path in _visible(folder) if path.is_dir()]
+    are_numbers = all(path.name.isdecimal() for path in classes)
+    found = [
+        (path, int(of_class.name) if are_numbers else place)
+        for place, of_class in enumerate(classes)
+        for path in _visible(of_class)
+    ]
+    return [path for path, _ in found], [label for _, label in found]
+
+
+def _in_order(
+    folder: Path, paths: list[Path], labels: list[int], known: dict[str, Array]
+) -> tuple[list[Path], list[int], dict[str, Array]]:
+    """Bring images into the order of the exported dataset, by the numbers that are their names."""
+    count = len(next(iter(known.values())))
+    places = [int(path.stem) if path.stem.isdecimal() else count for path in paths]
+    if len(set(places)) < len(places) or max(places, default=0) >= count:
+        warnings.warn(
+            f"folder={str(folder)!r}: images were added that {_FIELDS} does not know; index and "
+            "other fields are left out, and the order is that of the folder",
+            stacklevel=3,
+        )
+        return paths, labels, {}
+    order = np.argsort(places)
+    kept = np.array(places, np.int64)[order]  # images that were removed have no sample
+    fields = {name: array[kept] for name, array in known.items()}
+    return [paths[i] for i in order], [labels[i] for i in order], fields
 
 
 def export_images(dataset: ConstructedDataset, folder: Folder) -> None:
-    """Write a folder of PNGs, ``FOLDER/LABEL/ROW.png``, that `import_images` and others read.
+    """Write a folder of PNGs, ``FOLDER/LABEL/NUMBER.png``, that `import_images` and others read.
 
-    A PNG has 256 levels: float images move by up to 1/510 of the box, which can undo a small
-    perturbation. A set made with ``dtype="uint8"`` is written as it is. Needs pillow.
+    A PNG has 256 levels: float images move by up to 1/510 of the bounds' width, which can undo a
+    small perturbation. A dataset made with ``dtype="uint8"`` is written as it is. torchvision's
+    ``ImageFolder`` reads the folder; its labels are places among the classes that occur. Bounds and
+    fields are kept in two further files. Needs pillow.
 
     Raises
     ------
@@ -136,18 +180,42 @@ def export_images(dataset: ConstructedDataset, folder: Folder) -> None:
     shape = tuple(dataset.fields["images"].shape)
     if len(shape) != 4 or shape[1] not in (1, 3):
         checks.fail("dataset", shape, "a PNG needs images (N, 1, H, W) or (N, 3, H, W)")
-    label_digits, row_digits = len(str(int(dataset.labels.max()))), len(str(len(dataset) - 1))
+    label_digits, digits = len(str(int(dataset.labels.max()))), len(str(len(dataset) - 1))
     with whole_folder(folder) as partial:
-        for row in range(len(dataset)):
-            image, label = dataset[row]
+        for number in range(len(dataset)):
+            image, label = dataset[number]
             of_class = partial / f"{label:0{label_digits}}"
             of_class.mkdir(exist_ok=True)
             pixels = quantize(image, dataset.bounds).movedim(0, 2).squeeze(2).numpy()
-            image_module.fromarray(pixels).save(of_class / f"{row:0{row_digits}}.png")
+            image_module.fromarray(pixels).save(of_class / f"{number:0{digits}}.png")
+        _write_about(partial, dataset)
+
+
+def _write_about(folder: Path, dataset: ConstructedDataset) -> None:
+    """Write what is known of a dataset beside its images."""
+    fields = {
+        name: array for name, array in dataset.fields.items() if name not in ("images", "labels")
+    }
+    kept: dict[str, Any] = {name: np.array(array) for name, array in fields.items()}
+    np.savez(folder / _FIELDS, **kept)
+    write_whole(folder / _ABOUT, json.dumps(dataset.manifest, indent=2) + "\n")
+
+
+def _read_about(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read fields and manifest that are beside images; none, and the one given, elsewhere."""
+    if not (folder / _ABOUT).is_file() or not (folder / _FIELDS).is_file():
+        return {}, manifest
+    try:
+        kept = json.loads((folder / _ABOUT).read_text())
+        with np.load(folder / _FIELDS, allow_pickle=False) as arrays:
+            fields = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"folder={str(folder)!r}: {_ABOUT} or {_FIELDS} is damaged") from error
+    return fields, kept
 
 
 def _tensors(path: Path) -> Tensor:
-    """The rows of a list of tensors, or of one tensor."""
+    """The samples of a list of tensors, or of one tensor."""
     if not path.is_file():
         raise FileNotFoundError(f"folder={str(path.parent)!r}: there is no {path.name}")
     try:

@@ -161,3 +161,162 @@ def test_tensors_that_do_not_make_one_are_refused(parts, tmp_path):
     torch.save(parts, tmp_path / "set" / "CIFAR_ims")
     with pytest.raises(ValueError, match=r"folder=.*CIFAR_ims"):
         import_released(tmp_path / "set")
+
+
+# --- Bounds, order and fields survive ---
+
+
+def constructed(levels=True, bounds=(-1.0, 1.0), count=13):
+    generator = np.random.default_rng(1)
+    stored = generator.integers(0, 256, (count, 3, 5, 4)).astype(np.uint8)
+    low, high = bounds
+    pixels = stored if levels else (stored / np.float32(255)) * (high - low) + np.float32(low)
+    fields = {
+        "images": pixels.astype(stored.dtype if levels else np.float32),
+        "labels": generator.integers(0, 11, count),
+        "index": generator.permutation(100)[:count],
+        "success": generator.random(count) < 0.5,
+        "size": generator.random(count).astype(np.float32),
+    }
+    manifest = {"method": "D_det", "settings": {"bounds": list(bounds), "norm": "l2"}}
+    return af.ConstructedDataset(fields, manifest)
+
+
+@pytest.mark.parametrize("levels", [True, False])
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (0.0, 1.0), (0.0, 255.0)])
+@pytest.mark.parametrize("kind", ["images", "released", "hf", "hf folder"])
+def test_bounds_order_and_fields_survive(kind, bounds, levels, tmp_path):
+    made = constructed(levels, bounds)
+    if kind == "images":
+        export_images(made, tmp_path / "set")
+        found = import_images(tmp_path / "set")
+    elif kind == "released":
+        export_released(made, tmp_path / "set")
+        found = import_released(tmp_path / "set")
+    else:
+        pytest.importorskip("datasets")
+        hub = made.to_hf()
+        if kind == "hf folder":
+            hub.save_to_disk(tmp_path / "set")
+            hub = tmp_path / "set"
+        found = af.ConstructedDataset.from_hf(hub)
+    assert found.bounds == made.bounds
+    assert found.manifest == made.manifest
+    width = bounds[1] - bounds[0]
+    torch.testing.assert_close(found.images, made.images, atol=1e-6 * width, rtol=1e-6)
+    assert set(found.fields) == set(made.fields)
+    for name in ("labels", "index", "success", "size"):
+        assert torch.equal(found.field(name), made.field(name)), name
+    if kind.startswith("hf"):
+        assert torch.equal(found.field("images"), made.field("images"))
+
+
+def test_images_that_were_removed_leave_their_samples_out(tmp_path):
+    made = constructed()
+    export_images(made, tmp_path / "set")
+    removed = sorted((tmp_path / "set").glob("*/03.png"))
+    assert len(removed) == 1
+    removed[0].unlink()
+    found = import_images(tmp_path / "set")
+    kept = [i for i in range(13) if i != 3]
+    assert torch.equal(found.field("index"), made.field("index")[kept])
+    assert torch.equal(found.images, made.images[kept])
+
+
+@pytest.mark.parametrize("name", ["99.png", "mine.png"])
+def test_images_that_were_added_are_read_without_fields(name, tmp_path):
+    made = constructed()
+    export_images(made, tmp_path / "set")
+    one = next((tmp_path / "set").glob("*/*.png"))
+    (one.parent / name).write_bytes(one.read_bytes())
+    with pytest.warns(UserWarning, match="images were added"):
+        found = import_images(tmp_path / "set")
+    assert len(found) == 14
+    assert set(found.fields) == {"images", "labels"}
+    assert found.bounds == made.bounds
+
+
+def test_a_folder_is_laid_out_as_imagefolder_reads_it(tmp_path):
+    """Class folders with images alone; the labels are places among the sorted names of classes."""
+    made = constructed()
+    export_images(made, tmp_path / "set")
+    classes = sorted(entry.name for entry in (tmp_path / "set").iterdir() if entry.is_dir())
+    assert [int(name) for name in classes] == sorted(set(made.labels.tolist()))
+    assert len({len(name) for name in classes}) == 1  # by name is by number
+    samples = [
+        (path, place)
+        for place, name in enumerate(classes)
+        for path in sorted((tmp_path / "set" / name).iterdir())
+    ]
+    assert len(samples) == 13
+    for path, place in samples:
+        pixels = np.asarray(Image.open(path))
+        number = int(path.stem)
+        assert np.array_equal(np.moveaxis(pixels, 2, 0), made.fields["images"][number])
+        assert int(classes[place]) == made[number][1]
+
+
+@pytest.mark.parametrize("name", ["advfeat.json", "advfeat.npz"])
+def test_damage_beside_the_images_is_named(name, tmp_path):
+    export_images(constructed(), tmp_path / "set")
+    path = tmp_path / "set" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"advfeat\.json or advfeat\.npz is damaged"):
+        import_images(tmp_path / "set")
+
+
+# --- Hugging Face datasets ---
+
+
+def test_vectors_and_doubles_survive_hugging_face():
+    pytest.importorskip("datasets")
+    fields = {"images": np.random.default_rng(0).random((2100, 6)), "labels": np.arange(2100) % 7}
+    found = af.ConstructedDataset.from_hf(af.ConstructedDataset(fields).to_hf())
+    assert found.fields["images"].dtype == np.float64
+    assert np.array_equal(found.fields["images"], fields["images"])
+    assert np.array_equal(found.fields["labels"], fields["labels"])
+
+
+def pictures(mode="RGB", sizes=((4, 5),) * 3):
+    datasets = pytest.importorskip("datasets")
+    shape = (3,) if mode == "RGB" else ()
+    rng = np.random.default_rng(0)
+    dtype = np.uint16 if mode == "I;16" else np.uint8
+    arrays = [rng.integers(0, 255, (*size, *shape)).astype(dtype) for size in sizes]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    images = [Image.fromarray(array) for array in arrays]
+    table = {"img": images, "label": list(range(len(arrays)))}
+    return arrays, datasets.Dataset.from_dict(table, features=features)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_other_peoples_datasets_are_read(mode, tmp_path):
+    arrays, hub = pictures(mode)
+    hub.save_to_disk(tmp_path / "set")
+    for given in (hub, str(tmp_path / "set")):
+        found = af.ConstructedDataset.from_hf(given)
+        assert found.labels.tolist() == [0, 1, 2]
+        for array, image in zip(arrays, found.fields["images"], strict=True):
+            assert np.array_equal(image, np.moveaxis(np.atleast_3d(array), 2, 0))
+
+
+def test_what_cannot_be_read_of_hugging_face_is_named(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    _, hub = pictures()
+    from_hf = af.ConstructedDataset.from_hf
+    with pytest.raises(TypeError, match="choose a split"):
+        from_hf(datasets.DatasetDict({"train": hub}))
+    with pytest.raises(ValueError, match="expected a column of"):
+        from_hf(hub.remove_columns("label"))
+    with pytest.raises(ValueError, match="of one size"):
+        from_hf(pictures(sizes=((4, 5), (5, 5)))[1])
+    with pytest.raises(ValueError, match="sample 0: image mode='I;16'"):
+        from_hf(pictures("I;16")[1])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        from_hf(tmp_path / "nothing")
+
+
+def test_without_their_library_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"advfeat\[hf\]"):
+        constructed().to_hf()

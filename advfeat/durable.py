@@ -69,6 +69,10 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
+# A disk with fewer bytes is full.
+_LITTLE = 1 << 16
+
+
 @contextmanager
 def whole_folder(folder: Folder) -> Iterator[Path]:
     """Give a folder to write to, which takes its name when all of it is written, or never."""
@@ -81,9 +85,16 @@ def whole_folder(folder: Folder) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         partial.rename(folder)
-    except BaseException:
+    except BaseException as error:
+        # What NumPy raises of a full disk has no number: the disk itself tells.
+        full = shutil.disk_usage(folder.parent).free < _LITTLE
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        cause = _os_error(error) if isinstance(error, (OSError, RuntimeError)) else None
+        if cause is None:
+            raise
+        number = cause.errno or (errno.ENOSPC if full else None)
+        reason = os.strerror(number) if number else str(cause)
+        raise OSError(number, f"{reason}, while the folder was written", str(folder)) from error
 
 
 # Locks of this process, by file: locks of POSIX do not hold between threads, and are lost when any
@@ -200,3 +211,24 @@ class Termination:
         if self.noticed == number == signal.SIGINT:
             self.pass_on()
         self.noticed = number
+
+
+@contextmanager
+def exit_at_termination() -> Iterator[None]:
+    """Raise SystemExit at SIGTERM inside, where the user has no handler of their own.
+
+    For work that has nothing to save when it is told to end.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     default_collate,
@@ -84,6 +86,11 @@ class Source:
     def __len__(self) -> int:
         """Samples, for map-style data."""
         return len(self.indices)
+
+    @property
+    def dataset(self) -> Any:
+        """The dataset itself, of map-style data."""
+        return self._dataset
 
     @property
     def dataset_size(self) -> int:
@@ -327,3 +334,27 @@ def _bounded(sampler: Iterable[int], count: int, name: str) -> list[int]:
     if len(numbers) > count or len(set(numbers)) != len(numbers):
         checks.fail("data", name, "this sampler repeats rows or never ends; pass the dataset")
     return sorted(numbers)
+
+
+def known_labels(dataset: Any) -> Tensor | None:
+    """Return the class indices of a dataset without reading its samples, where it has them."""
+    if isinstance(dataset, Subset):
+        labels = known_labels(dataset.dataset)
+        return None if labels is None else labels[list(dataset.indices)]
+    if isinstance(dataset, ConcatDataset):
+        parts = [known_labels(part) for part in dataset.datasets]
+        return None if None in [p if p is None else 0 for p in parts] else torch.cat(parts)  # type: ignore[arg-type]
+    if isinstance(dataset, (list, tuple, IterableDataset)):
+        return None
+    if type(dataset) is TensorDataset:
+        found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    else:
+        found = next(
+            (v for n in ("labels", "targets") if (v := getattr(dataset, n, None)) is not None), None
+        )
+    try:
+        labels = torch.as_tensor(np.asarray(found) if isinstance(found, list) else found)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    fits = labels.ndim == 1 and len(labels) == len(dataset) and labels.dtype != torch.bool
+    return labels if fits and not (labels.is_floating_point() or labels.is_complex()) else None

@@ -55,7 +55,7 @@ PUBLIC = [
 ]
 
 REQUIRED = {"torch", "numpy", "typing_extensions"}
-EXTRAS = {"tqdm", "matplotlib", "sklearn", "PIL"}
+EXTRAS = {"tqdm", "matplotlib", "sklearn", "PIL", "datasets"}
 
 
 def package_of(path):

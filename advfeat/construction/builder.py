@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from advfeat import checks, distributed, threat
 from advfeat.attacks import Batch
 from advfeat.attacks.pool import Policy, Pool, drive
+from advfeat.construction.checking import check_known_labels, check_samples
 from advfeat.construction.provenance import build_manifest
 from advfeat.construction.recipe import (
     BuildOptions,
@@ -33,7 +32,7 @@ from advfeat.datasets.arrays import dequantize, quantize
 from advfeat.datasets.dataset import Dtype
 from advfeat.datasets.folder import Array, check_same_manifest, is_finished, read_manifest
 from advfeat.datasets.writer import FolderWriter, MemoryWriter, create_folder, lock_folder
-from advfeat.durable import Folder
+from advfeat.durable import Folder, exit_at_termination
 from advfeat.loading import Data, Samples, Source, prefetched
 from advfeat.model import Network, attackable, device_of
 from advfeat.progress import with_progress
@@ -135,6 +134,8 @@ class _Builder:
         """All fields of the first sample, before any step; and what is known of the model."""
         (rows,) = self.read([np.zeros(1, np.int64)])
         batch = self._checked(rows)
+        classes = self._net.class_count(batch.inputs)
+        check_known_labels(self._source, self._recipe.attack.bounds, classes)
         attacked = self._recipe.begin(self._net, batch)
         attack = self._recipe.attack
         images = attack.result(attack.init(self._net, attacked))
@@ -183,8 +184,8 @@ class _Builder:
     def _checked(self, rows: Samples) -> Batch:
         """Check on the host, where looking waits for nobody, and move to the device."""
         net, bounds, count = self._net, self._recipe.attack.bounds, len(rows.ids)
-        checks.inputs(rows.inputs, bounds)
-        checks.labels(rows.labels, rows.inputs)
+        indices = source_index(rows.ids).tolist() + self._recipe.companions(rows.ids.tolist())
+        check_samples(rows.inputs, rows.labels, indices, bounds, net.classes)
         net.expect(rows.labels)
         inputs = self._moved(rows.inputs)
         if count > 1 or len(self._source) == 1:  # not the example
@@ -241,28 +242,17 @@ def _stoppable(growing: MemoryWriter | FolderWriter) -> Iterator[None]:
     if isinstance(growing, MemoryWriter):
         yield
         return
-    main = threading.current_thread() is threading.main_thread()
-    # A handler of the user's own stays in charge.
-    ours = main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, _leave)
     try:
-        yield
+        with exit_at_termination():
+            yield
     except (KeyboardInterrupt, SystemExit):
         growing.flush()
         print(
-            f"advfeat: stopped; {int(growing.done.sum())} of {len(growing.done)} rows are safe in "
-            f"{str(growing.folder)!r}. The same call goes on:\n    {_command()}",
+            f"advfeat: stopped; {int(growing.done.sum())} of {len(growing.done)} samples are safe "
+            f"in {str(growing.folder)!r}. The same call resumes:\n    {_command()}",
             file=sys.stderr,
         )
         raise
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _leave(number: int, _: object) -> None:
-    raise SystemExit(128 + number)
 
 
 def _command() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import warnings
@@ -81,8 +82,11 @@ def export_released(dataset: ConstructedDataset, folder: Folder) -> None:
     """
     parts = [dataset.subset(slice(at, at + _BATCH)) for at in range(0, len(dataset), _BATCH)]
     with whole_folder(folder) as partial:
-        torch.save([part.images.clone() for part in parts], partial / _IMAGES)
-        torch.save([part.labels.clone() for part in parts], partial / _LABELS)
+        for name, tensors in (
+            (_IMAGES, [part.images.clone() for part in parts]),
+            (_LABELS, [part.labels.clone() for part in parts]),
+        ):
+            write_whole(partial / name, functools.partial(torch.save, tensors))
         _write_about(partial, dataset)
 
 

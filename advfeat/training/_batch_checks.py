@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader
 
 from advfeat import checks
-from advfeat.loading import Data, Source, unpack
+from advfeat.loading import Data, Source, known_labels, unpack
 from advfeat.threat import Bounds
 
 # Names a sample, of its index and its position in the batch.
@@ -121,30 +120,6 @@ def check_labels(data: Data, classes: int | None = None) -> None:
                 checks.fail(name, int(found), checks.negative_label_advice(labels))
             if classes is not None:
                 checks.class_range(int(found), classes, name)
-
-
-def known_labels(dataset: Any) -> Tensor | None:
-    """Return the class indices of a dataset without reading its samples, where it has them."""
-    if isinstance(dataset, Subset):
-        labels = known_labels(dataset.dataset)
-        return None if labels is None else labels[list(dataset.indices)]
-    if isinstance(dataset, ConcatDataset):
-        parts = [known_labels(part) for part in dataset.datasets]
-        return None if None in [p if p is None else 0 for p in parts] else torch.cat(parts)  # type: ignore[arg-type]
-    if isinstance(dataset, (list, tuple, IterableDataset)):
-        return None
-    if type(dataset) is TensorDataset:
-        found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
-    else:
-        found = next(
-            (v for n in ("labels", "targets") if (v := getattr(dataset, n, None)) is not None), None
-        )
-    try:
-        labels = torch.as_tensor(np.asarray(found) if isinstance(found, list) else found)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    fits = labels.ndim == 1 and len(labels) == len(dataset) and labels.dtype != torch.bool
-    return labels if fits and not (labels.is_floating_point() or labels.is_complex()) else None
 
 
 def _is_plain(inputs: object, labels: object) -> bool:

@@ -483,13 +483,13 @@ def test_pairs_and_subsets_keep_rows_together(opened, tmp_path):
     assert torch.equal(found.subset(slice(1, 3)).images, found.images[1:3])
     mask = found.field("success")
     assert len(found.subset(mask)) == mask.sum()
-    with pytest.raises(ValueError, match=r"rows=\(3,\)"):
+    with pytest.raises(ValueError, match=r"indices=\(3,\)"):
         found.subset(torch.ones(3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="data=2"):
+    with pytest.raises(ValueError, match="data='2 samples'"):
         found.pairs(Subset(dataset(), [1, 2]))
     other = TensorDataset(rows.dataset.tensors[0], rows.dataset.tensors[1] + 1)
-    with pytest.raises(ValueError, match=r"data=.*at row 2.*another order"):
-        found.pairs(Subset(other, rows.indices))[2]
+    with pytest.raises(ValueError, match=r"data=.*at sample 0.*another order"):
+        found.pairs(Subset(other, rows.indices))
 
 
 # --- Compilation ---

@@ -228,7 +228,7 @@ def test_a_signal_stops_it_in_order_and_tells_how_to_go_on(number, tmp_path):
         process.send_signal(number)
         _, told = process.communicate(timeout=60)
     assert process.returncode in {-number, 128 + number, 1}
-    assert f"{finished(folder)} of {ROWS} rows are safe in {str(folder)!r}" in told
+    assert f"{finished(folder)} of {ROWS} samples are safe in {str(folder)!r}" in told
     assert f"{script} --name 'two words'" in told
     build("D_rand", folder)
     build("D_rand", tmp_path / "whole")

@@ -33,7 +33,7 @@ def choose_attacks(
         if not (eps is None and norm is None and steps is None):
             cause = "the attack has its own; pass one or the other"
             checks.fail("eps, norm, steps", (eps, norm, steps), cause)
-        listed = [attack] if isinstance(attack, (Attack, AutoAttack)) else attack
+        listed = attack if isinstance(attack, (list, tuple)) else [attack]  # type: ignore[list-item]
     flat: list[Attack] = []
     for one in listed:
         if isinstance(one, AutoAttack):

@@ -224,8 +224,9 @@ class Network:
         output = self._call(self._logits_call, inputs, low_precision)
         output = checks.logits(logits_of(output), inputs)
         if self.classes is None:
+            # In this order: where the check fails, it fails again in a padded batch.
+            checks.class_range(self._largest_label, output.shape[1], self._label_name)
             self.classes = output.shape[1]
-            checks.class_range(self._largest_label, self.classes, self._label_name)
         output = at_least_float32(output)
         if self._from_probabilities is not None:
             output = self._from_probabilities(output)

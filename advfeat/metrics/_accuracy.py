@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from advfeat.attacks.samples import select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.metrics._choice import choose_attacks
+from advfeat.metrics._masking import ZeroGradients, masking_signs
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import with_progress
 from advfeat.statistics import wilson_interval
@@ -99,6 +101,9 @@ class RobustAccuracy(Accuracy):
     adversarial
         With ``keep_inputs``, the attacked inputs ``(total, ...)`` on the CPU, the clean ones where
         the model was wrong on them; else None.
+    warnings
+        Signs that the number is too high, each a sentence; a warning gives them too. Samples
+        without a gradient, and many samples that only `SmoothedPGD` or `Square` broke.
     """
 
     standard: Accuracy
@@ -106,6 +111,7 @@ class RobustAccuracy(Accuracy):
     broken_by: Tensor
     value: Tensor
     adversarial: Tensor | None
+    warnings: tuple[str, ...]
 
 
 @suggests
@@ -233,6 +239,7 @@ def robust_accuracy(
     attacks = choose_attacks(attack, eps, norm, steps, bounds, seed)
     source = Source(data, batch_size)
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
+    zero_gradients = ZeroGradients(attacks)
     ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
     unmoved = 0
     # In a ball of radius 0 a random model would be asked again until it is wrong.
@@ -240,13 +247,14 @@ def robust_accuracy(
     settings: dict[str, Any] = {"precision": precision, "compile": compile}
     with attackable(model, expectation=expectation, **settings) as net:
         for verdict in pool.worst_case(moving, net, clean.resisting(net), source.pool_size):
+            zero_gradients.add(net, verdict)
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
             values.extend(verdict.value.tolist())
             adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
             still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
             unmoved += int(still.sum())
-    if unmoved and moving:
+    if unmoved and moving and not zero_gradients.count:
         warn_of_unmoved(unmoved, len(clean.index))
     broken_by = torch.full_like(clean.index, WRONG)
     value = torch.full(broken_by.shape, torch.nan, dtype=torch.float32, device="cpu")
@@ -259,6 +267,10 @@ def robust_accuracy(
     robust.standard, robust.attacks = clean.accuracy, attacks
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = None if inputs is None else inputs.contiguous()
+    robust.warnings = masking_signs(attacks, broken_by, zero_gradients.count)
+    if robust.warnings:
+        text = "\n".join(robust.warnings)
+        warnings.warn(f"robust accuracy {float(robust):.4f} may be too high\n{text}", stacklevel=3)
     return robust
 
 

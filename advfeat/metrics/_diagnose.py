@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding
-from advfeat.attacks import APGD, PGD, Attack, Batch, Square
+from advfeat.attacks import APGD, FAB, PGD, Attack, Batch, SmoothedPGD, Square
 from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.pool import attack_batch
@@ -80,7 +80,7 @@ def diagnose(
     eps: float,
     norm: Norm,
     samples: int = 128,
-    queries: int = 500,
+    queries: int = 2000,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
 ) -> Diagnosis:
@@ -98,7 +98,7 @@ def diagnose(
     samples
         Samples looked at, from the beginning of ``data``, those that are right.
     queries
-        Forward passes of the black-box attack.
+        Forward passes of the black-box attack, on the samples that gradient attacks leave.
     seed
         Of random numbers; None draws one number from torch's default generator.
 
@@ -110,7 +110,10 @@ def diagnose(
 
         ``random_predictions``: share of samples whose logits differ between two calls.
         ``zero_gradients``: share whose loss has a zero gradient by the input, or NaN.
-        ``black_box_wins``: share that Square fools and APGD, on either loss, does not.
+        ``black_box_wins``: fraction that Square fools and APGD, on either loss, does not.
+        ``boundary_search_wins``: fraction that FAB fools and APGD does not.
+        ``smoothed_gradients_win``: fraction that `advfeat.attacks.SmoothedPGD` fools and APGD
+        does not.
         ``more_steps_help``: share that APGD fools by 100 steps from 2 starts and not by 25.
         ``large_eps_resists``: accuracy under PGD in a ball that covers the whole box.
 
@@ -140,7 +143,7 @@ def diagnose(
     diagnosis = Diagnosis({finding.name: finding for finding in findings})
     if diagnosis.suspicious:
         signs = "\n".join(str(diagnosis[name]) for name in diagnosis.suspicious)
-        warnings.warn(f"the model may be less robust than it looks\n{signs}", stacklevel=2)
+        warnings.warn(f"the model may be less robust than it looks\n{signs}", stacklevel=3)
     return diagnosis
 
 
@@ -160,14 +163,28 @@ def _findings(
         warnings.filterwarnings("ignore", "the model's output has no gradient")
         batch = _right_rows(net, model, data, samples, bounds)
 
-        def fooled(*attacks: Attack) -> Tensor:
-            runs = (a.stop_at_success() for a in seed_attacks(attacks, seed))
-            return torch.stack([attack_batch(a, net, batch).success for a in runs]).any(0)
+        def fooled(*attacks: Attack, only: Tensor | None = None) -> Tensor:
+            """Whether one of the attacks fools each sample; False outside ``only``."""
+            chosen = torch.arange(len(batch.ids), device=batch.ids.device)
+            chosen = chosen if only is None else chosen[only]
+            found = torch.zeros_like(batch.ids, dtype=torch.bool)
+            if len(chosen):
+                rows = select_samples(batch, chosen)
+                runs = (a.stop_at_success() for a in seed_attacks(attacks, seed))
+                wins = [attack_batch(attack, net, rows).success for attack in runs]
+                found[chosen] = torch.stack(wins).any(0)
+            return found
 
         short = fooled(APGD(**ball, steps=25))
         long = fooled(APGD(**ball, steps=100, restarts=2))
-        gradient = short | long | fooled(APGD(**ball, steps=50, loss="dlr", targets=4))
-        black_box = fooled(Square(**ball, queries=queries))
+        gradient = short | long
+        gradient |= fooled(APGD(**ball, steps=50, loss="dlr", targets=4), only=~gradient)
+        others = {
+            "black_box_wins": Square(**ball, queries=queries),
+            "boundary_search_wins": FAB(**ball, steps=50),
+            "smoothed_gradients_win": SmoothedPGD(**ball, steps=60),
+        }
+        wins = {name: _share(fooled(one, only=~gradient)) for name, one in others.items()}
         # The whole box, whatever the norm: a step of l1 would move one entry at a time.
         anywhere = fooled(PGD(eps=bounds[1] - bounds[0], norm="linf", steps=50, bounds=bounds))
         return [
@@ -192,11 +209,27 @@ def _findings(
             ),
             Finding(
                 "black_box_wins",
-                _share(black_box & ~gradient),
+                wins["black_box_wins"],
                 0.02,
                 "samples that random search fools and gradient attacks do not",
                 "gradients are masked: trust the black-box number, or attack the model without "
                 "the part that masks them",
+            ),
+            Finding(
+                "boundary_search_wins",
+                wins["boundary_search_wins"],
+                0.05,
+                "samples that FAB fools and APGD does not",
+                "ascending a loss does not lead to the boundary here: use "
+                "AutoAttack(version='strong')",
+            ),
+            Finding(
+                "smoothed_gradients_win",
+                wins["smoothed_gradients_win"],
+                0.05,
+                "samples that smoothed gradients fool and plain ones do not",
+                "gradients are masked, for example by dead ReLUs or saturated units: trust "
+                "SmoothedPGD's number, or use AutoAttack(version='strong')",
             ),
             Finding(
                 "more_steps_help",

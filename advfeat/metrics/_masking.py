@@ -1,0 +1,80 @@
+"""Signs in an evaluation's own results that gradients are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from advfeat import losses
+from advfeat.attacks import Attack, SmoothedPGD, Square, pool
+from advfeat.losses import LossName, Objective
+from advfeat.model import Network
+
+# Samples that only smoothed gradients or random search broke: below this fraction of what the
+# gradient attacks left, and below this number, sound models have some too.
+_LATE_FRACTION, _LATE_NUMBER = 0.05, 3
+_GRADIENT_FREE = (SmoothedPGD, Square)
+
+
+class ZeroGradients:
+    """Counts robust samples whose gradient is zero wherever it is evaluated.
+
+    Parameters
+    ----------
+    attacks
+        Those of the evaluation; where none follows gradients, nothing is counted.
+    """
+
+    def __init__(self, attacks: Sequence[Attack]) -> None:
+        # A smoothed attack that cannot move is as blind as any.
+        moving = [a for a in attacks if not isinstance(a, Square) and getattr(a, "eps", None) != 0]
+        self._loss: LossName | Objective | None = None
+        if moving:
+            self._loss = getattr(moving[-1], "loss", "margin")
+        self.count = 0
+
+    def add(self, net: Network, verdict: pool.Verdict) -> None:
+        """Evaluate the gradient of robust samples at their inputs and where the attack ended."""
+        robust = verdict.attack == pool.ROBUST
+        if self._loss is None or not bool(robust.any()):
+            return
+        objective = losses.objective(self._loss, verdict.labels[robust], targeted=False)
+        flat = torch.ones_like(robust[robust])
+        for points in (verdict.inputs[robust], verdict.adversarial[robust]):
+            gradient = net.logits_gradient(points, objective).gradient.flatten(1)
+            flat &= ~((gradient != 0) & gradient.isfinite()).any(1)
+        self.count += int(flat.sum())
+
+
+def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> tuple[str, ...]:
+    """What suggests that the number is too high, a sentence for each sign.
+
+    Parameters
+    ----------
+    attacks, broken_by
+        As in `RobustAccuracy`.
+    zero
+        Robust samples without a gradient.
+    """
+    signs = []
+    if zero:
+        signs.append(
+            f"{zero} robust samples have a zero gradient at the input and where the attack ended "
+            "(rounding, thresholds, detached or saturated outputs): gradient attacks cannot move "
+            "there. Use loss='margin' or 'dlr' where logits are large, AutoAttack("
+            "version='strong'), or attack the model without the layer that has no gradient"
+        )
+    late = [n for n, attack in enumerate(attacks) if isinstance(attack, _GRADIENT_FREE)]
+    if 0 < len(late) < len(attacks):
+        broken = int(torch.isin(broken_by, torch.tensor(late)).sum())
+        left = broken + int((broken_by == pool.ROBUST).sum())
+        if broken >= _LATE_NUMBER and broken > _LATE_FRACTION * left:
+            signs.append(
+                f"{broken} of {left} samples that were robust to gradient attacks were broken by "
+                "smoothed gradients or random search: gradients are masked, so plain PGD or APGD "
+                "overestimate robustness. Use AutoAttack(version='strong'), and see "
+                "advfeat.metrics.diagnose"
+            )
+    return tuple(signs)

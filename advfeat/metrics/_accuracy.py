@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -267,10 +266,10 @@ def robust_accuracy(
     robust.standard, robust.attacks = clean.accuracy, attacks
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = None if inputs is None else inputs.contiguous()
-    robust.warnings = masking_signs(attacks, broken_by, zero_gradients.count)
-    if robust.warnings:
-        text = "\n".join(robust.warnings)
-        warnings.warn(f"robust accuracy {float(robust):.4f} may be too high\n{text}", stacklevel=3)
+    signs = masking_signs(attacks, broken_by, zero_gradients.count)
+    for topic, sign in signs.items():
+        checks.warn(f"robust accuracy {float(robust):.4f} may be too high: {sign}", topic=topic)
+    robust.warnings = tuple(signs.values())
     return robust
 
 

@@ -80,7 +80,7 @@ def diagnose(
     eps: float,
     norm: Norm,
     samples: int = 128,
-    queries: int = 2000,
+    queries: int = 1000,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
 ) -> Diagnosis:

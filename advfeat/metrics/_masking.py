@@ -48,8 +48,8 @@ class ZeroGradients:
         self.count += int(flat.sum())
 
 
-def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> tuple[str, ...]:
-    """What suggests that the number is too high, a sentence for each sign.
+def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> dict[str, str]:
+    """What suggests that the number is too high, a sentence for each topic.
 
     Parameters
     ----------
@@ -58,9 +58,9 @@ def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> tu
     zero
         Robust samples without a gradient.
     """
-    signs = []
+    signs: dict[str, str] = {}
     if zero:
-        signs.append(
+        signs["zero gradient"] = (
             f"{zero} robust samples have a zero gradient at the input and where the attack ended "
             "(rounding, thresholds, detached or saturated outputs): gradient attacks cannot move "
             "there. Use loss='margin' or 'dlr' where logits are large, AutoAttack("
@@ -71,10 +71,10 @@ def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> tu
         broken = int(torch.isin(broken_by, torch.tensor(late)).sum())
         left = broken + int((broken_by == pool.ROBUST).sum())
         if broken >= _LATE_NUMBER and broken > _LATE_FRACTION * left:
-            signs.append(
+            signs["masked gradients"] = (
                 f"{broken} of {left} samples that were robust to gradient attacks were broken by "
                 "smoothed gradients or random search: gradients are masked, so plain PGD or APGD "
                 "overestimate robustness. Use AutoAttack(version='strong'), and see "
                 "advfeat.metrics.diagnose"
             )
-    return tuple(signs)
+    return signs

@@ -35,7 +35,9 @@ def rows(digits, count=150):
 def diagnosis(model, digits, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return diagnose(model, rows(digits), **(BALL | {"samples": 80, "seed": 0} | options))
+        return diagnose(
+            model, rows(digits), **(BALL | {"samples": 60, "queries": 300, "seed": 0} | options)
+        )
 
 
 TRAPS = {

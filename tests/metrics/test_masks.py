@@ -145,6 +145,6 @@ def test_a_sound_model_gets_no_warning(robust, rows):
         assert found.warnings == ()
 
 
-def test_saturated_cross_entropy_is_reported(standard, rows):
-    with pytest.warns(UserWarning, match="zero"):
-        robust_accuracy(EQUIVALENT["huge logits"](standard), rows, eps=0.1, norm="linf", steps=5)
+def test_saturated_cross_entropy_still_has_a_direction_or_is_reported(standard, rows):
+    found = evaluate(EQUIVALENT["huge logits"](standard), rows, steps=5)
+    assert float(found) <= float(evaluate(standard, rows, steps=5)) + 0.03 or found.warnings

@@ -147,6 +147,53 @@ def diagnose(
     return diagnosis
 
 
+# Of each check: the limit above which it is suspicious, what was measured, what to do.
+_CHECKS: dict[str, tuple[float, str, str]] = {
+    "random_predictions": (
+        0.0,
+        "samples whose logits change between two calls",
+        "the model is random: attack its average over many calls (an expectation over "
+        "transformations), and report the accuracy of the average; or it looks at the rows "
+        "beside a row (BatchNorm without running statistics): no row has a result of its "
+        "own then",
+    ),
+    "zero_gradients": (
+        0.01,
+        "samples whose cross-entropy has a gradient of zero, or NaN, by the input",
+        "gradient attacks cannot move there: replace layers that are not differentiable "
+        "by a differentiable stand-in (BPDA); where the logits are huge, attack with "
+        "loss='dlr' or 'margin'; in any case with Square",
+    ),
+    "black_box_wins": (
+        0.02,
+        "samples that random search fools and gradient attacks do not",
+        "gradients are masked: trust the black-box number, or attack the model without "
+        "the part that masks them",
+    ),
+    "boundary_search_wins": (
+        0.05,
+        "samples that FAB fools and APGD does not",
+        "ascending a loss does not lead to the boundary here: use AutoAttack(version='strong')",
+    ),
+    "smoothed_gradients_win": (
+        0.05,
+        "samples that smoothed gradients fool and plain ones do not",
+        "gradients are masked, for example by dead ReLUs or saturated units: trust "
+        "SmoothedPGD's number, or use AutoAttack(version='strong')",
+    ),
+    "more_steps_help": (
+        0.10,
+        "samples that 100 steps from 2 starts fool and 25 steps do not",
+        "short attacks have not converged: use AutoAttack, or more steps and restarts",
+    ),
+    "large_eps_resists": (
+        0.05,
+        "samples that PGD cannot fool though every input of the box is allowed",
+        "no model can be right there: the attack fails, so it fails at smaller eps too",
+    ),
+}
+
+
 def _findings(
     model: nn.Module,
     data: Data,
@@ -187,65 +234,14 @@ def _findings(
         wins = {name: _share(fooled(one, only=~gradient)) for name, one in others.items()}
         # The whole box, whatever the norm: a step of l1 would move one entry at a time.
         anywhere = fooled(PGD(eps=bounds[1] - bounds[0], norm="linf", steps=50, bounds=bounds))
-        return [
-            Finding(
-                "random_predictions",
-                _share(_changing(net, batch.inputs)),
-                0.0,
-                "samples whose logits change between two calls",
-                "the model is random: attack its average over many calls (an expectation over "
-                "transformations), and report the accuracy of the average; or it looks at the rows "
-                "beside a row (BatchNorm without running statistics): no row has a result of its "
-                "own then",
-            ),
-            Finding(
-                "zero_gradients",
-                _share(_without_gradient(net, batch)),
-                0.01,
-                "samples whose cross-entropy has a gradient of zero, or NaN, by the input",
-                "gradient attacks cannot move there: replace layers that are not differentiable "
-                "by a differentiable stand-in (BPDA); where the logits are huge, attack with "
-                "loss='dlr' or 'margin'; in any case with Square",
-            ),
-            Finding(
-                "black_box_wins",
-                wins["black_box_wins"],
-                0.02,
-                "samples that random search fools and gradient attacks do not",
-                "gradients are masked: trust the black-box number, or attack the model without "
-                "the part that masks them",
-            ),
-            Finding(
-                "boundary_search_wins",
-                wins["boundary_search_wins"],
-                0.05,
-                "samples that FAB fools and APGD does not",
-                "ascending a loss does not lead to the boundary here: use "
-                "AutoAttack(version='strong')",
-            ),
-            Finding(
-                "smoothed_gradients_win",
-                wins["smoothed_gradients_win"],
-                0.05,
-                "samples that smoothed gradients fool and plain ones do not",
-                "gradients are masked, for example by dead ReLUs or saturated units: trust "
-                "SmoothedPGD's number, or use AutoAttack(version='strong')",
-            ),
-            Finding(
-                "more_steps_help",
-                _share(long & ~short),
-                0.10,
-                "samples that 100 steps from 2 starts fool and 25 steps do not",
-                "short attacks have not converged: use AutoAttack, or more steps and restarts",
-            ),
-            Finding(
-                "large_eps_resists",
-                1 - _share(anywhere),
-                0.05,
-                "samples that PGD cannot fool though every input of the box is allowed",
-                "no model can be right there: the attack fails, so it fails at smaller eps too",
-            ),
-        ]
+        values = {
+            "random_predictions": _share(_changing(net, batch.inputs)),
+            "zero_gradients": _share(_without_gradient(net, batch)),
+            "more_steps_help": _share(long & ~short),
+            "large_eps_resists": 1 - _share(anywhere),
+            **wins,
+        }
+    return [Finding(name, values[name], *check) for name, check in _CHECKS.items()]
 
 
 def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds: Bounds) -> Batch:

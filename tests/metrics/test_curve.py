@@ -68,7 +68,9 @@ def test_the_plot_steps_down_where_samples_are():
     curve = RobustnessCurve(torch.tensor([0.0, 0.2, 0.5, math.inf]), torch.arange(4), "l2")
     (axes,) = curve.plot().axes
     (line_,) = axes.lines
-    assert line_.get_ydata().tolist() == [75.0, 75.0, 50.0, 25.0, 25.0]
+    assert line_.get_drawstyle() == "steps-post"
+    assert line_.get_xdata()[:-1].tolist() == pytest.approx([0.0, 0.2, 0.5])
+    assert line_.get_ydata().tolist() == [75.0, 50.0, 25.0, 25.0]
     assert axes.get_xlabel().startswith("l2")
 
 
@@ -112,12 +114,14 @@ class Saturating(nn.Module):
 
 @pytest.mark.parametrize("norm", DUAL)
 def test_a_row_that_the_first_attack_finds_nothing_for_is_given_to_another(norm):
-    rows = TensorDataset(torch.full((2, 2), 0.2), torch.zeros(2, dtype=torch.int64))
+    # Not at (0.2, 0.2), where the outputs (1, 0.5, 0) look like those of a sigmoid.
+    x = torch.tensor([[0.2, 0.25], [0.2, 0.25]])
+    rows = TensorDataset(x, torch.zeros(2, dtype=torch.int64))
     alone = robustness_curve(Saturating(), rows, norm=norm, attack=FMN(norm=norm))
     assert alone.distance.isinf().all()
     found = robustness_curve(Saturating(), rows, norm=norm)
-    # x0 - x1 has to reach 1/2, and x1 can give 0.2 of it.
-    nearest = {"l1": 0.5, "l2": (0.3**2 + 0.2**2) ** 0.5, "linf": 0.3}[norm]
+    # x0 - x1 has to reach 1/2, and x1 can give 0.25 of it.
+    nearest = {"l1": 0.55, "l2": (0.3**2 + 0.25**2) ** 0.5, "linf": 0.3}[norm]
     torch.testing.assert_close(found.distance, torch.full((2,), nearest), rtol=0.01, atol=0.0)
 
 

@@ -63,7 +63,8 @@ class Usefulness:
     eps, norm
         The ball.
     level
-        Of the intervals; a pair is useful where its ``p_value`` is at most 1 - level.
+        Of the intervals; a pair is useful where its ``p_value`` is at most 1 - level and its
+        interval of rho lies above 0.
     """
 
     rho: Tensor
@@ -82,11 +83,12 @@ class Usefulness:
     def kind(self) -> Tensor:
         """Of each unit and class, int64: its place in ``KINDS``.
 
-        Useful: ``p_value`` is at most 1 - level. Of these robust where the interval of gamma lies
-        above 0, non-robust where it does not reach above 0, and undecided where 0 lies within.
+        Useful: ``p_value`` is at most 1 - level and the interval of rho lies above 0. Of these
+        robust where the interval of gamma lies above 0, non-robust where it does not reach above
+        0, and undecided where 0 lies within.
         Useless: the rest.
         """
-        useful = self.p_value <= 1 - self.level + 1e-9
+        useful = (self.p_value <= 1 - self.level + 1e-9) & (self.rho_interval[0] > 0)
         kind = torch.where(useful, UNDECIDED, USELESS)
         kind = torch.where(useful & (self.gamma_interval[1] <= 0), NONROBUST, kind)
         return torch.where(useful & (self.gamma_interval[0] > 0), ROBUST, kind)

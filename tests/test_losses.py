@@ -203,10 +203,11 @@ def test_an_attack_climbs_the_loss_or_its_targeted_twin(name, targeted, expected
 
 
 @pytest.mark.parametrize("targeted", [False, True])
-def test_a_callable_is_climbed_as_it_is(targeted):
+def test_a_callable_is_climbed_and_with_targets_descended(targeted):
     logits, labels = some_logits()
     climb = losses.objective(lambda z, y: z[:, 0] * y, labels, targeted)
-    assert torch.equal(climb(logits), logits[:, 0] * labels)
+    sign = -1 if targeted else 1
+    assert torch.equal(climb(logits), sign * logits[:, 0] * labels)
 
 
 def test_towards_one_class_is_the_difference_of_two_logits():

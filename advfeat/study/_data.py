@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,3 +89,11 @@ class Shifted(Dataset[tuple[Tensor, Tensor]]):
         numbers = [self._source.indices[row] for row in rows]
         found = self._source.rows(numbers, torch.device("cpu"))
         return list(zip(found.inputs, (found.labels + 1) % self._classes, strict=True))
+
+
+def made_model(make_model: Callable[[], nn.Module]) -> nn.Module:
+    """Call the user's function, which must make a module."""
+    model: object = make_model()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"make_model: made {type(model).__name__}; expected a torch.nn.Module")
+    return model

@@ -15,6 +15,7 @@ from advfeat import checks, nonrobust, robustify, seeding
 from advfeat.loading import Source
 from advfeat.metrics import robustness_curve
 from advfeat.model import Precision
+from advfeat.study._data import made_model
 from advfeat.threat import Bounds, Norm
 from advfeat.training import adversarial_fit, fit
 
@@ -55,7 +56,7 @@ class Pilot:
         """A standard model, or one trained in a ball."""
         device = torch.device("cpu" if self.device is None else self.device)
         with seeding.default_generators(self.seed, 0, device):
-            model = self.make_model()
+            model = made_model(self.make_model)
         model = model if self.device is None else model.to(self.device)
         settings: dict[str, Any] = {
             "epochs": epochs_for(len(self.train)),

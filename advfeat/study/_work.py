@@ -21,7 +21,7 @@ from advfeat.datasets import ConstructedDataset, moved_control, noise_control
 from advfeat.loading import Source
 from advfeat.metrics import RobustAccuracy, accuracy, robust_accuracy, transfer_matrix
 from advfeat.model import Precision
-from advfeat.study._data import Shifted, as_text, first, plain, resident
+from advfeat.study._data import Shifted, as_text, first, made_model, plain, resident
 from advfeat.study._plan import PLANS, base_of, training_stage
 from advfeat.study._recipe import Recipe
 from advfeat.study._stages import Stages
@@ -276,9 +276,7 @@ class Work:
         """An untrained model; a control begins with the weights of its dataset's model."""
         device = torch.device("cpu" if self.device is None else self.device)
         with seeding.default_generators(self._training_seed(name), 0, device):
-            model = self.make_model()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"make_model: made {type(model).__name__}; expected a torch.nn.Module")
+            model = made_model(self.make_model)
         return model if self.device is None else model.to(self.device)
 
     def _robust(self, model: nn.Module, radius: float) -> RobustAccuracy:

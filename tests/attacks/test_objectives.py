@@ -152,7 +152,8 @@ def test_trades_computes_the_clean_logits_once_a_step_not_once_an_attack_step(ra
     af.adversarial_fit(model, [(x, y)] * 2, objective="trades", epochs=1, **settings)
     clean = [len(seen) == len(x) and torch.equal(seen, x) for seen in calls.attacks()]
     assert sum(clean) == 2  # once in each of two steps
-    assert len(clean) == 1 + 2 * (1 + 4)  # and one row to count the classes
+    # Before them a sample to count the classes, and the inspection of the model.
+    assert len(clean) - clean.index(True) == 2 * (1 + 4)
 
 
 def test_trades_attack_climbs_the_divergence_though_it_is_flat_at_the_input():
@@ -164,7 +165,9 @@ def test_trades_attack_climbs_the_divergence_though_it_is_flat_at_the_input():
         model, [(x, y)], objective="trades", eps=0.2, norm="linf", epochs=1, optimizer=still, seed=0
     )
     attacked = calls.inputs[-1]
-    start = calls.attacks()[2]
+    attacks = calls.attacks()
+    clean = next(n for n, seen in enumerate(attacks) if seen.shape == x.shape and (seen == x).all())
+    start = attacks[clean + 1]
     assert 0 < (start - x).abs().max() < 0.01
     model.eval()
     clean = model(x).detach()
@@ -191,8 +194,8 @@ def test_fast_training_takes_one_step_of_a_quarter_more_than_eps_from_a_random_s
     calls = Calls(model)
     settings = {"eps": 0.1, "norm": "linf", "epochs": 1, "seed": 0}
     af.adversarial_fit(model, [(x, y)], method="fast", **settings)
-    start, learned = calls.inputs[1], calls.inputs[2]
-    assert calls.frozen[1:3] == [True, False]
+    first = calls.frozen.index(False)
+    start, learned = calls.inputs[first - 1], calls.inputs[first]
     away = (start - x).abs()
     assert away.max() <= 0.1 + 1e-6
     assert 0.04 < away.mean() < 0.06
@@ -231,8 +234,9 @@ def test_free_training_takes_a_gradient_for_each_pass_and_no_more():
     af.adversarial_fit(
         model, rows, method="free", eps=0.1, norm="l2", epochs=2, batch_size=30, seed=0
     )
-    assert len(calls.inputs) == 1 + 2 * 2 * 8
-    assert len(calls.attacks()) == 1  # a row to count the classes
+    # A sample to count the classes, and the inspection of the model.
+    assert len(calls.attacks()) <= 3
+    assert len(calls.inputs) - len(calls.attacks()) == 2 * 2 * 8
 
 
 # --- What does not go together ---

@@ -73,7 +73,9 @@ def test_low_precision_of_every_attack_is_settled(standard, digits, monkeypatch)
         return logits + 4.0 * (torch.rand(logits.shape) < 0.1)
 
     monkeypatch.setattr(network, "_logits", noisy)
-    monkeypatch.setattr(af.model, "_affordable", lambda precision, module: precision)
+    monkeypatch.setattr(
+        "advfeat.model.network.supported_precision", lambda precision, module: precision
+    )
     ball = {"eps": 0.08, "norm": "linf"}
     attacks = [
         af.PGD(**ball, steps=5),

@@ -232,7 +232,7 @@ def eps(value: object) -> None:
 
 
 def linf_in_bounds(eps: object, norm: str, bounds: Bounds) -> None:
-    """Refuse an l_inf radius wider than the box: 8 was meant to be 8/255."""
+    """Refuse an l_inf radius wider than the bounds: 8 was meant to be 8/255."""
     width = bounds[1] - bounds[0]
     largest = eps.amax() if isinstance(eps, Tensor) else eps
     if norm == "linf" and largest > width:  # type: ignore[operator]
@@ -349,7 +349,7 @@ def _largest_pixel(images: Tensor) -> int:
 
 
 def logits(value: object, inputs: Tensor) -> Tensor:
-    """Refuse a model output that is not one row of at least two logits for each input."""
+    """Refuse a model output that is not one sample of at least two logits for each input."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"model: returned {type(value).__name__}; expected logits (N, C) as a tensor, the "

@@ -37,7 +37,7 @@ _LABEL_KEYS = ("labels", "label", "targets", "target", "y", "fine_label")
 class Samples(NamedTuple):
     """A batch with the number of each of its samples."""
 
-    ids: Tensor  # (N,) int64: the row in the dataset, or the place in a stream
+    ids: Tensor  # (N,) int64: the sample in the dataset, or the place in a stream
     inputs: Tensor  # (N, ...)
     labels: Tensor  # (N,)
 
@@ -46,11 +46,11 @@ Check: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 class Source:
-    """A dataset, a loader or a list of batches, read in the order of its rows.
+    """A dataset, a loader or a list of batches, read in the order of its samples.
 
-    A loader over a map-style dataset is read by row number, whatever its order: shuffling cannot
+    A loader over a map-style dataset is read by sample number, whatever its order: shuffling cannot
     mispair anything, and ``drop_last`` drops nothing. A sharded loader keeps to its shard, without
-    the rows that its sampler repeats to make shards equal.
+    the samples that its sampler repeats to make shards equal.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ class Source:
     def batches(
         self, device: torch.device, chunks: list[list[int]] | None = None
     ) -> Iterator[Samples]:
-        """Give all rows, in order, on the device; or those of the chunks, by their numbers."""
+        """Give all samples, in order, on the device; or those of the chunks, by their numbers."""
         if self.is_stream:
             # A loader's iterator takes a number from the global generator, which is put back.
             with torch.random.fork_rng(devices=[]):
@@ -133,7 +133,7 @@ class Source:
             yield _rows(torch.tensor(chunk, device="cpu"), batch, device)
 
     def rows(self, indices: list[int], device: torch.device, check: Check | None = None) -> Samples:
-        """Give single rows by their numbers; map-style data only."""
+        """Give single samples by their numbers; map-style data only."""
         return _rows(torch.tensor(indices, device="cpu"), self.fetch(indices), device, check)
 
     def _read(self, chunks: list[list[int]]) -> Iterable[Any]:
@@ -158,7 +158,7 @@ class Source:
         """Read samples by their indices, as one batch that is not unpacked."""
         dataset = self._dataset
         if type(dataset) is TensorDataset and self._collate is default_collate:
-            # Whole-batch indexing is known to mean the same as row by row.
+            # Whole-batch indexing is known to mean the same as sample by sample.
             return dataset[torch.tensor(indices, device="cpu")]
         if hasattr(dataset, "__getitems__"):
             return self._collate(dataset.__getitems__(indices))
@@ -327,7 +327,7 @@ def _row_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
 
 
 def _bounded(sampler: Iterable[int], count: int, name: str) -> list[int]:
-    """Sorted row numbers of a user's own sampler, which must end and give each row once."""
+    """Sorted sample numbers of a user's own sampler, which must end and give each sample once."""
     # It may draw from the global generator, which is put back.
     with torch.random.fork_rng(devices=[]):
         numbers = [int(i) for i in itertools.islice(sampler, count + 1)]

@@ -124,7 +124,7 @@ def objective(
 
 
 def _signed(value: Tensor, sign: int) -> Tensor:
-    # What is no tensor is refused later.
+    # What is no tensor raises an error later.
     return -value if sign < 0 and isinstance(value, Tensor) else value
 
 

@@ -109,12 +109,12 @@ def construct_det_dataset(
     shift
         The target is (label + shift) mod classes; the paper's is 1.
     steps, step_size
-        Targeted PGD from the image: default 100 steps of ``eps / 5`` (0.1 in the paper). A row that
-        reaches its target goes on.
+        Targeted PGD from the image: default 100 steps of ``eps / 5`` (0.1 in the paper). A sample
+        that reaches its target continues.
     patience
-        Leave a row where it is once its loss has not fallen by a thousandth of itself in so many
-        steps, and go on with another in its place; by default every row takes all steps, as in
-        the paper.
+        Leave a sample where it is once its loss has not fallen by a thousandth of itself in so many
+        steps, and continue with another in its place; by default every sample takes all steps, as
+        in the paper.
     bounds, batch_size, precision, compile, progress, out, dtype
         As in `advfeat.construct_robust_dataset`.
 
@@ -122,8 +122,8 @@ def construct_det_dataset(
     -------
     ConstructedDataset
         ``images`` float32 (float64 of float64 data and model), ``labels`` (the targets), and for
-        each row ``index``, ``source_labels``, ``success`` (the model says the target, in float32)
-        and ``size`` (of the perturbation, in ``norm``).
+        each sample ``index``, ``source_labels``, ``success`` (the model says the target, in
+        float32) and ``size`` (of the perturbation, in ``norm``).
 
     Raises
     ------

@@ -268,14 +268,14 @@ def samples(
     labels: Mapping[str, Sequence[object]] | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Figure:
-    """Images in rows.
+    """Images in samples.
 
     Parameters
     ----------
     images
-        For each row its images ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``.
+        For each sample its images ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``.
     labels
-        For rows by name, what stands under each image.
+        For samples by name, what stands under each image.
     bounds
         Values drawn black and white.
 

@@ -57,8 +57,8 @@ def construct_robust_dataset(
         inputs, or None for the input of the Linear that gives the logits, the paper's choice. Its
         name and width are in ``manifest["layer"]``.
     start
-        ``"images"``: another row, uniform over all others. ``"noise"``: N(0, 1) / 20 + 0.5 of
-        the box (the released notebook). Or a tensor with one start for each
+        ``"images"``: another sample, uniform over all others. ``"noise"``: N(0, 1) / 20 + 0.5 of
+        the bounds (the released notebook). Or a tensor with one start for each
         sample, ``(N, ...)``, or ``(starts, N, ...)`` of several.
     starts
         Constructed samples for each sample of the data, each from a start of its own: default 1,
@@ -77,9 +77,9 @@ def construct_robust_dataset(
     seed
         Of the starts; None draws one number from torch's default generator.
     patience
-        Leave a row where it is once its squared distance has not fallen by a thousandth in so many
-        steps, and go on with another in its place; by default every row takes all steps, as in
-        the paper.
+        Leave a sample where it is once its squared distance has not fallen by a thousandth in so
+        many steps, and continue with another in its place; by default every sample takes all steps,
+        as in the paper.
     straight_through
         Let gradients pass the last ReLU before the layer unchanged, as the released code of the
         paper does; by default a unit that is not active gives none.
@@ -89,22 +89,23 @@ def construct_robust_dataset(
     precision
         ``"bfloat16"`` takes gradients in bfloat16 where the hardware has it.
     compile
-        Go through ``torch.compile``; warns and goes on without where it fails. Like another device
-        or batch size it changes a result by rounding, and is not a setting of the set.
+        Go through ``torch.compile``; warns and continues without where it fails. Like another
+        device or batch size it changes a result by rounding, and is not a setting of the set.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
     out
-        A folder to build the set in, row by row, instead of in memory. It can be killed at any
-        moment: the same call on the same folder goes on where it was (with ``seed=None``, with the
-        seed that it began with), and returns a finished folder at once, memory-mapped. Model and
-        data are recognised by a digest of the weights and of 256 rows; a ``layer`` that is a
-        callable by its name alone. Under torchrun every rank makes a part of the rows; ``out`` is
+        A folder to build the set in, sample by sample, instead of in memory. It can be killed at
+        any moment: the same call on the same folder continues where it was (with ``seed=None``,
+        with the seed that it began with), and returns a finished folder at once, memory-mapped.
+        Model and data are recognised by a digest of the weights and of 256 samples; a ``layer``
+        that is a callable by its name alone. Under torchrun every rank makes a part of the rows;
+        ``out`` is
         then on a disk that all ranks share; or a name ending in ``rank-{rank}`` (as it stands), and
         each rank has a folder of its own, which `ConstructedDataset.open` joins. Without ``out``
-        every rank makes all rows.
+        every rank makes all samples.
     dtype
-        ``"uint8"`` stores images as 256 levels of the box, a quarter of the bytes. What is told of
-        a row is then measured on the rounded image, beside ``rounding`` (l2 moved by it) and
+        ``"uint8"`` stores images as 256 levels of the bounds, a quarter of the bytes. What is told
+        of a sample is then measured on the rounded image, beside ``rounding`` (l2 moved by it) and
         ``distance_unrounded`` or ``success_unrounded``.
 
     Returns

@@ -53,7 +53,7 @@ def keys(seed: int, index: Tensor) -> Tensor:
 
 
 def bits(keys: Tensor, draw: int | Tensor, count: int) -> Tensor:
-    """Random 64-bit integers, int64 ``(N, count)``, one row for each key.
+    """Random 64-bit integers, int64 ``(N, count)``, one sample for each key.
 
     ``draw`` says which draw of the sample this is, an integer or ``(N,)``; different draws are
     independent.

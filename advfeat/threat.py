@@ -144,7 +144,7 @@ def finite(gradient: Tensor) -> Tensor:
 
 
 def unblocked(gradient: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
-    """The gradient without the entries that push a point on the box's wall against it.
+    """The gradient without the entries that push a point on the bounds's wall against it.
 
     What is left is the gradient by which a step can still climb. In l1 that matters: a step goes
     along one entry alone, and would go against the wall for ever.
@@ -164,16 +164,16 @@ def project(
     limits: tuple[Tensor, Tensor] | None = None,
     inplace: bool = False,
 ) -> Tensor:
-    """Nearest points, in Euclidean distance, of the ball around ``center`` and the box together.
+    """Nearest points, in Euclidean distance, of the ball around ``center`` and the bounds together.
 
     Parameters
     ----------
     points, center
-        Shape ``(N, ...)``; ``center`` lies in the box.
+        Shape ``(N, ...)``; ``center`` lies in the bounds.
     eps
-        Radius, a float or ``(N,)``; ``None`` leaves the box alone.
+        Radius, a float or ``(N,)``; ``None`` leaves the bounds alone.
     norm, bounds
-        The ball's norm and the box ``(low, high)``.
+        The ball's norm and the bounds ``(low, high)``.
     limits
         `limits_of` the same center, radius and box, for a loop that has them.
     inplace
@@ -210,7 +210,7 @@ def limits_of(
 ) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each entry: in linf of the point, in ball and box together.
 
-    In l1 and l2 of the perturbation, in the box alone.
+    In l1 and l2 of the perturbation, in the bounds alone.
     """
     if norm != "linf":
         return torch.rsub(center, bounds[0]), torch.rsub(center, bounds[1])

@@ -37,9 +37,9 @@ class Alignment:
     ----------
     cosines
         For each model, for each of ``"image"``, ``"class means"`` and ``"local"``, the cosine of
-        every row, float32 ``(N,)``.
+        every sample, float32 ``(N,)``.
     inputs, labels
-        The rows, in order.
+        The samples, in order.
     gradients
         For each model the gradients, the shape of ``inputs``.
     """
@@ -68,7 +68,7 @@ class Alignment:
         )
 
     def plot(self, count: int = 6) -> Figure:
-        """Saliency pictures: the first rows, and below them each model's gradients there."""
+        """Saliency pictures: the first samples, and below them each model's gradients there."""
         shown = {"input": plots.stretched(self.inputs[:count])}
         for name, gradients in self.gradients.items():
             # At three standard deviations white or black, zero grey.
@@ -105,7 +105,7 @@ def alignment(
     eps, norm
         Ball of the random points, in the units of the inputs.
     draws
-        Random points for each row.
+        Random points for each sample.
     bounds, batch_size
         As in `advfeat.accuracy` and `advfeat.robust_accuracy`.
     seed
@@ -150,7 +150,7 @@ def _cosines(
     draws: int,
     seed: int,
 ) -> tuple[Tensor, ...]:
-    """The three cosines of a batch's rows, and their gradients."""
+    """The three cosines of a batch's samples, and their gradients."""
     gradient, other = _gradient(net, batch.inputs, batch.labels)
     keys, width = seeding.keys(seed, batch.ids), batch.inputs[0].numel()
     local = torch.zeros(len(gradient), dtype=gradient.dtype, device=gradient.device)
@@ -288,7 +288,7 @@ def layer_robustness(
 
 
 def _away_from(goal: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Squared distance of every row's features to where they were."""
+    """Squared distance of every sample's features to where they were."""
     return lambda features, _: (features - goal).square().sum(1)
 
 

@@ -1,4 +1,4 @@
-"""What several questions share: features attacked as if they were logits, and rows in memory."""
+"""What several questions share: features attacked as if they were logits, and samples in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Features:
 
 
 class Stacked(NamedTuple):
-    """All rows of a dataset, in order."""
+    """All samples of a dataset, in order."""
 
     inputs: Tensor  # (N, ...)
     labels: Tensor  # (N,) int64
@@ -49,7 +49,7 @@ def feature_attack(
 
 
 def stacked(data: Data, device: torch.device, batch_size: int | None = None) -> Stacked:
-    """Read all rows into memory."""
+    """Read all samples into memory."""
     rows = list(Source(data, batch_size).batches(device))
     inputs = torch.cat([batch.inputs for batch in rows])
     labels = torch.cat([batch.labels for batch in rows])
@@ -65,7 +65,7 @@ def commonest(labels: Tensor) -> float:
 def batches(
     net: Network, model: nn.Module, data: Data, bounds: Bounds, batch_size: int | None = None
 ) -> list[Batch]:
-    """All rows as an attack takes them: checked, float32 at least, within the bounds."""
+    """All samples as an attack takes them: checked, float32 at least, within the bounds."""
     source = Source(data, batch_size)
     return [
         prepare_batch(net, rows.inputs, rows.labels, rows.ids, bounds)

@@ -69,7 +69,7 @@ class Mislabelled:
 
 
 def mistakes(model: nn.Module, data: Data, *, batch_size: int | None = None) -> ConstructedDataset:
-    """Keep the rows that a model gets wrong, labelled as it says: every label is wrong.
+    """Keep the samples that a model gets wrong, labelled as it says: every label is wrong.
 
     Parameters
     ----------

@@ -314,7 +314,7 @@ class _JustBugs(TargetedDataset):
 
 
 class _SideBySide(nn.Module):
-    """Several models as one, with all their logits in a row."""
+    """Several models as one, with all their logits in a sample."""
 
     def __init__(self, first: nn.Module, others: Sequence[nn.Module]) -> None:
         super().__init__()

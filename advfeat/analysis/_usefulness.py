@@ -159,7 +159,7 @@ def usefulness(
         Any module; in evaluation mode.
     data
         A dataset, a loader or a list of batches; at least two classes. The work is two attacks for
-        each unit and row: take a few hundred rows.
+        each unit and sample: take a few hundred samples.
     eps, norm
         The ball, in the units of the inputs.
     layer
@@ -245,7 +245,7 @@ def linear_usefulness(
     Parameters
     ----------
     weight
-        One feature a row, ``(units, d)`` for inputs of d numbers.
+        One feature a sample, ``(units, d)`` for inputs of d numbers.
     data, eps, norm, level, resamples, seed
         As in `usefulness`.
 
@@ -287,7 +287,7 @@ def linear_usefulness(
 
 
 def _signed_unit(features: Tensor, choice: Tensor) -> Tensor:
-    """The unit a row is to raise (numbered from 1), or to lower (numbered from -1)."""
+    """The unit a sample is to raise (numbered from 1), or to lower (numbered from -1)."""
     unit = features.gather(1, choice.abs()[:, None] - 1).squeeze(1)
     return unit * choice.sign()
 

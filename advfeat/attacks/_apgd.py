@@ -93,7 +93,7 @@ class APGD(Attack):
         checks.seed(self.seed)
 
     def init(self, net: Network, batch: Batch) -> APGDState:
-        """Choose each row's targets and put it at a random point of the ball."""
+        """Choose each sample's targets and put it at a random point of the ball."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         eps = per_sample_eps(self.eps, inputs)

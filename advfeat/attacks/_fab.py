@@ -49,7 +49,7 @@ class FABState(NamedTuple):
 class FAB(MinimumNorm):
     """FAB-T as a value; see `fab` for the meaning of each setting.
 
-    With ``eps`` it serves `advfeat.robust_accuracy`: a row is finished once it is fooled within
+    With ``eps`` it serves `advfeat.robust_accuracy`: a sample is finished once it is fooled within
     ``eps``, and results lie within ``eps``.
 
     Examples
@@ -71,7 +71,7 @@ class FAB(MinimumNorm):
         checks.count("targets", self.targets, low=1)
 
     def init(self, net: Network, batch: Batch) -> FABState:
-        """Look up which classes to aim at; a row that is wrong already has its result."""
+        """Look up which classes to aim at; a sample that is wrong already has its result."""
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
         state = FABState(
@@ -178,7 +178,7 @@ def fab(
     -------
     Tensor
         The closest inputs found that the model gets wrong, as whichever class; the clean input
-        where that is wrong already. A row where nothing was found holds the last iterate. The
+        where that is wrong already. A sample where nothing was found holds the last iterate. The
         shape of ``inputs``, float32 (float64 for float64 inputs).
 
     Raises

@@ -54,7 +54,7 @@ class FMNState(NamedTuple):
 class FMN(MinimumNorm):
     """FMN as a value; see `fmn` for the meaning of each setting.
 
-    With ``eps`` it serves `advfeat.robust_accuracy`: a row is finished once it is fooled within
+    With ``eps`` it serves `advfeat.robust_accuracy`: a sample is finished once it is fooled within
     ``eps``, and results lie within ``eps``.
 
     Examples
@@ -78,7 +78,7 @@ class FMN(MinimumNorm):
         checks.count("targets", self.targets, low=1)
 
     def init(self, net: Network, batch: Batch) -> FMNState:
-        """Put every row at its clean input; a row that is wrong already has its result."""
+        """Put every sample at its clean input; a sample that is wrong already has its result."""
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
         state = FMNState(
@@ -115,7 +115,7 @@ class FMN(MinimumNorm):
         return self.steps + 1
 
     def _nearest(self, net: Network, batch: Batch, logits: Tensor) -> Tensor:
-        """Of the likely classes, the one whose linearised boundary is nearest within the box."""
+        """Of the likely classes, the one whose linearised boundary is nearest within the bounds."""
         likely = likely_others(logits, batch.labels, self.targets)
         if likely.shape[1] == 1:
             return likely.squeeze(1)
@@ -131,7 +131,7 @@ class FMN(MinimumNorm):
     def _moved(self, state: FMNState, found: Evaluation, hits: Tensor) -> FMNState:
         inputs, current, radius = state.inputs, state.current, state.radius
         low, high = self.bounds
-        # From 1 to 0 along half a cosine, by each row's own count.
+        # From 1 to 0 along half a cosine, by each sample's own count.
         fresh = (1 + (state.step.to(radius.dtype) * (math.pi / self.steps)).cos()) / 2
         gamma = _GAMMA_LAST + (_GAMMA_FIRST - _GAMMA_LAST) * fresh
         slope = threat.size(found.gradient, _DUAL[self.norm])
@@ -170,11 +170,11 @@ def fmn(
     """Find close inputs that fool the model, by adaptive norm constraints (Pintor et al. 2021).
 
     Gradient steps on a difference of logits within a ball whose radius shrinks while the iterate
-    fools the model and grows while it does not. One run gives every row's distance, and with it
+    fools the model and grows while it does not. One run gives every sample's distance, and with it
     the accuracy at every radius. No random numbers are used.
 
     Where the paper climbs towards whichever other class leads, which is the farther one for some
-    rows, this aims at the class whose linearised boundary is nearest to the clean input.
+    samples, this aims at the class whose linearised boundary is nearest to the clean input.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ def fmn(
     norm
         What is minimised: ``"l1"``, ``"l2"`` or ``"linf"``.
     steps
-        Gradients a row takes.
+        Gradients a sample takes.
     step_size
         l2 length of the first step, whatever the norm, as in the paper (1 for images in [0, 1]);
         it falls along a cosine to a hundredth of that. By default a step is as long as the radius
@@ -209,7 +209,7 @@ def fmn(
     -------
     Tensor
         The closest inputs found that the model gets wrong (or takes for the targets); the clean
-        input where that is so already. A row where nothing was found holds the last iterate. The
+        input where that is so already. A sample where nothing was found holds the last iterate. The
         shape of ``inputs``, float32 (float64 for float64 inputs).
 
     Raises

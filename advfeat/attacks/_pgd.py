@@ -91,7 +91,7 @@ class PGD(Attack):
         checks.seed(self.seed)
 
     def init(self, net: Network, batch: Batch) -> PGDState:
-        """Put every row at its start: the clean input, or a random point of the ball."""
+        """Put every sample at its start: the clean input, or a random point of the ball."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         random = self.is_random
@@ -183,7 +183,7 @@ class PGD(Attack):
         return self._keep(state, Evaluation(state.current, value, logits))
 
     def _keep(self, state: PGDState, found: Evaluation) -> PGDState:
-        """Keep the current iterate of each row where it is better than the one kept so far."""
+        """Keep the current iterate of each sample where it is better than the one kept so far."""
         hits = is_success(found.output, state.labels, self.targeted)
         # Not "greater": an objective of NaN must not leave the clean input in place.
         better = ~(found.value <= state.value)
@@ -310,8 +310,8 @@ def pgd(
     momentum
         Decay of accumulated gradients (MI-FGSM, Dong et al. 2018); 0 is plain PGD.
     patience
-        Leave a row where it is once its objective has not risen by a thousandth of itself in so
-        many steps; by default every row takes all steps. Not with restarts.
+        Leave a sample where it is once its objective has not risen by a thousandth of itself in so
+        many steps; by default every sample takes all steps. Not with restarts.
     loss
         ``"cross_entropy"``, ``"margin"``, ``"dlr"``, or a callable of logits and labels that
         returns one value for each sample that grows as the model is more wrong about the labels;

@@ -73,7 +73,7 @@ class Square(Attack):
         checks.seed(self.seed)
 
     def init(self, net: Network, batch: Batch) -> SquareState:
-        """Put every row at its start: stripes (linf) or a grid of bumps (l1, l2) of its own."""
+        """Put every sample at its start: stripes (linf) or a grid of bumps (l1, l2) of its own."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         state = SquareState(
@@ -93,7 +93,7 @@ class Square(Attack):
         return state._replace(current=start.view(inputs.shape))
 
     def step(self, net: Network, state: SquareState) -> SquareState:
-        """Spend one query of every row that is not finished; the first looks at the start."""
+        """Spend one query of every sample that is not finished; the first looks at the start."""
         proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
         first = threat.per_sample(state.step == 0, state.current)
         candidate = torch.where(first, state.current, proposal.view(state.current.shape))
@@ -111,7 +111,7 @@ class Square(Attack):
 
     @property
     def max_evaluations(self) -> int:
-        """Queries of a row, its start included."""
+        """Queries of a sample, its start included."""
         return self.queries
 
     def finished(self, state: SquareState) -> Tensor:
@@ -202,7 +202,7 @@ class Square(Attack):
         if self.norm == "l1":
             return threat.project(inputs + delta, inputs, state.eps, "l1", self.bounds)
         scale = threat.per_sample(state.eps, delta) / _sizes(delta, 2.0, (1, 2, 3))
-        # What the box cuts off here is left over for the next window.
+        # What the bounds cuts off here is left over for the next window.
         return (inputs + delta * scale).clamp_(*self.bounds)
 
     @property
@@ -232,7 +232,7 @@ class _Constants(NamedTuple):
 
     stages: Tensor  # proposals, of 10,000, after which the window is halved
     limits: Tensor  # (2, 1) int64, height and width
-    down: Tensor  # (1, 1, H, 1) int64, each row's number
+    down: Tensor  # (1, 1, H, 1) int64, each sample's number
     across: Tensor  # (W,) int64, each column's
     levels: Tensor  # (2, R) float64, height of a pyramid's rings in l1 and in l2
 
@@ -253,7 +253,7 @@ def _constants(height: int, width: int, device: torch.device) -> _Constants:
 
 
 class _Window(NamedTuple):
-    """A window of each row's image; broadcast against ``(N, C, H, W)``."""
+    """A window of each sample's image; broadcast against ``(N, C, H, W)``."""
 
     down: Tensor  # (N, 1, H, 1), each pixel's distance below the window's upper edge
     across: Tensor  # (N, 1, 1, W), and right of its left edge
@@ -332,7 +332,7 @@ def _half(distance: Tensor, side: Tensor, cut: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _image(tensor: Tensor) -> Tensor:
-    """View as ``(N, C, H, W)``: what is no image is one row of pixels."""
+    """View as ``(N, C, H, W)``: what is no image is one sample of pixels."""
     if tensor.ndim == 4 and tensor.shape[2:].numel() > 1:
         return tensor
     return tensor.flatten(1)[:, None, None]

@@ -29,7 +29,7 @@ def track_patience(state: Any, stepped: Any, value: Tensor, finished: Tensor) ->
     far, and ``waited``, the steps since it rose; ``value`` is the objective before the step.
     """
     value = value.to(state.value_max.dtype)
-    # Not "greater": the first peak is minus infinity, and an objective of NaN stops no row.
+    # Not "greater": the first peak is minus infinity, and an objective of NaN stops no sample.
     rose = ~finished & ~(value <= state.value_max + _RISE * state.value_max.abs())
     keeps = threat.per_sample(finished, state.current)
     return stepped._replace(
@@ -64,7 +64,7 @@ class Attack(ABC):
     @property
     @abstractmethod
     def max_evaluations(self) -> int:
-        """Steps after which every row is finished, whatever the model."""
+        """Steps after which every sample is finished, whatever the model."""
 
     @abstractmethod
     def finished(self, state: Any) -> Tensor:
@@ -95,7 +95,7 @@ class Attack(ABC):
         return "seed" in {field.name for field in fields(self)}  # type: ignore[arg-type]
 
     def stop_at_success(self) -> Self:
-        """The same attack for evaluation: a row is finished once it fools the model."""
+        """The same attack for evaluation: a sample is finished once it fools the model."""
         return self
 
     def with_seed(self, seed: int) -> Self:
@@ -169,7 +169,7 @@ def prepare_batch(
     bounds: Bounds,
     targeted: bool = False,
 ) -> Batch:
-    """Refuse bad input, clip rounding off the bounds, and number the rows if nobody did."""
+    """Refuse bad input, clip rounding off the bounds, and number the samples if nobody did."""
     checks.inputs(inputs, bounds)
     checks.same_device(inputs, net.device)
     checks.labels(labels, inputs)
@@ -185,7 +185,7 @@ def prepare_batch(
 
 
 def per_sample_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
-    """One radius for each row, ``(N,)``."""
+    """One radius for each sample, ``(N,)``."""
     count = inputs.shape[0]
     found = torch.as_tensor(eps, dtype=inputs.dtype, device=inputs.device)
     if found.ndim and found.shape[0] != count:
@@ -194,7 +194,7 @@ def per_sample_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
 
 
 def check_attack(attack: object, eps: object, norm: object) -> None:
-    """Refuse what cannot attack the labelled rows of a dataset, and a ball beside its own."""
+    """Refuse what cannot attack the labelled samples of a dataset, and a ball beside its own."""
     if not isinstance(attack, Attack) or not hasattr(attack, "eps"):
         raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...)")
     if eps is not None or norm is not None:
@@ -212,7 +212,7 @@ def verified_logits(
 ) -> Tensor:
     """Logits, computed in low precision where that was asked for and nothing is claimed.
 
-    ``counts`` are the rows whose success would be claimed, bool ``(N,)``; by default all.
+    ``counts`` are the samples whose success would be claimed, bool ``(N,)``; by default all.
     """
     logits = net.logits(candidate, low_precision=True)
     if net.low_precision:

@@ -51,7 +51,7 @@ class Inversion(Attack):
             checks.count("patience", self.patience, low=1)
 
     def init(self, net: Network, batch: Batch) -> InversionState:
-        """Look up the activations to reach, and put every row at its start."""
+        """Look up the activations to reach, and put every sample at its start."""
         start = batch.inputs if batch.start is None else batch.start
         goal, none = net.features(batch.inputs), torch.zeros_like(batch.ids)
         return InversionState(
@@ -64,7 +64,7 @@ class Inversion(Attack):
         )
 
     def step(self, net: Network, state: InversionState) -> InversionState:
-        """Move every row by one step of fixed l2 length, and back into the box."""
+        """Move every sample by one step of fixed l2 length, and back into the bounds."""
 
         def closeness(features: Tensor) -> Tensor:
             # The distance's gradient has the same direction, but none where it is zero.
@@ -84,7 +84,7 @@ class Inversion(Attack):
 
     @property
     def max_evaluations(self) -> int:
-        """Gradients a row takes."""
+        """Gradients a sample takes."""
         return self.steps
 
     @property
@@ -119,7 +119,7 @@ def invert(
     """Move ``start`` until the model's activations on it are those on ``inputs``.
 
     Minimises ||g(start) - g(inputs)||_2 by steps of fixed l2 length along the gradient, clipped to
-    the box after each (Ilyas et al. 2019, appendix C). There is no ball.
+    the bounds after each (Ilyas et al. 2019, appendix C). There is no ball.
 
     Parameters
     ----------
@@ -142,8 +142,8 @@ def invert(
     bounds
         The box ``(low, high)``.
     patience
-        Leave a row where it is once its squared distance has not fallen by a thousandth in so many
-        steps; by default every row takes all steps, as in the paper.
+        Leave a sample where it is once its squared distance has not fallen by a thousandth in so
+        many steps; by default every sample takes all steps, as in the paper.
     straight_through
         Let gradients pass the last ReLU before the layer unchanged, as the released code of the
         paper does; by default a unit that is not active gives none.

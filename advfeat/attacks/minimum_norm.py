@@ -99,8 +99,9 @@ def linearised_distances(
 class MinimumNorm(Attack):
     """An attack that looks for the smallest perturbation instead of the worst one in a ball.
 
-    Without ``eps`` every row takes all its steps, and ``success`` says whether anything that fools
-    the model was found; with it, a row is successful and finished once that lies within ``eps``.
+    Without ``eps`` every sample takes all its steps, and ``success`` says whether anything that
+    fools the model was found; with it, a row is successful and finished once that lies within
+    ``eps``.
 
     Its state has, beside what every attack's has: ``x_best``, the closest input found that fools
     the model (the last iterate where there is none); ``distance`` of that input from the clean one,
@@ -155,7 +156,7 @@ class MinimumNorm(Attack):
         return losses.objective("margin", labels, self.targeted)(logits) > rounding(logits)
 
     def _keep(self, state: Any, points: Tensor, hits: Tensor) -> Any:
-        """Keep the points of rows that they fool, where nothing closer was kept before."""
+        """Keep the points of samples that they fool, where nothing closer was kept before."""
         distance = threat.size(points - state.inputs, self.norm)
         closer = hits & (distance < _CLOSER * state.distance)
         # Until then the latest point: a failed attack returns a perturbed input.
@@ -184,20 +185,20 @@ class MinimumNorm(Attack):
 def to_hyperplane(
     points: Tensor, weight: Tensor, gap: Tensor, norm: Norm, bounds: Bounds = (0.0, 1.0)
 ) -> Tensor:
-    """Smallest moves within the box that add ``gap`` to the product with ``weight``.
+    """Smallest moves within the bounds that add ``gap`` to the product with ``weight``.
 
     Parameters
     ----------
     points
-        Shape ``(N, K, d)``, K points to a sample, within the box.
+        Shape ``(N, K, d)``, K points to a sample, within the bounds.
     weight
         The hyperplanes' normals, ``(N, d)``, of any size; where they are zero, or not finite,
         nothing moves.
     gap
-        Shape ``(N, K)``: what the product with ``weight`` has to grow by. Where the box leaves not
-        so much, the move goes as far as the box allows.
+        Shape ``(N, K)``: what the product with ``weight`` has to grow by. Where the bounds leaves
+        not so much, the move goes as far as the bounds allows.
     norm, bounds
-        In which norm the move is smallest, and the box ``(low, high)``.
+        In which norm the move is smallest, and the bounds ``(low, high)``.
 
     Returns
     -------
@@ -247,7 +248,7 @@ def _fill_together(
     """The lengths min(t speed, room) at the time t when they gain what is needed.
 
     What they gain grows in t, concavely and piecewise linearly: Newton's steps from 0 do not
-    overshoot, and are exact once they stop the entries that the box stops.
+    overshoot, and are exact once they stop the entries that the bounds stops.
     """
     gain, rate = pull * room, pull * speed
     largest = torch.finfo(need.dtype).max

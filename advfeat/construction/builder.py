@@ -45,7 +45,7 @@ _PORTIONS, _CHECK_EVERY = 4, 8
 def build_dataset(
     model: nn.Module, source: Source, recipe: DatasetRecipe, options: BuildOptions
 ) -> ConstructedDataset:
-    """Run the recipe's attack over all rows, and keep what it returns."""
+    """Run the recipe's attack over all samples, and keep what it returns."""
     out = options.folder
     process = distributed.SINGLE if out is None else distributed.current_process()
     chunks = _chunks(source, recipe)[process.rank :: process.world_size]
@@ -89,9 +89,9 @@ def build_dataset(
 
 
 def _chunks(source: Source, recipe: DatasetRecipe) -> list[Array]:
-    """Places of the rows that enter together.
+    """Places of the samples that enter together.
 
-    Always the same, whatever is finished and whoever asks: a row's last digits can depend on its
+    Always the same, whatever is finished and whoever asks: a sample's last digits can depend on its
     batch.
     """
     size = source.batch_size
@@ -102,7 +102,7 @@ def _chunks(source: Source, recipe: DatasetRecipe) -> list[Array]:
 
 
 class _Builder:
-    """Makes rows of a set, a batch at a time."""
+    """Makes samples of a set, a batch at a time."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class _Builder:
         self._places = {number: place for place, number in enumerate(self._ids)}
 
     def read(self, chunks: list[Array]) -> Iterator[Samples]:
-        """The chunks' rows, and their companions behind them, on the host."""
+        """The chunks' samples, and their companions behind them, on the host."""
         ids = [[self._ids[place] for place in chunk] for chunk in chunks]
         wanted = [
             source_index(torch.tensor(own, device="cpu")).tolist() + self._recipe.companions(own)
@@ -220,7 +220,7 @@ def _on_host(found: dict[str, Tensor]) -> dict[str, Array]:
 def _open_writer(
     builder: _Builder, manifest: dict[str, Any], out: Folder | None, process: distributed.Process
 ) -> Iterator[MemoryWriter | FolderWriter]:
-    """Open the place where rows go: in memory, a new folder, or one that was begun before."""
+    """Open the place where samples go: in memory, a new folder, or one that was begun before."""
     if out is None:
         example, known = builder.example()
         with MemoryWriter(example, manifest["rows"], manifest | known) as growing:
@@ -238,7 +238,7 @@ def _open_writer(
 
 @contextmanager
 def _stoppable(growing: MemoryWriter | FolderWriter) -> Iterator[None]:
-    """On Ctrl-C and SIGTERM, finish what is being written and say how to go on."""
+    """On Ctrl-C and SIGTERM, finish what is being written and say how to continue."""
     if isinstance(growing, MemoryWriter):
         yield
         return

@@ -141,7 +141,7 @@ def build_inverted(
     straight_through: bool,
     options: BuildOptions,
 ) -> ConstructedDataset:
-    """Invert the activations of every row."""
+    """Invert the activations of every sample."""
     checks.model(model)
     attack = Inversion(
         steps=steps, step_size=step_size, momentum=momentum, bounds=bounds, patience=patience
@@ -172,7 +172,7 @@ def _check_start(start: Start, starts: int, count: int, bounds: Bounds) -> None:
 
 
 def _noise(batch: Batch, seed: int, bounds: Bounds) -> Tensor:
-    """The released notebook's start, N(0, 1) / 20 + 0.5 of the box's width."""
+    """The released notebook's start, N(0, 1) / 20 + 0.5 of the bounds's width."""
     keys = seeding.keys(seed, batch.ids)
     normal: Tensor = torch.special.ndtri(seeding.uniform(keys, 0, batch.inputs[0].numel()))
     low, high = bounds

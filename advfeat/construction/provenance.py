@@ -24,7 +24,7 @@ def layer_name(model: nn.Module, layer: Layer) -> str:
         names: dict[nn.Module, str] = {
             module: name for name, module in unwrapped(model).named_modules()
         }
-        return names.get(layer, "")  # a module of another model is refused by `attackable`
+        return names.get(layer, "")  # a module of another model raises an error by `attackable`
     return f"function {getattr(layer, '__qualname__', type(layer).__qualname__)}"
 
 

@@ -66,7 +66,7 @@ class BuildOptions:
 
     @property
     def folder(self) -> Path | None:
-        """Where this rank's rows go."""
+        """Where this rank's samples go."""
         if self.out is None:
             return None
         rank = distributed.current_process().rank if self.has_own_folder else 0
@@ -102,7 +102,7 @@ class DatasetRecipe(ABC):
         return []
 
     def given_starts(self, ids: list[int]) -> Tensor | None:
-        """Starts that come from the user, one for each row."""
+        """Starts that come from the user, one for each sample."""
         return None
 
     def provenance(self, net: Network, batch: Batch) -> dict[str, Any]:
@@ -122,6 +122,6 @@ class DatasetRecipe(ABC):
     ) -> dict[str, Tensor]:
         """Fields to keep beside the images, ``labels`` among them, measured in float32.
 
-        Of the model, the rows as they came, the batch as it was attacked, and the very images that
-        are kept.
+        Of the model, the samples as they came, the batch as it was attacked, and the very images
+        that are kept.
         """

@@ -52,7 +52,7 @@ def build_targeted(
 
 
 class TargetedDataset(DatasetRecipe):
-    """Every row attacked towards a chosen class, and labelled so."""
+    """Every sample attacked towards a chosen class, and labelled so."""
 
     def __init__(
         self, method: str, attack: PGD, choose: Choose, settings: dict[str, object]

@@ -127,7 +127,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 
 def is_finished(folder: Folder) -> bool:
-    """Whether a set is there, with all its rows."""
+    """Whether a set is there, with all its samples."""
     manifest = read_manifest(folder)
     return manifest is not None and bool(read_done(as_path(folder), manifest).all())
 

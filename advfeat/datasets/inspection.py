@@ -39,12 +39,12 @@ class Inspection:
     lowest: float
     highest: float
     outside: int  # images that leave the bounds, or hold NaN
-    duplicates: int  # images that another row has too
+    duplicates: int  # images that another sample has too
     size_counts: tuple[int, ...] | None  # histogram of the perturbations' norms
     size_edges: tuple[float, ...] | None
-    success: float | None  # share of rows for which the model says the label
+    success: float | None  # share of samples for which the model says the label
     success_unrounded: float | None  # before images were rounded to 256 levels
-    own_label: float | None  # share of rows whose target is their true label, t = y
+    own_label: float | None  # share of samples whose target is their true label, t = y
     distance_before: float | None  # mean distance of activations, at the start
     distance: float | None  # and at the end
     distance_unrounded: float | None
@@ -272,7 +272,7 @@ def moved_control(
     Returns
     -------
     ConstructedDataset
-        In memory: ``images``, ``labels``, ``index``, ``size`` and ``moved_from``, the row of
+        In memory: ``images``, ``labels``, ``index``, ``size`` and ``moved_from``, the sample of
         ``dataset`` that the perturbation is from.
 
     Examples
@@ -333,17 +333,17 @@ def _control(
 def _moved(
     base: Tensor, noise: Tensor, wanted: Tensor, norm: threat.Norm, low: float, high: float
 ) -> Tensor:
-    """Images at the wanted distance along the noise, as far as the box lets them."""
+    """Images at the wanted distance along the noise, as far as the bounds lets them."""
     scale = wanted / threat.size(noise, norm)
     for _ in range(20):
         moved = (base + threat.per_sample(scale, noise) * noise).clamp(low, high)
-        # What the box took is made up for by a longer step.
+        # What the bounds took is made up for by a longer step.
         scale = scale * (wanted / threat.size(moved - base, norm).clamp_min(1e-12)).clamp(0.5, 2)
     return moved
 
 
 def _bases(dataset: ConstructedDataset, source: Source) -> Iterator[tuple[Array, Tensor]]:
-    """The rows a part at a time, each with the images that its perturbations started from."""
+    """The samples a part at a time, each with the images that its perturbations started from."""
     has_start = "start_index" in dataset.fields
     if "distance" in dataset.fields and not has_start:
         checks.fail("dataset", repr(dataset), "a control needs start='images'")

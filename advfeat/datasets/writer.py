@@ -35,7 +35,7 @@ class MemoryWriter:
     Parameters
     ----------
     example
-        One row of every field.
+        One sample of every field.
     rows
         How many there will be.
     manifest
@@ -50,7 +50,7 @@ class MemoryWriter:
         self.done = np.zeros(rows, np.uint8)
 
     def put(self, places: Array, found: Mapping[str, Array]) -> None:
-        """Keep finished rows."""
+        """Keep finished samples."""
         for name, array in self._fields.items():
             array[places] = found[name]
 
@@ -72,7 +72,7 @@ class FolderWriter:
     """A set that is being made in a folder, where it can be left and taken up again at any time.
 
     Samples are written by a thread while the next ones are computed. Ranks of one run share the
-    folder, each writing rows of its own. The folder is one that `create` made.
+    folder, each writing samples of its own. The folder is one that `create` made.
     """
 
     def __init__(self, folder: Folder) -> None:
@@ -93,12 +93,12 @@ class FolderWriter:
         self._written: Future[None] | None = None
 
     def put(self, places: Array, found: Mapping[str, Array]) -> None:
-        """Hand over finished rows; returns once the rows before them are on disk."""
+        """Hand over finished samples; returns once the samples before them are on disk."""
         self.flush()
         self._written = self._writer.submit(self._write, places, found)
 
     def flush(self) -> None:
-        """Wait until every row that was handed over is on disk."""
+        """Wait until every sample that was handed over is on disk."""
         if self._written is not None:
             try:
                 self._written.result()
@@ -139,7 +139,7 @@ class FolderWriter:
 
 
 class _SampleFile:
-    """Writes rows of an array file in place.
+    """Writes samples of an array file in place.
 
     By writing to the file, not to a memory map: there a full disk would be a bus error, and every
     page that was written would count as this process's memory.
@@ -203,7 +203,7 @@ def lock_folder(folder: Folder) -> AbstractContextManager[None]:
 def create_folder(
     folder: Folder, example: Mapping[str, Array], rows: int, manifest: Mapping[str, Any]
 ) -> None:
-    """Lay out the files of a set of which no row is finished, the manifest last.
+    """Lay out the files of a set of which no sample is finished, the manifest last.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def create_folder(
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Write an array file whose rows are zero, with its room on the disk reserved."""
+    """Write an array file whose samples are zero, with its room on the disk reserved."""
     path.unlink(missing_ok=True)
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with path.open("r+b") as file:

@@ -38,9 +38,9 @@ class Accuracy(float):
     count, total
         Right answers and samples.
     correct
-        Outcome of each sample, bool ``(total,)``, in the order of the rows.
+        Outcome of each sample, bool ``(total,)``, in the order of the samples.
     index
-        Row number of each sample, int64 ``(total,)``.
+        Sample number of each sample, int64 ``(total,)``.
     interval
         95% Wilson score interval of the share.
 
@@ -145,7 +145,7 @@ def accuracy(
     Accuracy
         A float with ``count``, ``total``, ``correct``, ``index`` and ``interval``.
 
-    A row with NaN among its logits is wrong.
+    A sample with NaN among its logits is wrong.
 
     Examples
     --------
@@ -210,7 +210,7 @@ def robust_accuracy(
     precision
         ``"bfloat16"`` takes gradients in bfloat16; every success is settled in float32.
     compile
-        Attack through ``torch.compile``; warns and goes on without where it fails.
+        Attack through ``torch.compile``; warns and continues without where it fails.
     expectation
         As in `accuracy`; gradients are means over as many calls too (EOT, Athalye et al. 2018).
     keep_inputs
@@ -275,7 +275,7 @@ def robust_accuracy(
 
 
 class CleanPass:
-    """One reading of the data, which looks at the clean rows on their way to an attack."""
+    """One reading of the data, which looks at the clean samples on their way to an attack."""
 
     def __init__(
         self,
@@ -298,7 +298,7 @@ class CleanPass:
         self._inputs: list[Tensor] | None = [] if keep_inputs else None
 
     def read(self, net: Network) -> Iterator[tuple[Batch, Tensor]]:
-        """Every batch, checked and prepared, with whether the model is right on each row."""
+        """Every batch, checked and prepared, with whether the model is right on each sample."""
         net.batches.usual = self._batch_size
         for rows in self._batches:
             batch = prepare_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
@@ -310,19 +310,19 @@ class CleanPass:
             yield batch, right
 
     def resisting(self, net: Network) -> Iterator[Batch]:
-        """The rows on which the model is right."""
+        """The samples on which the model is right."""
         for batch, right in self.read(net):
             if bool(right.any()):
                 yield select_samples(batch, right)
 
     @property
     def index(self) -> Tensor:
-        """Row numbers in the order they were read, once all were."""
+        """Sample numbers in the order they were read, once all were."""
         return tensor(self._index)
 
     @property
     def accuracy(self) -> Accuracy:
-        """On the clean rows."""
+        """On the clean samples."""
         return Accuracy.of(tensor(self._right).bool(), self.index)
 
     @property
@@ -332,10 +332,10 @@ class CleanPass:
 
 
 def tensor(values: array[int] | array[float]) -> Tensor:
-    """What was gathered row by row.
+    """What was gathered sample by sample.
 
     In an array, for small tensors that outlive the large ones around them break up the heap, and
-    memory would grow with the number of rows.
+    memory would grow with the number of samples.
     """
     return torch.from_numpy(np.array(values))
 

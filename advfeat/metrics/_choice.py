@@ -22,7 +22,7 @@ def choose_attacks(
     bounds: Bounds,
     seed: int | torch.Generator | None,
 ) -> tuple[Attack, ...]:
-    """Single attacks, each until a row is fooled, and with a seed if it is random."""
+    """Single attacks, each until a sample is fooled, and with a seed if it is random."""
     checks.seed(seed)
     listed: Sequence[Attack | AutoAttack]
     if isinstance(attack, str):

@@ -43,7 +43,7 @@ class RobustnessCurve:
         ``(total,)`` in ``norm``: 0 where the model is wrong on the clean input, infinite where
         nothing was found.
     index
-        Row number of each sample, int64 ``(total,)``.
+        Sample number of each sample, int64 ``(total,)``.
     norm
         The norm it is measured in.
     """

@@ -245,7 +245,7 @@ def _findings(
 
 
 def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds: Bounds) -> Batch:
-    """The first rows of the data, those of them that the model gets right."""
+    """The first samples of the data, those of them that the model gets right."""
     source, found, seen = Source(data), [], 0
     for rows in source.batches(device_of(model)):
         kept = slice(None, samples - seen)
@@ -272,7 +272,7 @@ def _without_gradient(net: Network, batch: Batch) -> Tensor:
 
 def _changing(net: Network, inputs: Tensor) -> Tensor:
     first = net.logits(inputs)
-    # Each half by itself: a model that looks at the rows beside a row answers otherwise too.
+    # Each half by itself: a model that looks at the samples beside a sample answers otherwise too.
     second = torch.cat([net.logits(half) for half in inputs.chunk(2)])
     finite = first.masked_fill(~first.isfinite(), 0.0)
     size, spread = finite.abs().amax(1), finite.amax(1) - finite.amin(1)

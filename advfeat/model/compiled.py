@@ -12,7 +12,7 @@ from advfeat.model.access import logits_of
 
 
 class CompiledModule:
-    """A compiled module that meets few batch sizes: rows are padded to a power of two.
+    """A compiled module that meets few batch sizes: samples are padded to a power of two.
 
     Without a compiler, or with a module that it cannot do, the module itself is called.
     """

@@ -96,7 +96,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
-    """Warn of what is random, or looks at other rows, and was not put in evaluation mode.
+    """Warn of what is random, or looks at other samples, and was not put in evaluation mode.
 
     A module that ``forward`` reaches as a global, or through a closure, is no part of the model.
     """

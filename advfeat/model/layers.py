@@ -90,7 +90,7 @@ class LayerHook:
         if len(found) < self._calls:
             checks.fail("layer", None, "a forward pass of the model did not reach this layer")
         value = found[self._calls - 1]
-        # A compiled module is given more rows than these.
+        # A compiled module is given more samples than these.
         return value[: len(inputs)] if to_the_end else value
 
 

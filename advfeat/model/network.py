@@ -129,7 +129,7 @@ class Network:
         self._label_name = name
 
     def class_count(self, inputs: Tensor) -> int:
-        """Number of logits; looked up on the first row if no forward pass has told it yet."""
+        """Number of logits; looked up on the first sample if no forward pass has told it yet."""
         if self.classes is None:
             self.logits(inputs[:1])
         assert self.classes is not None
@@ -199,7 +199,7 @@ class Network:
         if not self._has_float16:
             return torch.autograd.grad(total, leaf, allow_unused=True)[0]
         # float16 holds neither the tiny gradient of a sure answer nor a huge one (pitfall 12):
-        # every row enters the model at one size, and has its own back in float32.
+        # every sample enters the model at one size, and has its own back in float32.
         (by_output,) = torch.autograd.grad(total, output)
         peak = by_output.abs().amax(1)
         unit = by_output / threat.per_sample(peak.clamp_min(torch.finfo(peak.dtype).tiny), output)
@@ -355,7 +355,7 @@ def attackable(
         Keep the training flags (BatchNorm uses batch statistics, dropout is on) instead of
         evaluation mode. Buffers are restored all the same.
     compile
-        Go through ``torch.compile``; warns and goes on without it where it fails.
+        Go through ``torch.compile``; warns and continues without it where it fails.
     straight_through
         Let gradients of `Network.features` pass the last ReLU before the layer unchanged.
     purpose

@@ -97,7 +97,7 @@ def _rounded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _arithmetic(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Arithmetic on integers or truth values that stand in for something goes on with it."""
+    """Arithmetic on integers or truth values that stand in for something continues with it."""
     if not any(isinstance(value, Tensor) and _marked(value) for value in args):
         return func(*args, **kwargs)
     output = func(*args, **kwargs)

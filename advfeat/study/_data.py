@@ -18,7 +18,7 @@ from advfeat.model import attackable, device_of
 
 
 def dataset_of(argument: str, data: Data) -> Dataset[Any]:
-    """A map-style dataset, or what a loader covers of its own, in the order of its rows."""
+    """A map-style dataset, or what a loader covers of its own, in the order of its samples."""
     source = Source(data)
     if source.is_stream:
         checks.fail(
@@ -31,7 +31,7 @@ def dataset_of(argument: str, data: Data) -> Dataset[Any]:
 
 
 def first(data: Dataset[Any], rows: int) -> Dataset[Any]:
-    """The first rows, all where there are fewer."""
+    """The first samples, all where there are fewer."""
     return Subset(data, range(min(rows, len(data))))  # type: ignore[arg-type]
 
 

@@ -110,7 +110,7 @@ def measured_by_all(runs: Sequence[Run]) -> dict[str, list[Measured]]:
 
 
 def outcomes(measured: Mapping[str, list[Measured]]) -> dict[str, Outcomes]:
-    """Outcomes of each model, a row for each seed."""
+    """Outcomes of each model, a sample for each seed."""
 
     def stacked(accuracies: list[Accuracy]) -> Tensor:
         return torch.stack([each.correct for each in accuracies])

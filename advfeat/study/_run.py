@@ -71,7 +71,7 @@ def run(
         short run, ``"paper"`` the paper's for CIFAR-10 (days on a CPU).
     out
         A folder for weights, sets, results and ``report.html``. What is in it was made by the
-        same settings, or the stage is refused.
+        same settings, or the stage raises an error.
     stages
         Names of stages to do, with what they need; default all, in order: ``"train standard"``,
         ``"train robust"``, and for each set ``"make D_R"``, then ``"train on D_R"``, then for

@@ -148,7 +148,7 @@ def test_robust_accuracy_takes_no_gradient_of_rows_that_are_wrong():
     af.robust_accuracy(model, rows, attack=attack, batch_size=7)  # inspects the model
     counter.sizes.clear()
     found = af.robust_accuracy(model, rows, attack=attack, batch_size=7)
-    # Of the samples that are robust in the end two more, to see whether they have a gradient at all.
+    # Two more of the samples that are robust in the end: have they a gradient at all?
     assert sum(counter.sizes) == needed.sum() + 2 * found.count
     assert found.standard.count == 20
 

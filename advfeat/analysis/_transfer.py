@@ -276,7 +276,8 @@ def just_bugs(
         own, *rest = logits.chunk(1 + len(others), 1)
         true = (targets - shift) % own.shape[1]
         kept = torch.stack([losses.cross_entropy(part, true) for part in rest]).mean(0)
-        return -losses.cross_entropy(own, targets) - kept
+        # A targeted attack descends.
+        return losses.cross_entropy(own, targets) + kept
 
     attack = PGD(
         eps=eps, norm=norm, steps=steps, step_size=eps / 5 if step_size is None else step_size,

@@ -23,6 +23,7 @@ def test_the_names_are_these():
     assert {function.__name__ for function in FUNCTIONS} == {
         "alignment", "filtered_accuracy", "fit_gaussian", "fourier_sensitivity", "gaussian",
         "just_bugs", "layer_robustness", "leakage", "linear_usefulness", "mislabelled", "mistakes",
+        "planted",
         "robust_dataset_cost", "spectrum", "tradeoff", "transfer", "usefulness",
     }  # fmt: skip
     for name in results - {"Gaussian"}:

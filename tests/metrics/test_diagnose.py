@@ -44,7 +44,6 @@ TRAPS = {
     "quantize": (lambda m: Front(m, lambda x: torch.round(4 * x) / 4), "zero_gradients"),
     "signs": (lambda m: Front(m, lambda x: (torch.sign(x - 0.4) + 1) / 2), "zero_gradients"),
     "detached": (lambda m: Front(m, torch.detach), "zero_gradients"),
-    "saturated": (lambda m: Changed(m, lambda z: 1000 * z), "zero_gradients"),
     "random": (lambda m: Front(m, noisy), "random_predictions"),
     "random and cold": (
         lambda m: Changed(Front(m, noisy), lambda z: 1e-5 * z),
@@ -52,9 +51,22 @@ TRAPS = {
     ),
     # An answer that depends on the rows beside a row.
     "entangled": (lambda m: Changed(m, lambda z: z - 0.5 * z.mean(0)), "random_predictions"),
-    # The root of a black pixel has an infinite slope.
-    "roots": (lambda m: Front(m, lambda x: x.sqrt().square()), "zero_gradients"),
 }
+
+
+def test_saturated_logits_are_no_trap(standard, digits):
+    # The cross-entropy keeps its direction where the softmax rounds to 1.
+    plain, saturated = (
+        diagnosis(model.eval(), digits)["zero_gradients"].value
+        for model in (standard, Changed(standard, lambda z: 1000 * z))
+    )
+    assert saturated <= plain + 0.02
+
+
+def test_infinite_slopes_are_suspicious(standard, digits):
+    # The root of a black pixel has an infinite slope: only its entry is lost, not the sample.
+    model = Front(standard, lambda x: x.sqrt().square()).eval()
+    assert diagnosis(model, digits).suspicious
 
 
 @pytest.mark.parametrize("trap", TRAPS)

@@ -26,6 +26,6 @@ def test_the_names_are_these():
         "planted",
         "robust_dataset_cost", "spectrum", "tradeoff", "transfer", "usefulness",
     }  # fmt: skip
-    for name in results - {"Gaussian"}:
+    for name in results - {"Gaussian", "Planted"}:  # data, not an answer
         assert callable(getattr(analysis, name).plot), name
         assert "__str__" in vars(getattr(analysis, name)), name

@@ -138,7 +138,7 @@ def test_a_sharded_loader_is_told_the_epoch():
         ([], ValueError, "no batches"),
         (tensors(0), ValueError, "no rows"),
         (several(Stream()), TypeError, "may never end"),
-        ((X, Y), TypeError, "TensorDataset"),
+        ((X, Y), TypeError, "pair of tensors"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(data, error, message):

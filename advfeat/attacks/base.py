@@ -23,13 +23,14 @@ _RISE = 1e-3
 
 
 def track_patience(state: Any, stepped: Any, value: Tensor, finished: Tensor) -> Any:
-    """Count each row's steps without a rise of its objective; finished rows stay where they are.
+    """Count each sample's steps without a rise of its objective; finished samples stay put.
 
-    The states before and after the step have ``peak``, the objective that counts as the largest so
-    far, and ``waited``, the steps since it rose; ``value`` is the objective before the step.
+    The states before and after the step have ``value_max``, the objective that counts as the
+    largest so far, and ``waited``, the steps since it rose; ``value`` is the objective before the
+    step.
     """
     value = value.to(state.value_max.dtype)
-    # Not "greater": the first peak is minus infinity, and an objective of NaN stops no sample.
+    # Not "greater": the first value_max is minus infinity, and an objective of NaN stops no sample.
     rose = ~finished & ~(value <= state.value_max + _RISE * state.value_max.abs())
     keeps = threat.per_sample(finished, state.current)
     return stepped._replace(

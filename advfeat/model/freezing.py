@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from advfeat import checks
 from advfeat.model.access import device_of
 
 T = TypeVar("T")
+
+_COPY_ATTEMPTS = 100
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def copy_for_thread(module: nn.Module, layer: T) -> tuple[nn.Module, T]:
     """
     names = {id(part): name for name, part in module.named_modules()}
     try:
-        copied = copy.deepcopy(module)
+        copied = _deepcopy(module)
     except Exception as error:
         raise RuntimeError(
             "model: called in a thread, where it is copied so that another thread can train it "
@@ -87,6 +90,17 @@ def copy_for_thread(module: nn.Module, layer: T) -> tuple[nn.Module, T]:
     if isinstance(layer, nn.Module):
         layer = copied.get_submodule(names[id(layer)])  # type: ignore[assignment]
     return copied, layer
+
+
+def _deepcopy(module: nn.Module) -> nn.Module:
+    for _ in range(_COPY_ATTEMPTS):
+        try:
+            return copy.deepcopy(module)
+        except RuntimeError as error:
+            # Another thread registered a hook, or removed one, while its dictionary was copied.
+            if "during iteration" not in str(error):
+                raise
+    return copy.deepcopy(module)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -100,11 +114,12 @@ def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
 
     A module that ``forward`` reaches as a global, or through a closure, is no part of the model.
     """
-    own, found = set(module.modules()), set()
+    own, found, thread = set(module.modules()), set(), threading.get_ident()
 
     def look(called: nn.Module, _: object) -> None:
         if (
-            getattr(called, "training", False)
+            threading.get_ident() == thread  # the hook is one of all modules of the process
+            and getattr(called, "training", False)
             and called not in own
             and isinstance(called, (_BatchNorm, _DropoutNd))
         ):

@@ -65,7 +65,9 @@ class LayerHook:
         found: list[Tensor] = []
         to_the_end = self._call is not self._module
 
-        def keep(value: Tensor) -> None:
+        def keep(called: nn.Module, value: Tensor) -> None:
+            if called is not self._layer:
+                return  # of a copy, hooks and all, that another thread made of the module meanwhile
             # What comes after the layer may change its output in place.
             copied = to_the_end and isinstance(value, Tensor)
             found.append(value.clone() if copied else value)
@@ -73,9 +75,9 @@ class LayerHook:
                 raise _LayerReached
 
         if self._before:
-            handle = self._layer.register_forward_pre_hook(lambda _, given: keep(given[0]))
+            handle = self._layer.register_forward_pre_hook(lambda m, given: keep(m, given[0]))
         else:
-            handle = self._layer.register_forward_hook(lambda _, __, output: keep(output))
+            handle = self._layer.register_forward_hook(lambda m, _, output: keep(m, output))
         try:
             self._call(inputs)
         except _LayerReached:
@@ -108,11 +110,13 @@ def logits_layer(module: nn.Module, example: Tensor) -> LogitsLayer:
     the last one that has as many outputs as there are logits. Warns where that is not certain.
     """
     outputs: list[tuple[nn.Linear, Tensor]] = []
-    handles = [
-        m.register_forward_hook(lambda m, _, output: outputs.append((m, output)))
-        for m in module.modules()
-        if isinstance(m, nn.Linear)
-    ]
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+
+    def keep(called: nn.Linear, _: object, output: Tensor) -> None:
+        if called in linear:  # and no copy, see LayerHook
+            outputs.append((called, output))
+
+    handles = [m.register_forward_hook(keep) for m in linear]
     try:
         with torch.no_grad():
             logits = logits_of(module(example))

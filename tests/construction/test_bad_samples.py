@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from builds import METHODS, build, contents, network
+from builds import METHODS, build, contents, dataset, network
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 import advfeat as af
@@ -106,10 +106,12 @@ def test_a_folder_in_use_is_refused_to_threads_and_processes(who, tmp_path):
 
 def test_threads_that_build_one_folder_at_once_give_one_dataset(tmp_path):
     found, errors = [], []
+    # Not made in the threads: `network` seeds the random state that all threads share.
+    model, data = network(), dataset()
 
     def attempt():
         try:
-            found.append(build("D_R", tmp_path / "set"))
+            found.append(build("D_R", tmp_path / "set", model=model, data=data))
         except BlockingIOError as error:
             errors.append(error)
 

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from toys import Changed, linear, predicted
 
 import advfeat as af
+from advfeat import attacks
 from advfeat.checks import ResultWarning
 from advfeat.metrics import robustness_curve, transfer_matrix
 
@@ -356,6 +357,44 @@ def test_evaluation_in_a_thread_beside_training():
         steps += 1
     thread.join()
     assert len(found) == 1
+
+
+class InThreads(nn.Module):
+    """In one of its calls, and not in copies, runs work of another thread to its end."""
+
+    def __init__(self, work):
+        super().__init__()
+        self.work = [work]
+
+    def __deepcopy__(self, _):
+        return nn.Identity()
+
+    def forward(self, x):
+        if self.work:
+            thread = threading.Thread(target=self.work.pop(0))
+            thread.start()
+            thread.join()
+        return x
+
+
+@pytest.mark.parametrize("layer", [None, "2"])
+@pytest.mark.parametrize("call", range(3))
+def test_a_layer_that_two_threads_read_at_once(layer, call):
+    torch.manual_seed(0)
+    start, found = torch.rand_like(X), []
+
+    def invert(model):
+        return attacks.invert(model, X, start, layer=layer, steps=3)
+
+    model = nn.Sequential(
+        nn.Identity(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
+    )
+    expected = invert(model)
+    # Copied by the other thread while a hook of this one is on the layer.
+    model[0] = InThreads(lambda: found.append(invert(model)))
+    model[0].work[:0] = [lambda: None] * call
+    assert torch.equal(invert(model), expected)
+    assert torch.equal(found[0], expected)
 
 
 # --- The adapter that normalises ---

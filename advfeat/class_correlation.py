@@ -49,7 +49,7 @@ def correlate(
     - ``p_value`` is from permuted labels, corrected over all units and classes (Westfall and
       Young's max-T): where no unit is useful, the smallest is at most 0.05 in 5% of the cases.
     - Intervals are two-sided and hold for all units, classes and both signs at once, by Student's
-      t with bootstrap deviations (Bonferroni). So they hold for the sign that the samples choose,
+      t with bootstrap deviations (Bonferroni), of rho after Fisher's z transform. So they hold for the sign that the samples choose,
       and no sample is lost to choosing it. The bootstrap draws within classes.
 
     A class needs three samples for an interval; of fewer it is unbounded.
@@ -64,7 +64,10 @@ def correlate(
     # In small classes the bootstrap is uncertain itself; permutations know the scatter around 0.
     deviation[0] = deviation[0].maximum(null * (1 - rho.square()))
     rho_spread, gamma_spread = deviation * _factors(onehot.sum(0), len(rho), level)
-    rho_interval = torch.stack([rho - rho_spread, rho + rho_spread]).clamp(-1.0, 1.0)
+    # The largest of many correlations scatters least where it was found: Fisher's z does not.
+    exact = rho.clamp(-1 + 1e-15, 1 - 1e-15)
+    middle, spread = exact.atanh(), rho_spread / (1 - exact.square())
+    rho_interval = torch.stack([middle - spread, middle + spread]).tanh()
     gamma_interval = torch.stack([gamma - gamma_spread, gamma + gamma_spread]).clamp_max(1.0)
     return Correlations(rho, gamma, rho_interval, gamma_interval, sign, p_value)
 

@@ -49,8 +49,9 @@ def correlate(
     - ``p_value`` is from permuted labels, corrected over all units and classes (Westfall and
       Young's max-T): where no unit is useful, the smallest is at most 0.05 in 5% of the cases.
     - Intervals are two-sided and hold for all units, classes and both signs at once, by Student's
-      t with bootstrap deviations (Bonferroni), of rho after Fisher's z transform. So they hold for the sign that the samples choose,
-      and no sample is lost to choosing it. The bootstrap draws within classes.
+      t with bootstrap deviations (Bonferroni), of rho after Fisher's z transform. So they hold for
+      the sign that the samples choose, and no sample is lost to choosing it. The bootstrap draws
+      within classes.
 
     A class needs three samples for an interval; of fewer it is unbounded.
     """

@@ -7,7 +7,8 @@ dash, marker or hatch as well, so that a figure survives being printed in grey.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,40 @@ def new_figure(width: float = 6.4, height: float = 4.0) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def new_axes(ax: Axes | None, width: float = 5.4, height: float = 3.8) -> Axes:
+    """The axes of a result's ``plot(ax=None)``: those given, or the only ones of a new figure."""
+    return new_panels(None if ax is None else [ax], 1, width, height)[0]
+
+
+def new_panels(
+    ax: Sequence[Axes] | None, count: int, width: float, height: float, **options: Any
+) -> tuple[Axes, ...]:
+    """As many axes side by side: those given, or those of a new figure.
+
+    The figure is pyplot's where the user has pyplot or sits in a notebook, and so is shown there
+    like any other.
+    """
+    if ax is None:
+        if {"matplotlib.pyplot", "ipykernel"} & sys.modules.keys():
+            import matplotlib.pyplot
+
+            figure = matplotlib.pyplot.figure(figsize=(width, height), layout="constrained")
+        else:
+            figure = new_figure(width, height)
+        return tuple(figure.subplots(1, count, squeeze=False, **options)[0])
+    given = tuple(ax) if isinstance(ax, Iterable) else (ax,)
+    if len(given) != count or not all(hasattr(each, "plot") for each in given):
+        checks.fail("ax", f"{len(given)} objects", f"expected {count} matplotlib axes")
+    return given
+
+
+def figure_of(axes: Axes) -> Figure:
+    """The figure that axes are in."""
+    figure: Any = axes.figure
+    found: Figure = figure
+    return found
+
+
 def styles() -> Iterator[dict[str, Any]]:
     """Colour, marker and dash of one line after another."""
     for color, marker, dash in zip(
@@ -61,7 +96,11 @@ def lines(
 
 
 def bars(
-    groups: Mapping[str, Mapping[str, float]], *, chance: float | None = None, ylabel: str = ""
+    groups: Mapping[str, Mapping[str, float]],
+    *,
+    chance: float | None = None,
+    ylabel: str = "",
+    ax: Axes | None = None,
 ) -> Figure:
     """Bars side by side, as in figure 2 of the paper: a group a training set, a bar a measure.
 
@@ -74,6 +113,8 @@ def bars(
         Level of guessing, drawn as a line; from 0 to 1.
     ylabel
         Of the vertical axis; by default ``"%"``.
+    ax
+        Axes to draw into, in place of a new figure.
 
     Examples
     --------
@@ -85,8 +126,7 @@ def bars(
     if not groups:
         checks.fail("groups", groups, "nothing to draw")
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    figure = new_figure(max(5.0, 1.1 * len(groups) + 2), 4.0)
-    axes = figure.add_subplot()
+    axes = new_figure(max(5.0, 1.1 * len(groups) + 2), 4.0).add_subplot() if ax is None else ax
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         offset = (place - (len(names) - 1) / 2) * width
@@ -98,7 +138,61 @@ def bars(
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set(ylim=(0, 112), ylabel=ylabel or "%")
     _legend_above(axes)
-    return figure
+    return figure_of(axes)
+
+
+def counts(axes: Axes, numbers: Mapping[str, int], *, total: int) -> None:
+    """Draw a horizontal bar for each number of samples, the first on top."""
+    for place, (name, count) in enumerate(numbers.items()):
+        axes.barh(
+            place, count, label=name, edgecolor="black", linewidth=0.8,
+            color=COLORS[(place + 4) % len(COLORS)], hatch=HATCHES[place % len(HATCHES)],
+        )  # fmt: skip
+        axes.text(count, place, f" {count}", va="center", fontsize=9)
+    axes.set_yticks(range(len(numbers)), list(numbers))
+    axes.set(xlim=(0, 1.1 * max(1, total)), xlabel="samples")
+    axes.invert_yaxis()
+
+
+def limits(axes: Axes, found: Mapping[str, tuple[float, float]], *, xlabel: str) -> None:
+    """Draw values as horizontal bars, each with its limit; hatched where it is above."""
+    for place, (name, (value, limit)) in enumerate(found.items()):
+        above = value > limit
+        axes.barh(
+            place, value, color=COLORS[1] if above else COLORS[4], hatch="//" if above else "",
+            edgecolor="black", linewidth=0.8, label=name,
+        )  # fmt: skip
+        axes.plot([limit, limit], [place - 0.45, place + 0.45], color="black", linewidth=2)
+        axes.text(max(value, limit), place, f" {value:.3g}", va="center", fontsize=9)
+    axes.set_yticks(range(len(found)), list(found))
+    largest = max((max(pair) for pair in found.values()), default=1.0)
+    axes.set(xlim=(0, 1.2 * max(0.05, largest)), xlabel=f"{xlabel} (line: limit)")
+    axes.invert_yaxis()
+
+
+def grouped(axes: Axes, series: Mapping[str, Sequence[float]], names: Sequence[str]) -> None:
+    """Draw bars side by side for each name, one a series, in the units of the values."""
+    width = 0.8 / len(series)
+    for place, (name, values) in enumerate(series.items()):
+        at = [at + (place - (len(series) - 1) / 2) * width for at in range(len(names))]
+        axes.bar(
+            at, list(values), 0.95 * width, label=name, edgecolor="black", linewidth=0.8,
+            color=COLORS[(place + 4) % len(COLORS)], hatch=HATCHES[place % len(HATCHES)],
+        )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), list(names))
+    axes.legend(frameon=False)
+
+
+def heat_map(axes: Axes, values: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Draw percentages as a matrix with its numbers."""
+    axes.imshow(values.numpy(), cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set_yticks(range(len(rows)), list(rows))
+    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+        value = float(values[i, j])
+        color = "black" if value > 55 else "white"
+        axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=color)
 
 
 def _bar(axes: Axes, at: float, width: float, value: float, place: int, label: str | None) -> None:
@@ -122,7 +216,12 @@ def _bar(axes: Axes, at: float, width: float, value: float, place: int, label: s
     axes.text(at, top + 1, f"{height:.0f}", ha="center", va="bottom", fontsize=8)
 
 
-def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[str] = ()) -> Figure:
+def curves(
+    rows: Sequence[Mapping[str, float]] | Any,
+    *,
+    quantities: Sequence[str] = (),
+    ax: Sequence[Axes] | None = None,
+) -> Figure:
     """Loss and accuracies over epochs.
 
     Parameters
@@ -131,6 +230,8 @@ def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[st
         What `advfeat.fit` returns, or its ``rows``: one mapping an epoch.
     quantities
         Names to draw; by default the loss and every accuracy there is.
+    ax
+        Axes to draw into, in place of a new figure: one for accuracies, one for other quantities.
 
     Examples
     --------
@@ -148,11 +249,13 @@ def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[st
         checks.fail("quantities", missing, f"the rows have {sorted(rows[-1])}")
     shares = [name for name in names if "accuracy" in name]
     others = [name for name in names if "accuracy" not in name]
-    figure = new_figure(8.0 if shares and others else 5.0, 3.4)
     panels = [part for part in (others, shares) if part]
+    if ax is None:
+        ax = new_figure(8.0 if len(panels) == 2 else 5.0, 3.4).subplots(
+            1, len(panels), squeeze=False
+        )[0]
     epochs = [row.get("epoch", place + 1) for place, row in enumerate(rows)]
-    for place, part in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), place + 1)
+    for axes, part in zip(new_panels(ax, len(panels), 8.0, 3.4), panels, strict=True):
         scale = 100 if part is shares else 1
         spelled = {
             n.replace("val_", "validation ").replace("_", " "): [
@@ -167,7 +270,7 @@ def curves(rows: Sequence[Mapping[str, float]] | Any, *, quantities: Sequence[st
         if len(part) > 1 or part is shares:
             axes.legend(fontsize=9, framealpha=0.9)
         axes.grid(alpha=0.3)
-    return figure
+    return figure_of(axes)
 
 
 def trainings(histories: Mapping[str, Sequence[Mapping[str, float]] | Any]) -> Figure:
@@ -204,7 +307,11 @@ def trainings(histories: Mapping[str, Sequence[Mapping[str, float]] | Any]) -> F
 
 
 def robustness_curves(
-    distances: Mapping[str, Any], *, norm: str = "", largest: float | None = None
+    distances: Mapping[str, Any],
+    *,
+    norm: str = "",
+    largest: float | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Share of samples that need a larger perturbation, over its size.
 
@@ -218,6 +325,8 @@ def robustness_curves(
         In which the distances are, for the axis.
     largest
         Right end of the axis; by default the largest finite distance.
+    ax
+        Axes to draw into, in place of a new figure.
 
     Examples
     --------
@@ -230,8 +339,7 @@ def robustness_curves(
     tensors = {name: torch.as_tensor(getattr(d, "distance", d)) for name, d in distances.items()}
     finite = [float(d[torch.isfinite(d)].max()) for d in tensors.values() if d.isfinite().any()]
     end = largest if largest is not None else max(finite, default=1.0) * 1.02
-    figure = new_figure(5.4, 3.8)
-    axes = figure.add_subplot()
+    axes = new_figure(5.4, 3.8).add_subplot() if ax is None else ax
     for (name, d), style in zip(tensors.items(), styles(), strict=False):
         edges, left = _remaining(d, end)
         axes.step(
@@ -244,7 +352,7 @@ def robustness_curves(
     )  # fmt: skip
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    return figure
+    return figure_of(axes)
 
 
 def _remaining(distances: Tensor, end: float) -> tuple[list[float], list[float]]:

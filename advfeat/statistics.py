@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from advfeat import checks, seeding
+from advfeat.results import Result
 
 __all__ = [
     "Estimate",
@@ -27,8 +28,8 @@ __all__ = [
 Interval = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Result):
     """A value with its interval; printed in points of a percentage.
 
     Attributes
@@ -56,6 +57,9 @@ class Estimate:
     def sign(self) -> int:
         """+1 if the whole interval is above 0, -1 if it is below, else 0."""
         return (self.interval[0] > 0) - (self.interval[1] < 0)
+
+    def _summary(self) -> str:
+        return f"{self}, p {self.p_value:.3g}"
 
     def __str__(self) -> str:
         """Value and interval in points."""

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from html import escape
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 Format: TypeAlias = Literal["text", "markdown", "html", "csv"]
 
@@ -39,6 +39,27 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]], format: Form
         ).rstrip()
         for line in cells
     )
+
+
+class Table(NamedTuple):
+    """Head and lines of a table, not yet written in any format."""
+
+    head: Sequence[object]
+    rows: Sequence[Sequence[object]]
+
+
+def render(parts: Sequence[str | Table], format: Format = "text") -> str:
+    """Sentences and tables below each other."""
+
+    def written(part: str | Table) -> str:
+        if isinstance(part, Table):
+            return table(part.head, part.rows, format)
+        if format != "html":
+            return part
+        return f"<p>{escape(part)}</p>".replace("\n", "<br>")
+
+    # A Markdown table ends at an empty line.
+    return ("\n\n" if format == "markdown" else "\n").join(map(written, parts))
 
 
 def _cell(value: object) -> str:

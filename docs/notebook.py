@@ -16,8 +16,8 @@ OUT = ROOT / "docs/notebooks/quickstart.ipynb"
 # A cell has no command line, and shows its pictures in place of writing files.
 CHANGES = [
     ("parser.parse_args()", "parser.parse_args([])"),
-    ("found.plot().savefig(options.out, dpi=110)\n", "\n# The accuracies.\nfound.plot()\n"),
-    ("found.save_report(options.report)\n", '\n# Samples of every set.\nfound.plot("samples")\n'),
+    ("found.plot()\nplt.savefig(options.out, dpi=110)\n", "\n# The accuracies.\nfound.plot()\n"),
+    ("found.save_report(options.report)\n", "\n# Samples of every set.\nfound.pictures()\n"),
     ('print(f"figure: {options.out}, report: {options.report}")\n', ""),
 ]
 PARAGRAPH = re.compile(r"\n\n((?:# .*\n)+)")

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import torch
 from cifar10 import ResNet, parser, recipe, run
 from torch import nn
@@ -85,7 +84,7 @@ def show_transfer(
             learn=lambda architecture, made: fitted(architecture, made, 3, "D_det"),
         )  # fmt: skip
         print(f"\n{name}\n{points[name]}", flush=True)
-    show("transfer", "", points["D_det"].plot({"just bugs": points["just bugs"]}))
+    show("transfer", "", points["D_det"].plot(others={"just bugs": points["just bugs"]}))
 
 
 def main() -> None:
@@ -96,12 +95,13 @@ def main() -> None:
     images, few = Subset(test, range(IMAGES)), Subset(test, range(FEW))
     seed, began = options.seed, time.perf_counter()
 
-    def show(name: str, result: object, figure: matplotlib.figure.Figure) -> None:
-        figure.savefig(options.figures / f"{name}.png", dpi=100)
+    def show(name: str, result: object, drawn: Any) -> None:
+        axes = drawn[0] if isinstance(drawn, tuple) else drawn
+        axes.figure.savefig(options.figures / f"{name}.png", dpi=100)
         print(f"\n== {name} ({time.perf_counter() - began:.0f} s)\n{result}", flush=True)
 
     aligned = analysis.alignment(both, images, eps=EPS, seed=seed)
-    show("alignment", aligned, aligned.plot())
+    show("alignment", aligned, aligned.pictures())
     filtered = analysis.filtered_accuracy(both, images, cutoffs=[0.0, 0.125, 0.25, 0.375, 0.5])
     show("filtered_accuracy", filtered, filtered.plot())
     where = analysis.spectrum(both, Subset(test, range(512)), eps=EPS, norm="l2")

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
@@ -126,9 +125,10 @@ def robustly_fitted(data: Any, eps: float, number: int, epochs: int = 25) -> nn.
     return model
 
 
-def show(name: str, result: object, figure: Figure) -> None:
-    """Print a result and keep its figure."""
-    figure.savefig(out / f"{name}.png", dpi=100)
+def show(name: str, result: object, drawn: Any) -> None:
+    """Print a result and keep its figure, whose axes or whole were drawn."""
+    axes = drawn[0] if isinstance(drawn, tuple) else drawn
+    axes.figure.savefig(out / f"{name}.png", dpi=100)
     print(f"\n== {name} ({time.perf_counter() - began:.0f} s)\n{result}", flush=True)
 
 
@@ -212,7 +212,7 @@ for name, construct in (("D_det", det), ("just bugs", bugs)):
         learn=lambda name, data: fitted(name, data, 3),
     )  # fmt: skip
     print(f"\n{name}\n{others[name]}")
-show("transfer", "", others["D_det"].plot({"just bugs": others["just bugs"]}))
+show("transfer", "", others["D_det"].plot(others={"just bugs": others["just bugs"]}))
 
 # The trade-off, and what D_R costs.
 traded = analysis.tradeoff(
@@ -239,7 +239,7 @@ for name, model in both.items():
 
 # Gradients that mean something, and where layers give way.
 aligned = analysis.alignment(both, test, eps=EPS, seed=seed)
-show("alignment", aligned, aligned.plot())
+show("alignment", aligned, aligned.pictures())
 for name, model in both.items():
     layers = analysis.layer_robustness(
         model, few, layers=["2", "5", "10", "11"], eps=EPS, norm="l2", seed=seed

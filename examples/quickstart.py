@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 
+import matplotlib.pyplot as plt
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -107,6 +108,7 @@ print(found.table("markdown"))
 print(f"\n{found.claims_table()}\n")
 print(f"{len(test)} test images, {time.perf_counter() - began:.0f} s")
 print("\n".join(f"Note: {text}" for text in found.notes))
-found.plot().savefig(options.out, dpi=110)
+found.plot()
+plt.savefig(options.out, dpi=110)
 found.save_report(options.report)
 print(f"figure: {options.out}, report: {options.report}")

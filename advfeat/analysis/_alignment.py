@@ -20,17 +20,19 @@ from advfeat.analysis._features import (
 from advfeat.attacks import Batch
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, attackable
-from advfeat.tables import table
+from advfeat.results import Result
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MEASURES = ("image", "class means", "local")
 
 
-@dataclass(frozen=True, eq=False)
-class Alignment:
+@dataclass(frozen=True, eq=False, repr=False)
+class Alignment(Result):
     """How input gradients of several models line up; see `alignment`.
 
     Attributes
@@ -53,21 +55,29 @@ class Alignment:
         """Mean cosine of a model."""
         return float(self.cosines[model][measure].mean())
 
-    def __str__(self) -> str:
-        """Mean cosines with their standard errors."""
+    def _summary(self) -> str:
+        means = (f"{name} {self.mean(name, MEASURES[0]):.3f}" for name in self.cosines)
+        return f"{len(self.labels)} samples, cosine with the {MEASURES[0]}: {', '.join(means)}"
 
+    def _content(self) -> Sequence[str | Table]:
         def cell(values: Tensor) -> str:
             mean = f"{float(values.mean()):.3f}"
             if len(values) == 1:  # it has no standard error
                 return mean
             return f"{mean} +- {float(values.std()) / len(values) ** 0.5:.3f}"
 
-        return table(
-            ("cosine of gradient and", *MEASURES),
-            [(name, *(cell(found[m]) for m in MEASURES)) for name, found in self.cosines.items()],
-        )
+        rows = [(name, *(cell(found[m]) for m in MEASURES)) for name, found in self.cosines.items()]
+        return [Table(("cosine of gradient and", *MEASURES), rows)]
 
-    def plot(self, count: int = 6) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Mean cosines of each model."""
+        axes = plots.new_axes(ax)
+        means = {n: [self.mean(n, m) for m in MEASURES] for n in self.cosines}
+        plots.grouped(axes, means, MEASURES)
+        axes.set(ylabel="mean cosine with the gradient")
+        return axes
+
+    def pictures(self, count: int = 6) -> Figure:
         """Saliency pictures: the first samples, and below them each model's gradients there."""
         shown = {"input": plots.stretched(self.inputs[:count])}
         for name, gradients in self.gradients.items():
@@ -194,8 +204,8 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
     return (units[0] * units[1]).sum(1)
 
 
-@dataclass(frozen=True, eq=False)
-class LayerRobustness:
+@dataclass(frozen=True, eq=False, repr=False)
+class LayerRobustness(Result):
     """How far an attack moves each layer, against how far inputs are apart there.
 
     Attributes
@@ -210,20 +220,21 @@ class LayerRobustness:
     eps: float
     norm: Norm
 
-    def __str__(self) -> str:
-        """A line a layer."""
-        return table(("layer", "R(g)"), [(name, value) for name, value in self.ratios.items()])
+    def _summary(self) -> str:
+        return f"{len(self.ratios)} layers, {self.norm} {self.eps:g}"
 
-    def plot(self) -> Figure:
+    def _content(self) -> Sequence[str | Table]:
+        return [Table(("layer", "R(g)"), list(self.ratios.items()))]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
         """The ratio of each layer, in order."""
-        figure = plots.new_figure(max(4.0, 0.9 * len(self.ratios) + 2), 3.4)
-        axes = figure.add_subplot()
+        axes = plots.new_axes(ax, max(4.0, 0.9 * len(self.ratios) + 2), 3.4)
         plots.lines(axes, range(len(self.ratios)), {"R(g)": list(self.ratios.values())})
         axes.set_xticks(range(len(self.ratios)), list(self.ratios))
         axes.set(xlabel="layer", ylabel=f"R(g), {self.norm} {self.eps:g}")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        return figure
+        return axes
 
 
 def layer_robustness(

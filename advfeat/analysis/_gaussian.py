@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from advfeat import checks, plots, seeding
+from advfeat.results import Result
+from advfeat.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class Gaussian:
+@dataclass(frozen=True, eq=False, repr=False)
+class Gaussian(Result):
     """Two classes y in {-1, +1}, equally likely, with x ~ N(y mean, covariance); float64.
 
     The truth, or what a learner makes of it: robust parameters are another `Gaussian`.
@@ -68,6 +70,27 @@ class Gaussian:
             checks.fail("covariance", smallest, "its smallest eigenvalue must be above 0")
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "covariance", covariance)
+
+    def _summary(self) -> str:
+        return f"{len(self.mean)} dimensions"
+
+    def _content(self) -> Sequence[str | Table]:
+        rows = list(zip(range(len(self.mean)), self.mean.tolist(), self._deviations(), strict=True))
+        return [Table(("dimension", "mean", "standard deviation"), rows)]
+
+    def _deviations(self) -> list[float]:
+        found: list[float] = self.covariance.diagonal().sqrt().tolist()
+        return found
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Mean of class +1 in every dimension, with one standard deviation."""
+        ax = plots.new_axes(ax)
+        style: dict[str, Any] = {"color": plots.COLORS[0], "marker": "o", "linestyle": ""}
+        places, deviations = range(len(self.mean)), self._deviations()
+        ax.errorbar(places, self.mean.tolist(), deviations, capsize=3, **style)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(xlabel="dimension", ylabel="mean of class +1 (bar: standard deviation)")
+        return ax
 
     @classmethod
     def of(cls, inputs: Tensor, labels: Tensor) -> Gaussian:
@@ -190,8 +213,8 @@ class Gaussian:
         return TensorDataset(signs * self.mean + noise @ _root(self.covariance), labels)
 
 
-@dataclass(frozen=True)
-class GaussianStudy:
+@dataclass(frozen=True, eq=False, repr=False)
+class GaussianStudy(Result):
     """What robust learning does to the Gaussian model, radius by radius; see `gaussian`.
 
     Attributes
@@ -208,26 +231,26 @@ class GaussianStudy:
     eps: tuple[float, ...]
     learned: tuple[Gaussian, ...]
 
-    def __str__(self) -> str:
-        """A line a radius; robust accuracy is measured at that radius."""
-        head = "     eps    lambda  accuracy  robust accuracy  misalignment  worst cosine"
-        return "\n".join([head, *map(self._line, self.eps, self.learned)])
+    def _summary(self) -> str:
+        return f"{len(self.truth.mean)} dimensions, {len(self.eps)} radii"
 
-    def _line(self, eps: float, learned: Gaussian) -> str:
+    def _content(self) -> Sequence[str | Table]:
+        head = ("eps", "lambda", "accuracy", "robust accuracy", "misalignment", "worst cosine")
+        return [Table(head, list(map(self._row, self.eps, self.learned)))]
+
+    def _row(self, eps: float, learned: Gaussian) -> tuple[str, ...]:
         multiplier = self.truth.multiplier(eps) if eps else math.inf
         clean, robust = self.truth.accuracy(learned), self.truth.accuracy(learned, eps)
-        return (
-            f"{eps:8.4g}  {multiplier:8.4g}  {clean:8.4f}  {robust:15.4f}  "
-            f"{learned.misalignment:12.4f}  {learned.worst_cosine:12.4f}"
-        )
+        numbers = (clean, robust, learned.misalignment, learned.worst_cosine)
+        return f"{eps:.4g}", f"{multiplier:.4g}", *(f"{number:.4f}" for number in numbers)
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Sequence[Axes] | None = None) -> tuple[Axes, ...]:
         """Figure 4 of the paper: samples, and both unit balls at each radius (two dimensions)."""
         if len(self.truth.mean) != 2:
             checks.fail("mean.shape", tuple(self.truth.mean.shape), "only two dimensions are drawn")
-        figure = plots.new_figure(3.1 * len(self.eps), 3.7)
         inputs, labels = self.truth.sample(400, seed=0).tensors
-        panels = figure.subplots(1, len(self.eps), squeeze=False, sharex=True, sharey=True)[0]
+        count = len(self.eps)
+        panels = plots.new_panels(ax, count, 3.1 * count, 3.7, sharex=True, sharey=True)
         angle = torch.linspace(0, 2 * math.pi, 200, dtype=torch.float64)
         circle = torch.stack([angle.cos(), angle.sin()])
         blue, red, green = plots.COLORS[:3]
@@ -235,8 +258,8 @@ class GaussianStudy:
             for label, name, color, marker in ((0, "y = -1", red, "x"), (1, "y = +1", blue, ".")):
                 points = inputs[labels == label]
                 axes.scatter(
-                    *points.T.tolist(), s=12, marker=marker, color=color, alpha=0.45,
-                    linewidths=0.8, label=name,
+                    points[:, 0].tolist(), points[:, 1].tolist(), s=12, marker=marker,
+                    color=color, alpha=0.45, linewidths=0.8, label=name,
                 )  # fmt: skip
             metric = _root(learned.covariance) @ circle
             axes.plot(*circle.tolist(), color="black", linestyle="--", label="l2 unit ball")
@@ -251,10 +274,13 @@ class GaussianStudy:
             axes.set_title(f"eps = {eps:g}")
             axes.set_aspect("equal")
         reach = 1.05 * float(inputs.abs().max())
-        panels[0].set(xlim=(-reach, reach), ylim=(-reach, reach))
+        for axes in panels:
+            axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
         handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
-        return figure
+        if ax is None:
+            place: dict[str, Any] = {"loc": "outside lower center", "ncols": 5}
+            plots.figure_of(panels[0]).legend(handles, names, frameon=False, **place)
+        return panels
 
 
 def gaussian(
@@ -281,9 +307,9 @@ def gaussian(
     --------
     >>> from advfeat import analysis
     >>> print(analysis.gaussian([1.0, 1.0], [4.0, 0.25], eps=(0.0, 1.0)))
-         eps    lambda  accuracy  robust accuracy  misalignment  worst cosine
-           0       inf    0.9804           0.9804        4.0000        0.4706
-           1    0.8313    0.9507           0.6291        1.8068        0.8474
+    eps  lambda  accuracy  robust accuracy  misalignment  worst cosine
+    0       inf    0.9804           0.9804        4.0000        0.4706
+    1    0.8313    0.9507           0.6291        1.8068        0.8474
     """
     if not isinstance(eps, Sequence) or not eps:
         checks.fail("eps", eps, "expected a list of radii: eps=[0.0, 1.0]")

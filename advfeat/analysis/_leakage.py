@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,15 +16,16 @@ from advfeat.analysis._features import Stacked, commonest, stacked
 from advfeat.analysis._usefulness import DUAL, ROBUST, Usefulness, linear_usefulness
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy
-from advfeat.tables import table
+from advfeat.results import Result
+from advfeat.tables import Table
 from advfeat.threat import Norm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class Leakage:
+@dataclass(frozen=True, eq=False, repr=False)
+class Leakage(Result):
     """What provably robust features alone teach about a dataset; see `leakage`.
 
     Attributes
@@ -55,8 +56,10 @@ class Leakage:
         """Whether the whole 95% interval of ``learned`` lies above chance."""
         return self.learned.interval[0] > self.chance
 
-    def __str__(self) -> str:
-        """Accuracies with intervals."""
+    def _summary(self) -> str:
+        return f"{self.learned:.1%}, chance {self.chance:.1%}, {self.features} robust features"
+
+    def _content(self) -> Sequence[str | Table]:
         rows: list[tuple[object, ...]] = [
             (name, f"{a:.1%}", f"{a.interval[0]:.1%} to {a.interval[1]:.1%}")
             for name, a in (
@@ -68,16 +71,19 @@ class Leakage:
         title = f"{self.features} provably robust linear features, trained on:"
         if not self.features:
             title = "no linear feature is robust for certain; the commonest class instead:"
-        return title + "\n" + table(("", "accuracy", "95% interval"), rows)
+        return [title, Table(("", "accuracy", "95% interval"), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Both accuracies with their intervals, and chance."""
+        ax = plots.new_axes(ax, 5.0, 4.0)
         groups = {"constructed set": self.learned, "true data": self.reference}
-        return plots.bars(
+        plots.bars(
             {name: {"robust linear features": value} for name, value in groups.items()},
             chance=self.chance,
             ylabel="accuracy on true test data (%)",
+            ax=ax,
         )
+        return ax
 
 
 def leakage(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,15 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import attackable, device_of
-from advfeat.tables import table
+from advfeat.results import Result
+from advfeat.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class Mislabelled:
+@dataclass(frozen=True, eq=False, repr=False)
+class Mislabelled(Result):
     """What a model learned from another's mistakes; see `mislabelled`.
 
     Attributes
@@ -32,40 +33,49 @@ class Mislabelled:
     teacher
         Accuracy of the model that made the mistakes, on the same.
     mistakes
-        The set that was learned from; every label in it is wrong.
+        The set that was learned from; every label in it is wrong. None where the result was read
+        from JSON, which has no images.
     chance
         Fraction of the commonest class of the test data: what a constant answer gets right.
     """
 
     learned: Accuracy
     teacher: Accuracy
-    mistakes: ConstructedDataset
+    mistakes: ConstructedDataset | None
     chance: float
+
+    _left_out = ("mistakes",)
 
     @property
     def above_chance(self) -> bool:
         """Whether the whole 95% interval of ``learned`` lies above chance."""
         return self.learned.interval[0] > self.chance
 
-    def __str__(self) -> str:
-        """Accuracies with intervals."""
+    def _summary(self) -> str:
+        return f"{self.learned:.1%}, chance {self.chance:.1%}"
+
+    def _content(self) -> Sequence[str | Table]:
         rows: list[tuple[object, ...]] = [
             (name, f"{a:.1%}", f"{a.interval[0]:.1%} to {a.interval[1]:.1%}")
             for name, a in (("learned from mistakes", self.learned), ("their maker", self.teacher))
         ]
-        title = f"{len(self.mistakes)} images, all labelled wrongly; chance {self.chance:.1%}"
-        return title + "\n" + table(("", "accuracy", "95% interval"), rows)
+        count = "" if self.mistakes is None else f"{len(self.mistakes)} "
+        title = f"{count}images, all labelled wrongly; chance {self.chance:.1%}"
+        return [title, Table(("", "accuracy", "95% interval"), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Both accuracies with their intervals, and chance."""
-        return plots.bars(
+        ax = plots.new_axes(ax, 5.0, 4.0)
+        plots.bars(
             {
                 "learned from\nits mistakes": {"accuracy": self.learned},
                 "their maker": {"accuracy": self.teacher},
             },
             chance=self.chance,
             ylabel="accuracy on true test data (%)",
+            ax=ax,
         )
+        return ax
 
 
 def mistakes(model: nn.Module, data: Data, *, batch_size: int | None = None) -> ConstructedDataset:

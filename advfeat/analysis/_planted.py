@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from advfeat import checks, seeding
+from advfeat import checks, plots, seeding
+from advfeat.results import Result
+from advfeat.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Standard deviation of the noise as a fraction of the size of the pattern.
 _COARSE_NOISE, _FAINT_NOISE = 0.1, 0.2
 
 
-@dataclass(frozen=True, eq=False)
-class Planted:
+@dataclass(frozen=True, eq=False, repr=False)
+class Planted(Result):
     """Data with a coarse robust and a faint non-robust feature for each class; see `planted`.
 
     Attributes
@@ -36,6 +43,28 @@ class Planted:
     patterns: Tensor
     sizes: tuple[float, float]
     agreement: tuple[float, float]
+
+    _left_out = ("data",)
+
+    def _summary(self) -> str:
+        count = "" if self.data is None else f"{len(self.data)} samples, "
+        return f"{count}{len(self.patterns)} classes"
+
+    def _content(self) -> Sequence[str | Table]:
+        rows = list(zip(("robust", "nonrobust"), self.sizes, self.agreement, strict=True))
+        return [repr(self), Table(("feature", "l2 size", "agreement"), rows)]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Robust usefulness gamma of both features over eps, in closed form."""
+        ax = plots.new_axes(ax)
+        eps = torch.linspace(0, self.sizes[0], 50)
+        found = [self.usefulness(float(radius)) for radius in eps]
+        plots.lines(ax, eps, {name: [each[name][1] for each in found] for name in found[0]})
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(xlabel="l2 eps", ylabel="robust usefulness gamma")
+        ax.legend(frameon=False)
+        ax.grid(alpha=0.3)
+        return ax
 
     def robust(self, inputs: Tensor) -> Tensor:
         """The coarse feature of each class, ``(N, classes)``."""

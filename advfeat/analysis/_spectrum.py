@@ -18,15 +18,16 @@ from advfeat.attacks import PGD
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import attackable, device_of
-from advfeat.tables import table
+from advfeat.results import Result
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
+@dataclass(frozen=True, eq=False, repr=False)
+class Spectrum(Result):
     """Where images and perturbations have their energy; see `spectrum`.
 
     Attributes
@@ -48,22 +49,22 @@ class Spectrum:
         """Energy-weighted mean frequency, cycles a pixel."""
         return float(self.rings[name] @ self.frequency)
 
-    def __str__(self) -> str:
-        """Mean frequency, and the share in each level."""
+    def _summary(self) -> str:
+        means = (f"{name} {self.mean_frequency(name):.3f}" for name in self.rings)
+        return f"mean cycles/px: {', '.join(means)}"
+
+    def _content(self) -> Sequence[str | Table]:
         count = len(next(iter(self.levels.values())))
         scales = [f"{2**level} px" for level in range(count - 1)]
-        return table(
-            ("energy", "mean cycles/px", *scales, "coarser"),
-            [
-                (name, f"{self.mean_frequency(name):.3f}", *(f"{float(v):.1%}" for v in levels))
-                for name, levels in self.levels.items()
-            ],
-        )
+        rows = [
+            (name, f"{self.mean_frequency(name):.3f}", *(f"{float(v):.1%}" for v in levels))
+            for name, levels in self.levels.items()
+        ]
+        return [Table(("energy", "mean cycles/px", *scales, "coarser"), rows)]
 
-    def plot(self) -> Figure:
-        """Shares by frequency and by level."""
-        figure = plots.new_figure(9.0, 3.6)
-        left, right = figure.subplots(1, 2)
+    def plot(self, ax: Sequence[Axes] | None = None) -> tuple[Axes, ...]:
+        """Shares by frequency and by level, in two panels."""
+        left, right = plots.new_panels(ax, 2, 9.0, 3.6)
         plots.lines(left, self.frequency, {n: 100 * v for n, v in self.rings.items()})
         left.set(xlabel="frequency (cycles / pixel)", ylabel="share of energy (%)")
         left.set_ylim(bottom=0)
@@ -76,7 +77,7 @@ class Spectrum:
         for axes in (left, right):
             axes.grid(alpha=0.3)
         right.legend(frameon=False)
-        return figure
+        return left, right
 
 
 def spectrum(
@@ -179,8 +180,8 @@ def _shares(energy: Tensor) -> Tensor:
     return (energy[some] / total[some]).mean(0)
 
 
-@dataclass(frozen=True, eq=False)
-class FilteredAccuracy:
+@dataclass(frozen=True, eq=False, repr=False)
+class FilteredAccuracy(Result):
     """Accuracy on low-pass and on high-pass images; see `filtered_accuracy`.
 
     Attributes
@@ -195,19 +196,20 @@ class FilteredAccuracy:
     low: Mapping[str, tuple[Accuracy, ...]]
     high: Mapping[str, tuple[Accuracy, ...]]
 
-    def __str__(self) -> str:
-        """A line for each model and kind of filter."""
+    def _summary(self) -> str:
+        return f"{len(self.low)} models, {len(self.cutoffs)} cutoffs"
+
+    def _content(self) -> Sequence[str | Table]:
         rows: list[tuple[object, ...]] = [
             (f"{name}, {kind}", *(f"{value:.1%}" for value in values))
             for name in self.low
             for kind, values in (("low-pass", self.low[name]), ("high-pass", self.high[name]))
         ]
-        return table(("cutoff (cycles/px)", *(f"{c:.3g}" for c in self.cutoffs)), rows)
+        return [Table(("cutoff (cycles/px)", *(f"{c:.3g}" for c in self.cutoffs)), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy over the cutoff."""
-        figure = plots.new_figure(5.6, 3.8)
-        axes = figure.add_subplot()
+        axes = plots.new_axes(ax, 5.6, 3.8)
         series = {
             f"{name}, {kind}": [100 * value for value in values]
             for name in self.low
@@ -217,7 +219,7 @@ class FilteredAccuracy:
         axes.set(xlabel="cutoff (cycles / pixel)", ylabel="accuracy (%)", ylim=(0, 102))
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-        return figure
+        return axes
 
 
 def filtered_accuracy(
@@ -280,8 +282,8 @@ def filtered(images: Tensor, cutoff: float, below: bool) -> Tensor:
     return found
 
 
-@dataclass(frozen=True, eq=False)
-class FourierSensitivity:
+@dataclass(frozen=True, eq=False, repr=False)
+class FourierSensitivity(Result):
     """Error of a model under each wave of the Fourier basis; see `fourier_sensitivity`.
 
     Attributes
@@ -298,8 +300,11 @@ class FourierSensitivity:
     clean: float
     size: float
 
-    def __str__(self) -> str:
-        """Mean error by frequency."""
+    def _summary(self) -> str:
+        largest = float(self.error.max())
+        return f"l2 {self.size:g}, error {self.clean:.1%} clean, {largest:.1%} at most"
+
+    def _content(self) -> Sequence[str | Table]:
         height, width = self.error.shape
         frequency, ring = _ring_of(height, width)
         ring = torch.fft.fftshift(ring)
@@ -308,12 +313,11 @@ class FourierSensitivity:
             for place, f in enumerate(frequency)
         ]
         title = f"waves of l2 size {self.size:g}; without one {self.clean:.1%}"
-        return title + "\n" + table(("cycles/px", "error"), [*rows])
+        return [title, Table(("cycles/px", "error"), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """The map, low frequencies in the middle."""
-        figure = plots.new_figure(4.6, 3.8)
-        axes = figure.add_subplot()
+        axes = plots.new_axes(ax, 4.6, 3.8)
         height, width = self.error.shape
         left, top = -(width // 2) - 0.5, -(height // 2) - 0.5
         shown = axes.imshow(
@@ -322,8 +326,8 @@ class FourierSensitivity:
             extent=(left, left + width, top + height, top),
         )  # fmt: skip
         axes.set(xlabel="cycles across", ylabel="cycles down", title=f"l2 {self.size:g}")
-        figure.colorbar(shown, ax=axes, label="error (%)")
-        return figure
+        plots.figure_of(axes).colorbar(shown, ax=axes, label="error (%)")
+        return axes
 
 
 def fourier_sensitivity(

@@ -15,18 +15,19 @@ from advfeat.attacks import PGD
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.metrics import RobustAccuracy, robust_accuracy
+from advfeat.results import Result
 from advfeat.robustify import construct_robust_dataset
-from advfeat.tables import table
+from advfeat.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class Tradeoff:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tradeoff(Result):
     """Accuracy and robust accuracy over the radius of training; see `tradeoff`.
 
     Attributes
@@ -43,18 +44,19 @@ class Tradeoff:
     robust: tuple[RobustAccuracy, ...]
     seconds: tuple[float, ...]
 
-    def __str__(self) -> str:
-        """A line a radius."""
+    def _summary(self) -> str:
+        return f"{len(self.eps)} radii up to {max(self.eps):g}"
+
+    def _content(self) -> Sequence[str | Table]:
         rows: list[tuple[object, ...]] = [
             (f"{eps:g}", f"{found.standard:.1%}", f"{found:.1%}", f"{seconds:.1f}")
             for eps, found, seconds in zip(self.eps, self.robust, self.seconds, strict=True)
         ]
-        return table(("training eps", "accuracy", "robust accuracy", "seconds"), rows)
+        return [Table(("training eps", "accuracy", "robust accuracy", "seconds"), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Both accuracies over the radius."""
-        figure = plots.new_figure(5.4, 3.8)
-        axes = figure.add_subplot()
+        axes = plots.new_axes(ax)
         series = {
             "accuracy": [100 * found.standard for found in self.robust],
             "robust accuracy": [100 * found for found in self.robust],
@@ -63,7 +65,7 @@ class Tradeoff:
         axes.set(xlabel="eps of training", ylabel="% of test images", ylim=(0, 102))
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
-        return figure
+        return axes
 
 
 def tradeoff(
@@ -111,8 +113,8 @@ def tradeoff(
     return Tradeoff(tuple(eps), tuple(found), tuple(seconds))
 
 
-@dataclass(frozen=True, eq=False)
-class RobustDatasetCost:
+@dataclass(frozen=True, eq=False, repr=False)
+class RobustDatasetCost(Result):
     """What D_R costs and gives, beside standard and adversarial training.
 
     Attributes
@@ -147,27 +149,34 @@ class RobustDatasetCost:
             ),
         }
 
-    def __str__(self) -> str:
-        """A line a way of training."""
+    def _summary(self) -> str:
+        return f"paid back after {self.break_even:.1f} models"
+
+    def _content(self) -> Sequence[str | Table]:
         rows: list[tuple[object, ...]] = [
             (name, f"{found.standard:.1%}", f"{found:.1%}", f"{seconds:.1f}")
             for name, (found, seconds) in self._rows().items()
         ]
         rows.append(("construction of D_R, once", "", "", f"{self.seconds['construction']:.1f}"))
-        lines = table(("", "accuracy", "robust accuracy", "seconds"), rows)
-        return f"{lines}\nconstruction is paid back after {self.break_even:.1f} models"
+        return [
+            Table(("", "accuracy", "robust accuracy", "seconds"), rows),
+            f"construction is paid back after {self.break_even:.1f} models",
+        ]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracies of the three models."""
-        return plots.bars(
+        ax = plots.new_axes(ax, 5.3, 4.0)
+        plots.bars(
             {
                 name.replace(" training", "\ntraining"): {
                     "accuracy": found.standard,
                     "robust accuracy": found,
                 }
                 for name, (found, _) in self._rows().items()
-            }
+            },
+            ax=ax,
         )
+        return ax
 
 
 def robust_dataset_cost(

@@ -19,19 +19,23 @@ from advfeat.loading import Data
 from advfeat.losses import is_success
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import Network, Precision, logits_of
+from advfeat.results import Result
 from advfeat.statistics import correlation_interval
-from advfeat.tables import table
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 Construct: TypeAlias = Callable[[nn.Module, Data], ConstructedDataset]
 Learn: TypeAlias = Callable[[str, ConstructedDataset], nn.Module]
 
 
-@dataclass(frozen=True, eq=False)
-class TransferPoint:
+_HEAD = ("architecture", "learned", "fooled", "of fooled", "of all", "clean error")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TransferPoint(Result):
     """One architecture.
 
     Attributes
@@ -59,9 +63,19 @@ class TransferPoint:
     of_all: Accuracy
     clean_error: Accuracy
 
+    def _summary(self) -> str:
+        return f"{self.name}, learned {self.learned:.1%}, fooled {self.fooled:.1%}"
 
-@dataclass(frozen=True, eq=False)
-class Transfer:
+    def _row(self) -> tuple[object, ...]:
+        found = (self.learned, self.fooled, self.of_fooled, self.of_all, self.clean_error)
+        return (self.name, *(f"{value:.1%}" for value in found))
+
+    def _content(self) -> Sequence[str | Table]:
+        return [Table(_HEAD, [self._row()])]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Transfer(Result):
     """Learning from a constructed dataset against being fooled by transfer; see `transfer`.
 
     Attributes
@@ -101,31 +115,15 @@ class Transfer:
         low, high = self.correlation_interval
         return f"correlation {self.correlation:.2f} (95% interval {low:.2f} to {high:.2f})"
 
-    def __str__(self) -> str:
-        """A line an architecture, and the correlation."""
-        rows: list[tuple[object, ...]] = [
-            (
-                point.name,
-                *(
-                    f"{v:.1%}"
-                    for v in (
-                        point.learned,
-                        point.fooled,
-                        point.of_fooled,
-                        point.of_all,
-                        point.clean_error,
-                    )
-                ),
-            )
-            for point in self.points
-        ]
-        head = ("architecture", "learned", "fooled", "of fooled", "of all", "clean error")
-        return table(head, rows) + "\n" + self._correlation_text()
+    def _summary(self) -> str:
+        return f"{len(self.points)} architectures, {self._correlation_text()}"
 
-    def plot(self, others: Mapping[str, Transfer] | None = None) -> Figure:
-        """Figure 3: learned accuracy against transfer rate; other constructions beside it."""
-        figure = plots.new_figure(7.0, 4.2)
-        axes = figure.add_subplot()
+    def _content(self) -> Sequence[str | Table]:
+        return [Table(_HEAD, [point._row() for point in self.points]), self._correlation_text()]
+
+    def plot(self, ax: Axes | None = None, *, others: Mapping[str, Transfer] | None = None) -> Axes:
+        """Figure 3: learned accuracy against transfer rate; other constructions as ``others``."""
+        axes = plots.new_axes(ax, 7.0, 4.2)
         for (kind, found), fill in zip(
             {"": self, **(others or {})}.items(), ("full", "none", "left"), strict=False
         ):
@@ -140,8 +138,8 @@ class Transfer:
         axes.set_xlim(left=0)
         axes.set_title(self._correlation_text(), fontsize=10)
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside right center", frameon=False, fontsize=9)
-        return figure
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
+        return axes
 
 
 def transfer(

@@ -21,11 +21,12 @@ from advfeat.class_correlation import Extremes, correlate
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, attackable
 from advfeat.progress import with_progress
-from advfeat.tables import table
+from advfeat.results import Result
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 # Samples, of all units together, that are attacked at a time.
 _ROWS = 4096
@@ -35,8 +36,8 @@ USELESS, NONROBUST, UNDECIDED, ROBUST = range(4)
 KINDS = ("useless", "useful, non-robust", "undecided", "robust")
 
 
-@dataclass(frozen=True, eq=False)
-class Usefulness:
+@dataclass(frozen=True, eq=False, repr=False)
+class Usefulness(Result):
     """Usefulness rho and robust usefulness gamma of every unit for every class; see `usefulness`.
 
     All are float64 ``(units, classes)``; a unit is taken with the sign that makes it useful.
@@ -101,8 +102,11 @@ class Usefulness:
         """
         return self.kind.amax(1)
 
-    def __str__(self) -> str:
-        """Pairs of unit and class, and units, of each kind."""
+    def _summary(self) -> str:
+        units, classes = self.rho.shape
+        return f"{units} units, {classes} classes, {self.norm} {self.eps:g}"
+
+    def _content(self) -> Sequence[str | Table]:
         kind, unit_kind = self.kind, self.unit_kind
         rows: list[tuple[object, ...]] = []
         for place, name in enumerate(KINDS):
@@ -117,17 +121,17 @@ class Usefulness:
         if bool((self.stuck > 0.05).any()):
             title += f"; no gradient in {float(self.stuck.mean()):.0%} of the attacks"
         head = ("", "units", "share", "pairs", "mean rho", "mean gamma")
-        return title + "\n" + table(head, rows)
+        return [title, Table(head, rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Rho against gamma, a point for each unit and class, over the three regions."""
-        figure, kind = plots.new_figure(6.4, 4.6), self.kind
+        axes, kind = plots.new_axes(ax, 6.4, 4.6), self.kind
         plots.usefulness_regions(
-            figure.add_subplot(),
+            axes,
             {name: (self.rho[kind == k], self.gamma[kind == k]) for k, name in enumerate(KINDS)},
         )
-        figure.axes[0].set_title(f"{self.norm} {self.eps:g}")
-        return figure
+        axes.set_title(f"{self.norm} {self.eps:g}")
+        return axes
 
 
 def usefulness(

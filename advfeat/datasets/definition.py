@@ -14,6 +14,7 @@ from advfeat.class_correlation import signed_correlation
 from advfeat.datasets.dataset import ConstructedDataset
 from advfeat.loading import Source
 from advfeat.model import Layer, attackable, device_of
+from advfeat.results import Result
 
 # Features of a batch, ``(N, ...)``; or a model (the input of its last Linear), or with a layer.
 Feature: TypeAlias = Callable[[Tensor], Tensor] | nn.Module | tuple[nn.Module, Layer]
@@ -23,8 +24,8 @@ _BATCH, _RESAMPLES = 256, 200
 _MOST_KEPT, _LEAST_KEPT = 0.5, 0.5
 
 
-@dataclass(frozen=True)
-class FeatureUsefulness:
+@dataclass(frozen=True, repr=False)
+class FeatureUsefulness(Result):
     """E[y f] of a group of features, on the original and on the constructed data.
 
     The mean over units and classes, weighted by how useful each is. Signs and weights are from one
@@ -41,6 +42,9 @@ class FeatureUsefulness:
     def kept(self) -> float:
         """Constructed over original: 1 where all usefulness is kept, below 0 where reversed."""
         return self.constructed / self.original if self.original else float("nan")
+
+    def _summary(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         """Both with their intervals."""

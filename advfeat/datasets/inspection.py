@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from advfeat import checks, seeding, threat
+from advfeat import checks, plots, seeding, threat
 from advfeat.datasets.dataset import ConstructedDataset
 from advfeat.datasets.definition import (
     Feature,
@@ -22,6 +23,11 @@ from advfeat.datasets.definition import (
 from advfeat.datasets.folder import Array
 from advfeat.datasets.source import check_source
 from advfeat.loading import Data, Source
+from advfeat.results import Result
+from advfeat.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Inspection", "inspect", "moved_control", "noise_control"]
 
@@ -29,8 +35,8 @@ _BATCH = 1024
 _BINS = 10
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Result):
     """What `inspect` found; printed, a short table. None is what the set does not tell."""
 
     method: str
@@ -55,12 +61,14 @@ class Inspection:
     features: Mapping[str, FeatureUsefulness] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what the definition asks and the numbers deny, with a remedy
 
-    def __str__(self) -> str:
-        """The table."""
+    def _summary(self) -> str:
+        return f"{self.method}, {self.rows} samples, {len(self.notes)} notes"
+
+    def _content(self) -> Sequence[str | Table]:
         counts = self.label_counts
         lines = [
-            f"{self.method}: {self.rows} rows, {len(counts)} classes of {min(counts)} to "
-            f"{max(counts)} rows",
+            f"{self.method}: {self.rows} samples, {len(counts)} classes of {min(counts)} to "
+            f"{max(counts)} samples",
             f"pixels from {self.lowest:.4g} to {self.highest:.4g}; {self.outside} images outside "
             f"the bounds, {self.duplicates} duplicates",
         ]
@@ -82,7 +90,18 @@ class Inspection:
             f"usefulness of {name} features: {found}" for name, found in self.features.items()
         ]
         lines += [f"note: {text}" for text in self.notes]
-        return "\n".join(lines)
+        return lines
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Histogram of the perturbations' sizes; where there are none, samples of each class."""
+        ax = plots.new_axes(ax)
+        if self.size_counts is None or self.size_edges is None:
+            ax.bar(range(len(self.label_counts)), self.label_counts, color=plots.COLORS[4])
+            ax.set(xlabel="label", ylabel="samples")
+        else:
+            ax.stairs(self.size_counts, self.size_edges, fill=True, color=plots.COLORS[4])
+            ax.set(xlabel="size of the perturbation", ylabel="samples")
+        return ax
 
     @staticmethod
     def _sizes(counts: tuple[int, ...], edges: tuple[float, ...]) -> list[str]:

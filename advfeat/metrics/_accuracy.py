@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from advfeat import checks
 from advfeat.attacks import Attack, AutoAttack, Batch, pool
@@ -20,97 +19,13 @@ from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.metrics._choice import choose_attacks
 from advfeat.metrics._masking import ZeroGradients, masking_signs
+from advfeat.metrics._outcome import WRONG, Accuracy, RobustAccuracy
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import with_progress
-from advfeat.statistics import wilson_interval
 from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
 _EVERYWHERE = (-math.inf, math.inf)
-WRONG = -2  # in `RobustAccuracy.broken_by`: wrong on the clean input
-
-
-class Accuracy(float):
-    """A share of right answers that works wherever a float does.
-
-    Attributes
-    ----------
-    count, total
-        Right answers and samples.
-    correct
-        Outcome of each sample, bool ``(total,)``, in the order of the samples.
-    index
-        Sample number of each sample, int64 ``(total,)``.
-    interval
-        95% Wilson score interval of the share.
-
-    Examples
-    --------
-    >>> accuracy = Accuracy.of(torch.tensor([True, True, True, False]))
-    >>> accuracy > 0.7
-    True
-    >>> accuracy
-    0.7500 (3/4, 95% interval 0.3006 to 0.9544)
-    """
-
-    count: int
-    total: int
-    correct: Tensor
-    index: Tensor
-
-    @classmethod
-    def of(cls, correct: Tensor, index: Tensor | None = None) -> Self:
-        """Count outcomes, bool ``(N,)``; of none the accuracy is NaN."""
-        count, total = int(correct.sum()), len(correct)
-        value = cls(count / total if total else math.nan)
-        value.count, value.total, value.correct = count, total, correct
-        value.index = torch.arange(total, device="cpu") if index is None else index
-        return value
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% Wilson score interval."""
-        return wilson_interval(self.count, self.total)
-
-    def __repr__(self) -> str:
-        """Share, count and interval."""
-        low, high = self.interval
-        return (
-            f"{float(self):.4f} ({self.count}/{self.total}, 95% interval {low:.4f} to {high:.4f})"
-        )
-
-    __str__ = __repr__
-
-
-class RobustAccuracy(Accuracy):
-    """Accuracy under attack: a sample counts if it is right on its clean and its attacked input.
-
-    Attributes
-    ----------
-    standard
-        Accuracy on the clean inputs, from the same pass.
-    attacks
-        The attacks in their order with their seeds: what to run to get this number again.
-    broken_by
-        Place in ``attacks`` of the one that fooled the model, int64 ``(total,)``: -1 where none
-        did, -2 where the model was wrong on the clean input.
-    value
-        That attack's objective on its result (the last attack's where none succeeded), float32
-        ``(total,)``; NaN where the model was wrong on the clean input.
-    adversarial
-        With ``keep_inputs``, the attacked inputs ``(total, ...)`` on the CPU, the clean ones where
-        the model was wrong on them; else None.
-    warnings
-        Signs that the number is too high, each a sentence; a warning gives them too. Samples
-        without a gradient, and many samples that only `SmoothedPGD` or `Square` broke.
-    """
-
-    standard: Accuracy
-    attacks: tuple[Attack, ...]
-    broken_by: Tensor
-    value: Tensor
-    adversarial: Tensor | None
-    warnings: tuple[str, ...]
 
 
 @suggests

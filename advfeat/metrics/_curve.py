@@ -18,13 +18,16 @@ from advfeat.attacks.minimum_norm import MinimumNorm, rounding
 from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
-from advfeat.metrics._accuracy import Accuracy, CleanPass, places, tensor
+from advfeat.metrics._accuracy import CleanPass, places, tensor
+from advfeat.metrics._outcome import Accuracy
 from advfeat.model import Network, Precision, attackable
+from advfeat.results import Result
 from advfeat.suggestions import suggests
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 # The boundary is not resolved where rounding is above this fraction of the clean lead; a warning
 # says so where that is above this fraction of the samples.
@@ -33,8 +36,8 @@ _UNRESOLVED, _UNRESOLVED_SAMPLES = 0.02, 0.1
 _SHRINK, _SHRINK_ROUNDS, _SHRINK_STEPS = 0.2, 5, 60
 
 
-@dataclass(frozen=True)
-class RobustnessCurve:
+@dataclass(frozen=True, eq=False, repr=False)
+class RobustnessCurve(Result):
     """Distance of each sample to the nearest adversarial example that was found.
 
     Attributes
@@ -66,17 +69,21 @@ class RobustnessCurve:
         """Median distance: where robust accuracy crosses one half."""
         return float(self.distance.median())
 
-    def __str__(self) -> str:
-        """One line: samples, those wrong without an attack, and the median."""
+    def _summary(self) -> str:
+        return f"{len(self.distance)} samples, median {self.median:.4g} in {self.norm}"
+
+    def _content(self) -> Sequence[str | Table]:
         wrong = int((self.distance == 0).sum())
-        return (
+        return [
             f"{len(self.distance)} samples, {wrong} wrong without an attack, "
             f"median distance {self.median:.4g} in {self.norm}"
-        )
+        ]
 
-    def plot(self) -> Figure:
-        """Share of samples that resist, over the radius."""
-        return plots.robustness_curves({"model": self}, norm=self.norm)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Fraction of samples that are still robust, over the radius."""
+        ax = plots.new_axes(ax)
+        plots.robustness_curves({"model": self}, norm=self.norm, ax=ax)
+        return ax
 
 
 @suggests

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks, losses, seeding
+from advfeat import checks, losses, plots, seeding
 from advfeat.attacks import APGD, FAB, PGD, Attack, Batch, SmoothedPGD, Square
 from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.ensemble import seed_attacks
@@ -19,12 +20,17 @@ from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.model import Network, attackable, device_of
+from advfeat.results import Result
 from advfeat.suggestions import suggests
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-@dataclass(frozen=True)
-class Finding:
+
+@dataclass(frozen=True, repr=False)
+class Finding(Result):
     """One check: what was measured, and what it means."""
 
     name: str
@@ -38,15 +44,21 @@ class Finding:
         """Whether the value is above the limit."""
         return self.value > self.limit
 
-    def __str__(self) -> str:
-        """One line, with the advice where something is wrong."""
-        mark = "WARNING" if self.suspicious else "ok"
-        line = f"{mark:8}{self.name}: {self.value:.4g} (limit {self.limit:g}), {self.meaning}"
-        return f"{line}\n        -> {self.advice}" if self.suspicious else line
+    @property
+    def mark(self) -> str:
+        """``"WARNING"`` or ``"ok"``."""
+        return "WARNING" if self.suspicious else "ok"
+
+    def _summary(self) -> str:
+        return f"{self.name}: {self.value:.4g}, limit {self.limit:g}, {self.mark}"
+
+    def _content(self) -> Sequence[str | Table]:
+        line = f"{self.mark:8}{self.name}: {self.value:.4g} (limit {self.limit:g}), {self.meaning}"
+        return [f"{line}\n        -> {self.advice}" if self.suspicious else line]
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Result):
     """All checks of `diagnose`, by name.
 
     Attributes
@@ -67,9 +79,33 @@ class Diagnosis:
         """The check of this name."""
         return self.findings[name]
 
+    def _summary(self) -> str:
+        return f"{len(self.findings)} checks, suspicious: {', '.join(self.suspicious) or 'none'}"
+
     def __str__(self) -> str:
         """A line for each check."""
         return "\n".join(map(str, self.findings.values()))
+
+    def _content(self) -> Sequence[str | Table]:
+        rows = [
+            (
+                f.name,
+                "WARNING" if f.suspicious else "ok",
+                f"{f.value:.4g}",
+                f"{f.limit:g}",
+                f.meaning,
+            )
+            for f in self.findings.values()
+        ]
+        advice = [f"{name}: {self[name].advice}" for name in self.suspicious]
+        return [Table(("check", "result", "value", "limit", "meaning"), rows), *advice]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Value of each check as a bar, its limit as a line."""
+        ax = plots.new_axes(ax, 6.4, 0.4 * len(self.findings) + 1.2)
+        found = self.findings.values()
+        plots.limits(ax, {f.name: (f.value, f.limit) for f in found}, xlabel="fraction of samples")
+        return ax
 
 
 @suggests

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks, seeding
+from advfeat import checks, plots, seeding
 from advfeat.attacks import Attack, AutoAttack
 from advfeat.attacks.base import check_attack, prepare_batch
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.model import attackable, device_of
 from advfeat.progress import with_progress
+from advfeat.results import Result
 from advfeat.statistics import wilson_interval
-from advfeat.tables import table
+from advfeat.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True)
-class TransferMatrix:
+@dataclass(frozen=True, eq=False, repr=False)
+class TransferMatrix(Result):
     """How often the examples made on a source (row) fool a target (column).
 
     Attributes
@@ -62,8 +66,10 @@ class TransferMatrix:
         count = round(float(self.fooled[place]) * total) if total else 0
         return wilson_interval(count, total)
 
-    def __str__(self) -> str:
-        """Percent fooled, of samples that both models have right; clean error in the last row."""
+    def _summary(self) -> str:
+        return f"{len(self.sources)} sources, {len(self.targets)} targets"
+
+    def _content(self) -> Sequence[str | Table]:
         rows: list[tuple[object, ...]] = [
             (name, *(_percent(value) for value in row))
             for name, row in zip(
@@ -72,7 +78,14 @@ class TransferMatrix:
                 strict=True,
             )
         ]
-        return table(("% fooled, made on", *self.targets), rows)
+        return [Table(("% fooled, made on", *self.targets), rows)]
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Percent fooled of every pair, as a heat map."""
+        ax = plots.new_axes(ax, 1.1 * len(self.targets) + 2.4, 0.7 * len(self.sources) + 1.6)
+        plots.heat_map(ax, 100 * self.fooled, self.sources, self.targets)
+        ax.set(xlabel="tried on", ylabel="made on", title="% fooled")
+        return ax
 
 
 def _percent(value: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from advfeat import checks, seeding
 from advfeat.loading import Data
 from advfeat.metrics import accuracy
 from advfeat.model import Precision
+from advfeat.results import Result
 from advfeat.study._advice import (
     GOOD_SUCCESS,
     LEAST_ACCURACY,
@@ -24,7 +25,7 @@ from advfeat.study._advice import (
 from advfeat.study._data import dataset_of
 from advfeat.study._pilot import BATCH, MOMENTUM, STEPS, Pilot, epochs_for, shift_batch
 from advfeat.study._recipe import Recipe
-from advfeat.tables import table
+from advfeat.tables import Table, table
 from advfeat.threat import Bounds, Norm
 
 _RADII = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of evaluation, as multiples of eps
@@ -35,8 +36,8 @@ _MANY = 20_000  # training samples from which one start for each image is enough
 _WORTHWHILE = 0.02  # accuracy that a smaller ball must gain
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Result):
     """What `calibrate` chose, and why.
 
     Attributes
@@ -94,14 +95,8 @@ class Calibration:
             rows=rows,
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for `Calibration(**values)`."""
-        return {
-            "choices": dict(self.choices),
-            "reasons": list(self.reasons),
-            "warnings": list(self.warnings),
-            "tables": dict(self.tables),
-        }
+    def _summary(self) -> str:
+        return f"{len(self.choices)} settings chosen, {len(self.warnings)} warnings"
 
     def __str__(self) -> str:
         """What was measured, what was chosen and why, and what these data lack."""
@@ -109,6 +104,11 @@ class Calibration:
         parts.append("\n".join(f"- {text}" for text in self.reasons))
         parts += [f"Warning: {text}" for text in self.warnings]
         return "\n\n".join(parts)
+
+    def _content(self) -> Sequence[str | Table]:
+        choices = [(name, str(value)) for name, value in self.choices.items()]
+        warnings = [f"Warning: {text}" for text in self.warnings]
+        return [Table(("setting", "chosen"), choices), *self.reasons, *warnings]
 
 
 def calibrate(

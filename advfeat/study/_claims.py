@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from advfeat.results import Result
 from advfeat.statistics import Estimate, mean_outcome, paired_difference
-from advfeat.tables import Format, table
+from advfeat.tables import Format, Table, render
 
 Verdict: TypeAlias = Literal["confirmed", "not confirmed", "undecided"]
 
@@ -22,8 +23,8 @@ class Outcomes(NamedTuple):
     shifted: Tensor
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Result):
     """A difference that is above 0 if the claim is true.
 
     Attributes
@@ -37,6 +38,9 @@ class Evidence:
     text: str
     difference: Estimate
 
+    def _summary(self) -> str:
+        return f"{self.text}: {self.difference}, {self.verdict}"
+
     @property
     def verdict(self) -> Verdict:
         """By the interval: above 0, below 0, or with 0 inside."""
@@ -44,8 +48,8 @@ class Evidence:
         return verdicts.get(self.difference.sign, "undecided")
 
 
-@dataclass(frozen=True)
-class Claim:
+@dataclass(frozen=True, repr=False)
+class Claim(Result):
     """A claim of the paper, and what was measured of it.
 
     Attributes
@@ -60,6 +64,12 @@ class Claim:
     text: str
     evidence: tuple[Evidence, ...]
 
+    def _summary(self) -> str:
+        return f"{self.text}: {self.verdict}"
+
+    def _content(self) -> Sequence[str | Table]:
+        return [claims_as_table((self,))]
+
     @property
     def verdict(self) -> Verdict:
         """Confirmed if all evidence confirms it, not confirmed if any is against it."""
@@ -69,7 +79,7 @@ class Claim:
         return "undecided" if "undecided" in verdicts else "confirmed"
 
 
-def claims_table(claims: tuple[Claim, ...], format: Format = "text") -> str:
+def claims_as_table(claims: tuple[Claim, ...]) -> Table:
     """A line for each piece of evidence, with the verdict on the claim in its first."""
     rows = [
         (
@@ -81,7 +91,12 @@ def claims_table(claims: tuple[Claim, ...], format: Format = "text") -> str:
         for claim in claims
         for place, evidence in enumerate(claim.evidence)
     ]
-    return table(("claim", "evidence", "points (95% interval)", "verdict"), rows, format)
+    return Table(("claim", "evidence", "points (95% interval)", "verdict"), rows)
+
+
+def claims_table(claims: tuple[Claim, ...], format: Format = "text") -> str:
+    """All claims, written."""
+    return render([claims_as_table(claims)], format)
 
 
 def judge(

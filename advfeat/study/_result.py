@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from advfeat import checks, plots
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
+from advfeat.results import Result
 from advfeat.study import _report
 from advfeat.study._calibrate import Calibration
-from advfeat.study._claims import Claim, claims_table
+from advfeat.study._claims import Claim, claims_as_table, claims_table
+from advfeat.study._data import plain
 from advfeat.study._findings import Findings, Measured, Run, Spread, percent
 from advfeat.study._sections import sections
+from advfeat.tables import Table
 from advfeat.tables import table as lines
 from advfeat.training import History
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Format = Literal["text", "markdown", "csv", "json"]
 
 
-class Study:
+class Study(Result):
     """What `run` found, of the stages that are done.
 
     The attributes are those of one seed. A study of several seeds has a `Study` for each in
@@ -132,14 +137,38 @@ class Study:
         """A dataset; opened in the folder, or made now where it is not there."""
         return self._single("dataset").dataset(name)
 
-    def __str__(self) -> str:
-        """The table, the claims and the notes as text."""
-        parts = [self.table()]
+    def _summary(self) -> str:
+        names = ", ".join(self._found.shares()) or "no model yet"
+        confirmed = sum(claim.verdict == "confirmed" for claim in self.claims)
+        claims = f"; {confirmed} of {len(self.claims)} claims confirmed" if self.claims else ""
+        return f"{len(self._found.runs)} seeds, models: {names}{claims}"
+
+    def _content(self) -> Sequence[str | Table]:
+        shares = self._found.shares()
+        body = [[name, *map(percent, columns.values())] for name, columns in shares.items()]
+        parts: list[str | Table] = [Table(["trained on", *self._found.columns()], body)]
         if self.claims:
-            parts.append(claims_table(self.claims))
-            parts.append(self._found.about_intervals())
+            parts += ["", claims_as_table(self.claims), self._found.about_intervals()]
         found = () if self.calibration is None else self.calibration.warnings
-        return "\n\n".join(parts + [f"Note: {text}" for text in (*found, *self.notes)])
+        return parts + [f"\nNote: {text}" for text in (*found, *self.notes)]
+
+    def _fields(self) -> dict[str, Any]:
+        """Numbers, claims and settings; models and datasets are in the folder."""
+        return {
+            "settings": plain(self.settings),
+            "seeds": list(self._found.seeds),
+            "accuracies": json.loads(self.table("json")),
+            "chance": self.chance,
+            "claims": list(self.claims),
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "calibration": self.calibration,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raise an error: a study is read from its folder, by `run` with the same arguments."""
+        raise TypeError("a Study is read from its folder: call advfeat.study.run with out=folder")
 
     def table(self, format: Format = "text") -> str:
         """Accuracies of all models, in percent; of several seeds the mean, lowest and highest.
@@ -175,23 +204,8 @@ class Study:
         checks.one_of("format", format, ("text", "markdown", "csv"))
         return claims_table(self.claims, format)
 
-    def plot(self, kind: Literal["accuracy", "samples", "curves"] = "accuracy") -> Figure:
-        """Figure 2 of the paper: accuracy and robust accuracy of every model.
-
-        Parameters
-        ----------
-        kind
-            ``"samples"`` for images of every dataset beside the originals with their labels,
-            ``"curves"`` for the trainings; of several seeds, both show the first.
-        """
-        checks.one_of("kind", kind, ("accuracy", "samples", "curves"))
-        return self._draw(kind)
-
-    def _draw(self, kind: str) -> Figure:
-        if kind == "samples":
-            return self._samples()
-        if kind == "curves":
-            return plots.trainings(self._found.runs[0].histories)
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Figure 2 of the paper: accuracy and robust accuracy of every model."""
         groups = {
             name.replace(" ", "\n", 1): {
                 column if column == "accuracy" else f"robust accuracy, {column}": (
@@ -202,7 +216,26 @@ class Study:
             }
             for name, columns in self._found.shares().items()
         }
-        return plots.bars(groups, chance=self.chance, ylabel="% of test samples")
+        ax = plots.new_axes(ax, max(5.0, 1.1 * len(groups) + 2), 4.0)
+        plots.bars(groups, chance=self.chance, ylabel="% of test samples", ax=ax)
+        return ax
+
+    def curves(self) -> Figure:
+        """Loss and accuracy of every training; of several seeds, the first."""
+        return plots.trainings(self._found.runs[0].histories)
+
+    def pictures(self, count: int = 8) -> Figure:
+        """Images of every dataset beside the originals with their labels; of the first seed."""
+        run = self._found.runs[0]
+        source = Source(self._found.work.rows)
+        found = source.rows(source.indices[:count], torch.device("cpu"))
+        shown: dict[str, Tensor] = {"original": found.inputs}
+        under: dict[str, Sequence[object]] = {"original": found.labels.tolist()}
+        for name in run.made:
+            made = run.dataset(name).subset(slice(count))
+            shown[name] = made.images
+            under[name] = made.labels.tolist()
+        return plots.samples(shown, labels=under, bounds=self._found.work.bounds)
 
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write one HTML file with tables, claims, pictures, settings, times and provenance.
@@ -220,6 +253,12 @@ class Study:
             parts += [_report.heading("Calibration"), _report.preformatted(str(self.calibration))]
         _report.write(Path(path), summary, parts)
 
+    def _draw(self, kind: str) -> Figure:
+        """A figure of the report."""
+        if kind == "samples":
+            return self.pictures()
+        return self.curves() if kind == "curves" else plots.figure_of(self.plot())
+
     # --- Parts ---
 
     def _single(self, attribute: str) -> Run:
@@ -230,18 +269,6 @@ class Study:
                 f".runs, as in study.runs[0].{attribute}"
             )
         return self._found.runs[0]
-
-    def _samples(self, count: int = 8) -> Figure:
-        run = self._found.runs[0]
-        source = Source(self._found.work.rows)
-        found = source.rows(source.indices[:count], torch.device("cpu"))
-        shown: dict[str, Tensor] = {"original": found.inputs}
-        under: dict[str, Sequence[object]] = {"original": found.labels.tolist()}
-        for name in run.made:
-            made = run.dataset(name).subset(slice(count))
-            shown[name] = made.images
-            under[name] = made.labels.tolist()
-        return plots.samples(shown, labels=under, bounds=self._found.work.bounds)
 
 
 def _as_json(found: Accuracy) -> dict[str, Any]:

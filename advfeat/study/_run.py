@@ -216,9 +216,9 @@ def _calibrated(
     kept = stages.once(
         "calibrate",
         plain({name: settings[name] for name in ("eps", "norm", "bounds", "seed", "precision")}),
-        lambda: calibrate(make_model, train, **settings).as_json(),
+        lambda: calibrate(make_model, train, **settings).to_dict(),
     )
-    return Calibration(**kept)
+    return Calibration.from_dict(kept)
 
 
 def _radii(

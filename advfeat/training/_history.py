@@ -5,18 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from advfeat import checks, plots
+from advfeat.results import Result
+from advfeat.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass
-class History:
+@dataclass(repr=False)
+class History(Result):
     """What training recorded: one row an epoch, as plain dictionaries.
 
     Attributes
@@ -30,29 +33,40 @@ class History:
     --------
     >>> print(History([{"epoch": 1, "loss": 0.5, "seconds": 1.0}]))
     epoch    loss  seconds
-        1  0.5000   1.0000
+    1      0.5000   1.0000
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
     best: int | None = None
 
-    def __str__(self) -> str:
-        """A table of all rows."""
+    def __post_init__(self) -> None:
+        """Take rows from JSON as well."""
+        self.rows = list(self.rows)
+
+    def _fields(self) -> dict[str, Any]:
+        # A validation accuracy is a plain number here, without its outcomes.
+        rows = [
+            {n: v if isinstance(v, int) else float(v) for n, v in row.items()} for row in self.rows
+        ]
+        return {"rows": rows, "best": self.best}
+
+    def _summary(self) -> str:
         if not self.rows:
-            return "(no epochs)"
+            return "no epochs"
+        last = [f"{n} {_cell(v)}" for n, v in self.rows[-1].items() if n == "loss" or "acc" in n]
+        return ", ".join([f"{len(self.rows)} epochs", *last])
+
+    def _content(self) -> Sequence[str | Table]:
+        if not self.rows:
+            return ["(no epochs)"]
         names = self._names()
-        lines = [[_cell(row.get(name)) for name in names] for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in [names, *lines]
-        )
+        return [Table(names, [[_cell(row.get(name)) for name in names] for row in self.rows])]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a ``.csv`` file, or rows and best epoch to a ``.json`` file."""
         path = Path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps({"best": self.best, "rows": self.rows}, indent=1) + "\n")
+            path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         elif path.suffix == ".csv":
             with path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, self._names())
@@ -61,9 +75,14 @@ class History:
         else:
             checks.fail("path", str(path), "name a file that ends in .csv or .json")
 
-    def plot(self) -> Figure:
-        """Loss and accuracies over the epochs."""
-        return plots.curves(self)
+    def plot(self, ax: Sequence[Axes] | None = None) -> tuple[Axes, ...]:
+        """Loss and accuracies over the epochs, in two panels."""
+        if not self.rows:
+            checks.fail("rows", self.rows, "no epoch was recorded")
+        panels = 1 + any("accuracy" in name for name in self.rows[-1])
+        axes = plots.new_panels(ax, panels, 8.0 if panels == 2 else 5.0, 3.4)
+        plots.curves(self, ax=axes)
+        return axes
 
     def _names(self) -> list[str]:
         """Every column, in the order in which they first appear."""

@@ -88,7 +88,7 @@ def test_the_plot_shows_inputs_and_each_models_gradients():
     models = {
         name: nn.Sequential(nn.Flatten(), nn.Linear(16, 2)) for name in ("standard", "robust")
     }
-    figure = analysis.alignment(models, data, eps=0.1, seed=0).plot(count=4)
+    figure = analysis.alignment(models, data, eps=0.1, seed=0).pictures(count=4)
     assert len(figure.axes) == 12
     assert [figure.axes[i].get_ylabel() for i in (0, 4, 8)] == ["input", "standard", "robust"]
 

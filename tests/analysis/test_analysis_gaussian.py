@@ -227,11 +227,9 @@ def test_the_table_has_a_line_a_radius():
 
 def test_figure_4_draws_the_learned_metrics_ball():
     study = gaussian([1.0, 1.0], [[4.0, 1.0], [1.0, 2.0]])
-    figure = study.plot()
-    assert len(figure.axes) == 3
-    ball = next(
-        line for line in figure.axes[1].lines if line.get_label().startswith("learned metric")
-    )
+    panels = study.plot()
+    assert len(panels) == 3
+    ball = next(line for line in panels[1].lines if line.get_label().startswith("learned metric"))
     points = torch.tensor(ball.get_xydata())
     precision = torch.linalg.inv(study.learned[1].covariance)
     lengths = (points @ precision * points).sum(1)

@@ -139,5 +139,5 @@ def test_the_seed_governs_and_the_random_state_is_left(sets):
 
 def test_the_plot_has_both_accuracies(sets):
     found = analysis.leakage(sets["random"], sets["true"], sets["test"], eps=0.2, seed=0)
-    heights = [patch.get_height() for patch in found.plot().axes[0].patches]
+    heights = [patch.get_height() for patch in found.plot().patches]
     assert heights == pytest.approx([100 * found.learned, 100 * found.reference])

@@ -140,11 +140,10 @@ def test_the_map_shows_the_one_wave_a_model_reads():
 def test_figures_are_drawn(size):
     data = made(size=size)
     model = linear(torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
-    assert len(analysis.spectrum({"m": model}, data, eps=0.3, norm="l2").plot().axes) == 2
+    assert len(analysis.spectrum({"m": model}, data, eps=0.3, norm="l2").plot()) == 2
     found = analysis.filtered_accuracy({"m": model}, data, cutoffs=[0.2, 0.4])
-    assert len(found.plot().axes[0].lines) == 2
-    figure = analysis.fourier_sensitivity(model, data, size=1.0, seed=0).plot()
-    shown = figure.axes[0].images[0]
+    assert len(found.plot().lines) == 2
+    shown = analysis.fourier_sensitivity(model, data, size=1.0, seed=0).plot().images[0]
     assert shown.get_array().shape == (size, size)
     # The middle pixel is the lowest frequency.
     left, right, bottom, top = shown.get_extent()

@@ -45,7 +45,7 @@ def test_the_points_are_what_robust_accuracy_says():
     assert all(seconds > 0 for seconds in found.seconds)
     assert found.robust[1] > found.robust[0]
     assert len(str(found).splitlines()) == 3
-    lines = found.plot().axes[0].lines
+    lines = found.plot().lines
     assert lines[1].get_ydata().tolist() == pytest.approx([100 * p for p in found.robust])
 
 
@@ -87,7 +87,7 @@ def test_the_cost_counts_every_part():
         "standard", "adversarial", "construction", "from_robust_dataset"
     }  # fmt: skip
     assert "construction of D_R" in str(found)
-    assert len(found.plot().axes[0].get_xticklabels()) == 3
+    assert len(found.plot().get_xticklabels()) == 3
 
 
 def test_break_even():
@@ -151,7 +151,7 @@ def test_mistakes_alone_teach_what_their_maker_knew():
     assert found.chance == int(test.tensors[1].bincount().max()) / len(test)
     assert found.teacher == af.accuracy(model, test)
     assert str(len(found.mistakes)) in str(found)
-    assert len(found.plot().axes[0].patches) == 2
+    assert len(found.plot().patches) == 2
 
 
 @pytest.mark.slow

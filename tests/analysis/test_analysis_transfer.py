@@ -92,7 +92,7 @@ def test_the_correlation_is_pearsons():
     assert f"{low:.2f} to {high:.2f}" in str(found)
     assert low < float(expected) < high
     other = Transfer(points[:2])
-    axes = found.plot({"just bugs": other}).axes[0]
+    axes = found.plot(others={"just bugs": other})
     assert len(axes.lines) == 6
     assert axes.lines[0].get_xydata()[0].tolist() == pytest.approx([10, 20])
     assert axes.lines[0].get_color() == axes.lines[4].get_color()

@@ -249,7 +249,7 @@ def test_the_plot_has_every_point_in_its_region():
     result = analysis.linear_usefulness(
         torch.eye(3), sorted_features(), eps=0.3, norm="linf", level=0.99, seed=0
     )
-    axes = result.plot().axes[0]
+    axes = result.plot()
     points = {
         part.get_label().split(" (")[0]: part.get_offsets()
         for part in axes.collections

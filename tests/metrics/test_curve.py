@@ -66,7 +66,7 @@ def test_it_falls_to_zero_and_is_read_off(robust, digits):
 
 def test_the_plot_steps_down_where_samples_are():
     curve = RobustnessCurve(torch.tensor([0.0, 0.2, 0.5, math.inf]), torch.arange(4), "l2")
-    (axes,) = curve.plot().axes
+    axes = curve.plot()
     (line_,) = axes.lines
     assert line_.get_drawstyle() == "steps-post"
     assert line_.get_xdata()[:-1].tolist() == pytest.approx([0.0, 0.2, 0.5])

@@ -54,12 +54,12 @@ def test_calibration_is_kept_and_used_by_run(tmp_path):
     given = {"eps": 0.3, "norm": "l2", "seed": 0, "out": tmp_path, "stages": ["train standard"]}
     found = study.run(network, WORLD.data, test, **given)
     kept = json.loads((tmp_path / "stages" / "calibrate.json").read_text())["result"]
-    assert found.calibration.as_json() == kept
+    assert found.calibration.to_dict() == kept
     assert found._found.work.at == found.calibration.at
     assert "Calibration" in (tmp_path / "report.html").read_text()
     before = (tmp_path / "stages" / "calibrate.json").stat().st_mtime_ns
     again = study.run(network, WORLD.data, test, **given)
-    assert again.calibration.as_json() == kept
+    assert again.calibration.to_dict() == kept
     assert (tmp_path / "stages" / "calibrate.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"eps=0\.3 there, 0\.2 here"):
         study.run(network, WORLD.data, test, **{**given, "eps": 0.2})

@@ -201,7 +201,7 @@ def test_several_starts_take_no_more_steps_and_the_control_repeats_its_images():
 def test_chance_is_that_of_the_commonest_class_also_of_sorted_data():
     found = run(stages=["measure standard"])
     assert found.chance == pytest.approx(1 / 3)
-    line = found.plot().axes[0].lines[0]
+    line = found.plot().lines[0]
     assert line.get_ydata()[0] == pytest.approx(100 / 3)
     inputs, labels = data(1, 42).tensors
     uneven = TensorDataset(inputs[:33], labels[:33])  # 14, 14, 5
@@ -249,7 +249,7 @@ def test_what_is_of_one_seed_is_asked_of_one_run(three):
         _ = three.measured
     assert set(three.runs[0].measured) == {"standard", "robust", *RECIPE.sets}
     assert three.settings["seed"] == [3, 4, 5]
-    bars = three.plot().axes[0]
+    bars = three.plot()
     assert len(bars.get_xticklabels()) == 6
 
 

@@ -384,16 +384,14 @@ def test_pictures_show_every_model_and_set():
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), images, images, eps=0.1, norm="l2",
         recipe=recipe, seed=0, stages=["measure standard", "measure D_det"],
     )  # fmt: skip
-    bars = seen.plot().axes[0]
+    bars = seen.plot()
     assert [tick.get_text() for tick in bars.get_xticklabels()] == ["standard", "D_det"]
     assert isinstance(seen, Study)
-    grid = seen.plot("samples").axes
+    grid = seen.pictures().axes
     assert [axes.get_ylabel() for axes in grid[::8]] == ["original", "D_det"]
     assert grid[8].get_xlabel() == "1"  # the label after 0
-    curves = seen.plot("curves").axes
+    curves = seen.curves().axes
     assert len(curves[0].lines) == len(seen.histories) == 2
-    with pytest.raises(ValueError, match="kind"):
-        seen.plot("pie")
 
 
 def test_trainings_refuse_nothing_to_draw():

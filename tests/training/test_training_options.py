@@ -368,8 +368,7 @@ def test_a_history_is_saved_as_csv_and_json(tmp_path):
 
 def test_a_history_is_plotted():
     history = af.fit(linear(), blobs(), epochs=2, validation=0.2, seed=0)
-    figure = history.plot()
-    loss, accuracies = figure.axes
+    loss, accuracies = history.plot()
     assert loss.lines[0].get_ydata().tolist() == [row["loss"] for row in history.rows]
     labels = [line.get_label() for line in accuracies.lines]
     assert labels == ["accuracy", "validation accuracy"]

@@ -74,24 +74,6 @@ class Gaussian(Result):
     def _summary(self) -> str:
         return f"{len(self.mean)} dimensions"
 
-    def _content(self) -> Sequence[str | Table]:
-        rows = list(zip(range(len(self.mean)), self.mean.tolist(), self._deviations(), strict=True))
-        return [Table(("dimension", "mean", "standard deviation"), rows)]
-
-    def _deviations(self) -> list[float]:
-        found: list[float] = self.covariance.diagonal().sqrt().tolist()
-        return found
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        """Mean of class +1 in every dimension, with one standard deviation."""
-        ax = plots.new_axes(ax)
-        style: dict[str, Any] = {"color": plots.COLORS[0], "marker": "o", "linestyle": ""}
-        places, deviations = range(len(self.mean)), self._deviations()
-        ax.errorbar(places, self.mean.tolist(), deviations, capsize=3, **style)
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set(xlabel="dimension", ylabel="mean of class +1 (bar: standard deviation)")
-        return ax
-
     @classmethod
     def of(cls, inputs: Tensor, labels: Tensor) -> Gaussian:
         """Maximum likelihood: mean and covariance of y x, for labels 0 (y = -1) and 1 (y = +1)."""

@@ -50,8 +50,7 @@ class Spectrum(Result):
         return float(self.rings[name] @ self.frequency)
 
     def _summary(self) -> str:
-        means = (f"{name} {self.mean_frequency(name):.3f}" for name in self.rings)
-        return f"mean cycles/px: {', '.join(means)}"
+        return f"{len(self.frequency)} frequencies, energy of {', '.join(self.rings)}"
 
     def _content(self) -> Sequence[str | Table]:
         count = len(next(iter(self.levels.values())))
@@ -301,8 +300,7 @@ class FourierSensitivity(Result):
     size: float
 
     def _summary(self) -> str:
-        largest = float(self.error.max())
-        return f"l2 {self.size:g}, error {self.clean:.1%} clean, {largest:.1%} at most"
+        return f"l2 {self.size:g}, error {float(self.error.max()):.1%} at most"
 
     def _content(self) -> Sequence[str | Table]:
         height, width = self.error.shape

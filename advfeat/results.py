@@ -56,7 +56,7 @@ class Result:
 
     def _content(self) -> Sequence[str | Table]:
         """Sentences and tables, in order."""
-        return [repr(self)]
+        return [self._summary()]
 
     def __repr__(self) -> str:
         """The class and a few words."""

@@ -59,10 +59,6 @@ class Estimate(Result):
         return (self.interval[0] > 0) - (self.interval[1] < 0)
 
     def _summary(self) -> str:
-        return f"{self}, p {self.p_value:.3g}"
-
-    def __str__(self) -> str:
-        """Value and interval in points."""
         low, high = self.interval
         return f"{100 * self.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 

@@ -44,10 +44,6 @@ class FeatureUsefulness(Result):
         return self.constructed / self.original if self.original else float("nan")
 
     def _summary(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        """Both with their intervals."""
         low, high = self.original_interval
         least, most = self.constructed_interval
         return (

@@ -7,6 +7,7 @@ from advfeat.attacks._minimum_pgd import MinimumPGD, minimum_pgd
 from advfeat.attacks._pgd import FGSM, PGD, fgsm, pgd
 from advfeat.attacks._smoothed import SmoothedPGD, smoothed_pgd
 from advfeat.attacks._square import Square, square
+from advfeat.attacks._transferable import DIFGSM, MIFGSM
 from advfeat.attacks.base import Attack
 from advfeat.attacks.inversion import invert
 from advfeat.attacks.samples import Batch
@@ -17,9 +18,11 @@ from advfeat.attacks.ensemble import AutoAttack  # isort: skip
 
 __all__ = [
     "APGD",
+    "DIFGSM",
     "FAB",
     "FGSM",
     "FMN",
+    "MIFGSM",
     "PGD",
     "Attack",
     "AutoAttack",

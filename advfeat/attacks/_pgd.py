@@ -94,10 +94,12 @@ class PGD(Attack):
         """Put every sample at its start: the clean input, or a random point of the ball."""
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
-        random = self.is_random
-        keys = seeding.keys(seeding.resolve(self.seed), batch.ids) if random else batch.ids
+        random = self.random_start or self.restarts > 1
+        keys = batch.ids
+        if self.is_random:
+            keys = seeding.keys(seeding.resolve(self.seed), batch.ids)
         eps = per_sample_eps(self.eps, inputs)
-        size = eps * min(1.0, 2.5 / self.steps)
+        size = eps * self._default_step
         low, high = threat.limits_of(inputs, eps, self.norm, self.bounds)
         state = PGDState(
             inputs=inputs,
@@ -120,7 +122,7 @@ class PGD(Attack):
 
     def step(self, net: Network, state: PGDState) -> PGDState:
         """Move every row by one gradient step; a row at the end of a restart begins the next."""
-        evaluation = net.logits_gradient(state.current, self._objective(state))
+        evaluation = self._evaluate(net, state)
         if self._keeps:
             state = self._keep(state, evaluation)
         stepped = self._moved(state, evaluation.gradient)
@@ -160,6 +162,11 @@ class PGD(Attack):
         return state.x_best if self._keeps else state.current
 
     @property
+    def _default_step(self) -> float:
+        """Length of a step as a fraction of the radius."""
+        return min(1.0, 2.5 / self.steps)
+
+    @property
     def _keeps(self) -> bool:
         return self.returns != "last" or self.restarts > 1
 
@@ -172,6 +179,9 @@ class PGD(Attack):
     def max_evaluations(self) -> int:
         """All steps of all restarts; where an iterate is kept, the last one is looked at too."""
         return self.restarts * self._round if self._keeps else self.steps
+
+    def _evaluate(self, net: Network, state: PGDState) -> Evaluation:
+        return net.logits_gradient(state.current, self._objective(state))
 
     def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
         climbed = losses.objective(self.loss, state.labels, self.targeted)

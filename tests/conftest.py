@@ -1,5 +1,10 @@
 """Fixtures of the whole suite."""
 
+import os
+
+# Of this process and of those that tests start: see `ground_one_thread`.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from torch import nn

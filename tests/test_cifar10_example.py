@@ -13,6 +13,9 @@ ROWS = 24
 SCRIPT = Path(__file__).parents[1] / "examples" / "cifar10.py"
 
 
+pytestmark = pytest.mark.slow
+
+
 def images(seed):
     """Images whose class is the brightness of a corner, and labels."""
     random = np.random.default_rng(seed)

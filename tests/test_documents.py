@@ -53,6 +53,7 @@ def yours():
     return {"model": model, "data": data, "test": data}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks(p) and p not in FIRST_HOUR], ids=lambda p: p.name
 )
@@ -64,6 +65,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_blocks_of_the_first_hour_run_one_after_another(tmp_path, monkeypatch):
     datasets = pytest.importorskip("sklearn.datasets")

@@ -27,6 +27,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.filterwarnings("ignore")
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
@@ -39,6 +40,7 @@ def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_example_for_torchrun_runs_on_two_ranks(tmp_path):
     pytest.importorskip("sklearn")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

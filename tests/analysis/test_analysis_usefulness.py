@@ -172,6 +172,7 @@ def test_a_unit_that_never_changes_is_useless():
     assert bool(torch.isfinite(found.gamma).all())
 
 
+@pytest.mark.slow
 def test_intervals_are_as_wide_as_results_scatter():
     generator = torch.Generator().manual_seed(1)
 

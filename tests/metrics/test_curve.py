@@ -39,6 +39,7 @@ def test_distances_of_a_linear_model_are_the_closed_form(norm, attack):
     assert 0 < right.sum() < len(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, digits, norm):
     rows = TensorDataset(*(tensor[:60] for tensor in digits[1].tensors))
@@ -51,6 +52,7 @@ def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, digits, norm)
         assert torch.equal(curve.at(0.0).correct, fast.standard.correct)
 
 
+@pytest.mark.slow
 def test_it_falls_to_zero_and_is_read_off(robust, digits):
     rows = TensorDataset(*(tensor[:40] for tensor in digits[1].tensors))
     curve = robustness_curve(robust, rows, norm="linf", batch_size=7)

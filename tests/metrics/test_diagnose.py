@@ -69,6 +69,7 @@ def test_infinite_slopes_are_suspicious(standard, digits):
     assert diagnosis(model, digits).suspicious
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", TRAPS)
 def test_a_planted_trap_is_found(standard, digits, trap):
     plant, name = TRAPS[trap]
@@ -78,12 +79,14 @@ def test_a_planted_trap_is_found(standard, digits, trap):
     assert "WARNING" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", ["quantize", "detached"])
 def test_without_gradients_random_search_wins_and_large_balls_resist(standard, digits, trap):
     found = diagnosis(TRAPS[trap][0](standard), digits)
     assert {"black_box_wins", "large_eps_resists"} <= set(found.suspicious)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_a_sound_robust_model_has_no_finding(robust, digits, norm):
     eps = {"linf": 0.1, "l2": 0.5, "l1": 2.0}[norm]

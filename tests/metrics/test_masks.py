@@ -70,6 +70,7 @@ def evaluate(model, rows, **options):
         return robust_accuracy(model, rows, **(BALL | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUIVALENT)
 def test_a_mask_that_changes_no_decision_changes_no_verdict_or_is_reported(
     standard, rows, exact, name
@@ -79,6 +80,7 @@ def test_a_mask_that_changes_no_decision_changes_no_verdict_or_is_reported(
     assert float(found) <= float(exact) + 0.03 or found.warnings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
     [

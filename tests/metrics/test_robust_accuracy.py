@@ -44,6 +44,7 @@ def assert_sound(found, model, x, y, norm):
 # --- What is counted ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 def test_what_counts_is_in_ball_and_box_and_wrong(standard, digits, norm):
     rows = subset(digits)
@@ -51,6 +52,7 @@ def test_what_counts_is_in_ball_and_box_and_wrong(standard, digits, norm):
     assert_sound(found, standard, *rows.tensors, norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 @pytest.mark.filterwarnings("ignore:precision='bfloat16'")
 def test_low_precision_claims_nothing_that_float32_denies(standard, digits, norm):
@@ -230,6 +232,7 @@ def robust_models(standard, robust):
     return {"standard": standard, "robust": robust}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["standard", "robust"])
 @pytest.mark.parametrize("norm", BALLS)
 def test_fast_is_as_strong_as_standard(standard, robust, digits, which, norm):
@@ -261,6 +264,7 @@ def test_fast_reaches_the_least_likely_class(norm, eps):
     assert norm == "l1" or robust_accuracy(Far(), rows, attack=untargeted, seed=0) == 1
 
 
+@pytest.mark.slow
 def test_it_is_no_weaker_than_pgd(robust, digits):
     rows = subset(digits, 200)
     fast = robust_accuracy(robust, rows, eps=0.1, norm="linf", seed=0)

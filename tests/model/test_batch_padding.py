@@ -73,6 +73,7 @@ def test_a_single_sample_is_enough_for_a_model_that_squeezes(batch_size):
     torch.testing.assert_close(af.pgd(model, x, y, eps=0.1, norm="l2", steps=5), expected)
 
 
+@pytest.mark.slow
 def test_constructions_and_curves_pad_too():
     model = OneSize(network())
     made = af.construct_det_dataset(model, data(), eps=0.5, steps=5, batch_size=BATCH)

@@ -68,6 +68,7 @@ def test_inputs_and_labels_without_a_name():
         af.accuracy(model, X, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["autoattack", "pgd", "apgd", "square"])
 def test_attacks_by_name(name):
     from advfeat import attacks

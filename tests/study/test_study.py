@@ -215,6 +215,7 @@ test_study.run(out={out!r})
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_table(tmp_path, found):
     """SIGKILL, in the middle of whatever goes on, until a run comes through."""
     out = tmp_path / "study"
@@ -234,6 +235,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_table(tmp_path, found):
     assert run(out=out).table("json") == found.table("json")
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_work(tmp_path, found):
     script = tmp_path / "ranks.py"
     script.write_text(

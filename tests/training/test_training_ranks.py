@@ -25,7 +25,10 @@ import advfeat as af
 from advfeat.training import Options
 from advfeat.training._checkpoint import CheckpointFolder
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available(), reason="torch without distributed"),
+    pytest.mark.slow,
+]
 
 
 def blobs(count=48, classes=3):

@@ -81,11 +81,14 @@ def scaled(gradient: Tensor) -> Tensor:
     An entry that is NaN counts as zero, one that is infinite as the largest number. Where all is in
     range already the result is the gradient itself.
     """
-    if gradient.device.type == "cpu":  # elsewhere to see that would wait for the device
-        length = size(gradient, "l2")
-        if known_none(~((length > _SQUARES_IN_RANGE) & (length < 1 / _SQUARES_IN_RANGE))):
-            return gradient
+    if gradient.device.type == "cpu" and _known_in_range(size(gradient, "l2")):
+        return gradient
     return _over_peak(gradient)
+
+
+def _known_in_range(length: Tensor) -> bool:
+    """Whether the squares of all entries that matter are numbers, if known without waiting."""
+    return known_none(~((length > _SQUARES_IN_RANGE) & (length < 1 / _SQUARES_IN_RANGE)))
 
 
 def _over_peak(gradient: Tensor) -> Tensor:
@@ -118,7 +121,21 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     return direction.div_(_nonzero(size(direction, norm, keepdim=True)))
 
 
-def ascend_l2(points: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
+def ascend_l2(
+    points: Tensor, gradient: Tensor, length: Tensor, gradient_size: Tensor | None = None
+) -> Tensor:
+    """Points moved by a length ``(N, 1, ...)`` along a gradient of any size, in l2.
+
+    ``gradient_size`` is the gradient's l2 norm ``(N,)``, where that is known already.
+    """
+    if gradient.device.type == "cpu":
+        own = size(gradient, "l2") if gradient_size is None else gradient_size
+        if _known_in_range(own):
+            return torch.addcmul(points, gradient, length / per_sample(_nonzero(own), length))
+    return ascend_scaled_l2(points, _over_peak(gradient), length)
+
+
+def ascend_scaled_l2(points: Tensor, gradient: Tensor, length: Tensor) -> Tensor:
     """Points moved by a length ``(N, 1, ...)`` along a `scaled` gradient, in l2."""
     return torch.addcmul(points, gradient, length / _nonzero(size(gradient, "l2", keepdim=True)))
 
@@ -133,8 +150,10 @@ def finite(gradient: Tensor) -> Tensor:
     >>> finite(torch.tensor([[3.0, torch.nan, -torch.inf, 0.5]]))
     tensor([[ 3.0000,  0.0000, -3.0000,  0.5000]])
     """
-    # To look is free on the CPU; elsewhere it would wait for the device.
-    if known_none(~torch.isfinite(gradient.sum())):
+    # To check is free on the CPU; elsewhere it would wait for the device. The sum less itself is
+    # zero if it is finite, and NaN otherwise.
+    total = gradient.sum()
+    if known_none(total - total):
         return gradient
     is_finite = torch.isfinite(gradient)
     largest = torch.where(is_finite, gradient, 0.0).abs().amax(feature_axes(gradient), keepdim=True)

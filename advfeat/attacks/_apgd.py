@@ -262,7 +262,7 @@ class APGD(Attack):
         if self.norm == "linf":
             moved = torch.addcmul(current, direction, size)
         else:
-            moved = threat.ascend_l2(current, direction, size)
+            moved = threat.ascend_scaled_l2(current, direction, size)
         limits = state.low, state.high
         project = partial(threat.project, limits=limits, inplace=True)
         moved = project(moved, inputs, state.eps, self.norm, self.bounds)

@@ -97,8 +97,8 @@ class FAB(MinimumNorm):
         # Within a ball low precision will do, for only what fools the model there has to be sure;
         # a distance is known no better than the logits.
         exact = self.eps is None
-        look = evaluated if exact else Network.logits_gradient
-        current = self._moved(state, look(net, state.current, lead))
+        found, _ = evaluated(net, state.current, lead, exact)
+        current = self._moved(state, found)
         if exact:
             logits = net.logits(current)
         else:

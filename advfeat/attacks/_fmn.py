@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -12,14 +13,13 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, threat
 from advfeat.attacks.minimum_norm import (
+    DUAL,
     RELATIVE_STEP,
     MinimumNorm,
     evaluated,
     lead_of,
     likely_others,
-    linearised_distances,
-    rounding,
-    step_direction,
+    nearest_class,
 )
 from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
@@ -31,7 +31,6 @@ from advfeat.threat import Bounds, Norm
 # size as a share of the first's.
 _GAMMA_FIRST, _GAMMA_LAST = 0.05, 0.001
 _STEP_LAST = 0.01
-_DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 
 
 class FMNState(NamedTuple):
@@ -40,6 +39,9 @@ class FMNState(NamedTuple):
     inputs: Tensor  # (N, ...) clean
     labels: Tensor  # (N,) int64, true labels or targets
     target: Tensor  # (N,) int64, the class to aim at
+    low: Tensor  # (N, ...) threat.limits_of the inputs; (N, 0) in linf, where they depend on radius
+    high: Tensor
+    farthest: Tensor  # (N,) distance of the farthest corner of the bounds
     step: Tensor  # (N,) int64, steps taken
     current: Tensor  # (N, ...)
     radius: Tensor  # (N,) of the ball that the current iterate was projected on
@@ -47,6 +49,25 @@ class FMNState(NamedTuple):
     distance: Tensor  # (N,) of x_best; infinite where nothing fools the model
     value: Tensor  # (N,) its negative
     success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
+
+
+@lru_cache(maxsize=16)
+def _schedule(
+    norm: Norm, steps: int, step_size: float | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """By which factor the radius shrinks and grows, and a step's length, ``(steps + 1, 3)``.
+
+    The length is a fraction of the radius, or an l2 length where ``step_size`` is given.
+    """
+    # From 1 to 0 along half a cosine.
+    fresh = (1 + (torch.arange(steps + 1, device=device).to(dtype) * (math.pi / steps)).cos()) / 2
+    gamma = _GAMMA_LAST + (_GAMMA_FIRST - _GAMMA_LAST) * fresh
+    if step_size is None:
+        first, last = RELATIVE_STEP[norm]
+        length = last + (first - last) * fresh
+    else:
+        length = step_size * (_STEP_LAST + (1 - _STEP_LAST) * fresh)
+    return torch.stack([1 - gamma, 1 + gamma, length], 1)
 
 
 @suggests
@@ -81,10 +102,17 @@ class FMN(MinimumNorm):
         """Put every sample at its clean input; a sample that is wrong already has its result."""
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
+        low, high = threat.limits_of(inputs, 0.0, "l2", self.bounds)
+        farthest = threat.size(torch.maximum(high, -low), self.norm)
+        if self.norm == "linf":
+            low = high = inputs.new_empty(len(labels), 0)
         state = FMNState(
             inputs=inputs,
             labels=labels,
             target=labels if self.targeted else self._nearest(net, batch, logits),
+            low=low,
+            high=high,
+            farthest=farthest,
             step=torch.zeros_like(labels),
             current=inputs,
             radius=inputs.new_zeros(inputs.shape[0]),
@@ -96,10 +124,11 @@ class FMN(MinimumNorm):
 
     def step(self, net: Network, state: FMNState) -> FMNState:
         """Look at the current iterate, adapt each row's radius, and take a gradient step in it."""
-        found = evaluated(net, state.current, self._objective(state))
-        hits = self._fools(found.output, state.labels)
-        state = self._keep(state, state.current, hits)
-        return self._moved(state, found, hits)
+        found, uncertain = evaluated(net, state.current, self._objective(state))
+        hits = self._fools(found.output, state.labels, uncertain)
+        distance = threat.size(state.current - state.inputs, self.norm)
+        state = self._keep(state, state.current, hits, distance)
+        return self._moved(state, found, hits, distance)
 
     def run(self, net: Network, state: FMNState) -> FMNState:
         """Take all steps, and look at the last iterate too."""
@@ -117,39 +146,37 @@ class FMN(MinimumNorm):
     def _nearest(self, net: Network, batch: Batch, logits: Tensor) -> Tensor:
         """Of the likely classes, the one whose linearised boundary is nearest within the bounds."""
         likely = likely_others(logits, batch.labels, self.targets)
-        if likely.shape[1] == 1:
-            return likely.squeeze(1)
-        distances, _ = linearised_distances(net, batch, likely, self.norm, self.bounds)
-        nearest = distances.argmin(1, keepdim=True)
-        return likely.gather(1, nearest).squeeze(1)
+        return nearest_class(net, batch, likely, self.norm, self.bounds)
 
     def _objective(self, state: FMNState) -> Callable[[Tensor], Tensor]:
         if not self.targeted:
             return lead_of(state.target, state.labels)
-        return lambda z: losses.margin_to_target(z, state.labels) - 2 * rounding(z)
+        return lambda logits: losses.margin_to_target(logits, state.labels)
 
-    def _moved(self, state: FMNState, found: Evaluation, hits: Tensor) -> FMNState:
-        inputs, current, radius = state.inputs, state.current, state.radius
-        low, high = self.bounds
-        # From 1 to 0 along half a cosine, by each sample's own count.
-        fresh = (1 + (state.step.to(radius.dtype) * (math.pi / self.steps)).cos()) / 2
-        gamma = _GAMMA_LAST + (_GAMMA_FIRST - _GAMMA_LAST) * fresh
-        slope = threat.size(found.gradient, _DUAL[self.norm])
+    def _moved(
+        self, state: FMNState, found: Evaluation, hits: Tensor, distance: Tensor
+    ) -> FMNState:
+        current, radius = state.current, state.radius
+        table = _schedule(self.norm, self.steps, self.step_size, radius.dtype, radius.device)
+        place = state.step.clamp_max(self.steps)
+        shrink, grow, length = table.index_select(0, place).unbind(1)
+        slope = threat.size(found.gradient, DUAL[self.norm])
         to_boundary = (found.value.to(radius.dtype).abs() / slope).nan_to_num(torch.inf)
-        reached = threat.size(current - inputs, self.norm) + to_boundary
-        wider = torch.where(state.distance.isinf(), reached, radius * (1 + gamma))
-        narrower = torch.minimum(radius * (1 - gamma), state.distance)
-        farthest = threat.size(torch.maximum(high - inputs, inputs - low), self.norm)
-        radius = torch.where(hits, narrower, wider).minimum(farthest)
+        wider = torch.where(state.distance.isinf(), distance + to_boundary, radius * grow)
+        narrower = torch.minimum(radius * shrink, state.distance)
+        radius = torch.where(hits, narrower, wider).minimum(state.farthest)
         if self.step_size is None:
-            first, last = RELATIVE_STEP[self.norm]
-            size = (last + (first - last) * fresh) * radius
-            direction = step_direction(found.gradient, self.norm)
+            length = length * radius
+        gradient, length = found.gradient.to(current.dtype), threat.per_sample(length, current)
+        if self.norm == "linf" and self.step_size is None:
+            moved = torch.addcmul(current, gradient.sign(), length)
         else:
-            size = self.step_size * (_STEP_LAST + (1 - _STEP_LAST) * fresh)
-            direction = threat.steepest(found.gradient, "l2")
-        moved = current + threat.per_sample(size, current) * direction
-        current = threat.project(moved, inputs, radius, self.norm, self.bounds)
+            known = slope if self.norm == "l2" else None
+            moved = threat.ascend_l2(current, gradient, length, known)
+        limits = None if self.norm == "linf" else (state.low, state.high)
+        current = threat.project(
+            moved, state.inputs, radius, self.norm, self.bounds, limits, inplace=True
+        )
         return state._replace(current=current, radius=radius, step=state.step + 1)
 
 

@@ -144,8 +144,8 @@ class MinimumPGD(MinimumNorm):
         scale = self._noise_scale(state)
         plain = scale == 0
         points = state.current if not self.is_random else self._with_noise(state, scale)
-        found = evaluated(net, points, lead_of(state.target, state.labels))
-        hits = plain & self._fools(found.output, state.labels)
+        found, uncertain = evaluated(net, points, lead_of(state.target, state.labels))
+        hits = plain & self._fools(found.output, state.labels, uncertain)
         state = self._keep(state, state.current, hits)
         target = torch.where(plain, self._nearest(state, found.output), state.target)
         moved = self._moved(state, found.gradient, plain, hits)._replace(target=target)

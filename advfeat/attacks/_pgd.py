@@ -221,7 +221,7 @@ class PGD(Attack):
             velocity = gradient = self.momentum * velocity + unit
         size = threat.per_sample(state.step_size, state.current)
         if self.norm == "l2":
-            moved = threat.ascend_l2(state.current, threat.scaled(gradient), size)
+            moved = threat.ascend_l2(state.current, gradient, size)
         else:
             if self.norm == "l1":
                 gradient = threat.unblocked(gradient, state.current, self.bounds)

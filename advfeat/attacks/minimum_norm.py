@@ -25,6 +25,7 @@ RELATIVE_STEP: dict[Norm, tuple[float, float]] = {
     "l2": (1.0, 0.02),
     "linf": (0.5, 0.02),
 }
+DUAL: dict[Norm, Norm] = {"l1": "linf", "l2": "l2", "linf": "l1"}
 # Two points on one sphere differ in distance by rounding alone: the later is not closer for that.
 _CLOSER = 1 - 1e-6
 
@@ -48,25 +49,31 @@ def step_direction(gradient: Tensor, norm: Norm) -> Tensor:
 
 
 def lead_of(targets: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Objective: the targets' logits less the labels', positive where that is sure."""
+    """Objective: the targets' logits less the labels'."""
+    pairs = torch.stack([targets, labels], 1)
 
     def lead(logits: Tensor) -> Tensor:
-        own = logits.gather(1, labels[:, None])
-        return (logits.gather(1, targets[:, None]) - own).squeeze(1) - 2 * rounding(logits)
+        target, label = logits.gather(1, pairs).unbind(1)
+        return target - label
 
     return lead
 
 
-def evaluated(net: Network, points: Tensor, objective: Callable[[Tensor], Tensor]) -> Evaluation:
-    """Gradient of an objective of the logits; in low precision it alone is of low precision.
+def evaluated(
+    net: Network, points: Tensor, objective: Callable[[Tensor], Tensor], exact: bool = True
+) -> tuple[Evaluation, Tensor]:
+    """Gradient of an objective of the logits, whose value is positive where that is sure.
 
-    Where the boundary is, and what is beyond it, takes float32 logits to say.
+    Also the `rounding` of the logits. With ``exact`` the gradient alone is of low precision where
+    that was asked for: where the boundary is, and what is beyond it, takes float32 logits to say.
     """
     found = net.logits_gradient(points, objective)
-    if not net.low_precision:
-        return found
-    logits = net.logits(points)
-    return Evaluation(found.gradient, objective(logits), logits)
+    logits, value = found.output, found.value
+    if exact and net.low_precision:
+        logits = net.logits(points)
+        value = objective(logits)
+    uncertain = rounding(logits)
+    return Evaluation(found.gradient, value - 2 * uncertain, logits), uncertain
 
 
 def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -84,15 +91,50 @@ def linearised_distances(
     Both ``(N, T)`` for ``classes``; a class that the linear model does not reach within the bounds
     is infinitely far.
     """
-    points, distances, gaps = batch.inputs.flatten(1)[:, None], [], []
+    distances, gaps = [], []
     for target in classes.unbind(1):
-        found = evaluated(net, batch.inputs, lead_of(target, batch.labels))
-        weight, gap = found.gradient.flatten(1), -found.value.to(batch.inputs.dtype)
-        moves = to_hyperplane(points, weight, gap[:, None], norm, bounds)[:, 0]
-        unreached = (weight * moves).sum(1) < (1 - 1e-4) * gap
-        distances.append(threat.size(moves, norm).masked_fill(unreached, torch.inf))
-        gaps.append(gap)
+        found, _ = evaluated(net, batch.inputs, lead_of(target, batch.labels))
+        gaps.append(-found.value.to(batch.inputs.dtype))
+        distances.append(_distance(batch.inputs, found.gradient, gaps[-1], norm, bounds))
     return torch.stack(distances, 1), torch.stack(gaps, 1)
+
+
+def nearest_class(
+    net: Network, batch: Batch, classes: Tensor, norm: Norm, bounds: Bounds
+) -> Tensor:
+    """The class that is nearest by `linearised_distances`, ``(N,)``; of equals the first."""
+    nearest = classes[:, 0]
+    if classes.shape[1] == 1:
+        return nearest
+    least = torch.full_like(batch.inputs.flatten(1)[:, 0], torch.inf)
+    for target in classes.unbind(1):
+        found, _ = evaluated(net, batch.inputs, lead_of(target, batch.labels))
+        weight, gap = found.gradient, -found.value.to(batch.inputs.dtype)
+        # The bounds make no way shorter: what is farther even without them is left out.
+        possible = gap / threat.size(weight, DUAL[norm]) < least * (1 + 1e-4)
+        if threat.known_none(possible):
+            continue
+        if threat.known_none(~possible) or possible.device.type != "cpu":
+            distance = _distance(batch.inputs, weight, gap, norm, bounds)
+        else:
+            chosen = possible.nonzero().squeeze(1)
+            some = _distance(batch.inputs[chosen], weight[chosen], gap[chosen], norm, bounds)
+            distance = torch.full_like(least, torch.inf).index_copy_(0, chosen, some)
+        nearer = distance < least
+        nearest = torch.where(nearer, target, nearest)
+        least = torch.where(nearer, distance, least)
+    return nearest
+
+
+def _distance(inputs: Tensor, gradient: Tensor, gap: Tensor, norm: Norm, bounds: Bounds) -> Tensor:
+    """How far the inputs are from hyperplanes, ``(N,)``; infinite where the bounds keep them off.
+
+    A gain of 1e-4 less than the gap is rounding.
+    """
+    weight = gradient.flatten(1)
+    moves = to_hyperplane(inputs.flatten(1)[:, None], weight, gap[:, None], norm, bounds)[:, 0]
+    unreached = (weight * moves).sum(1) < (1 - 1e-4) * gap
+    return threat.size(moves, norm).masked_fill(unreached, torch.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,19 +193,23 @@ class MinimumNorm(Attack):
             "success": torch.zeros_like(distance, dtype=torch.bool),
         }
 
-    def _fools(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _fools(self, logits: Tensor, labels: Tensor, uncertain: Tensor | None = None) -> Tensor:
         """Whether the attack surely has what it wants, bool ``(N,)``."""
-        return losses.objective("margin", labels, self.targeted)(logits) > rounding(logits)
+        uncertain = rounding(logits) if uncertain is None else uncertain
+        return losses.objective("margin", labels, self.targeted)(logits) > uncertain
 
-    def _keep(self, state: Any, points: Tensor, hits: Tensor) -> Any:
+    def _keep(
+        self, state: Any, points: Tensor, hits: Tensor, distance: Tensor | None = None
+    ) -> Any:
         """Keep the points of samples that they fool, where nothing closer was kept before."""
-        distance = threat.size(points - state.inputs, self.norm)
+        if distance is None:
+            distance = threat.size(points - state.inputs, self.norm)
         closer = hits & (distance < _CLOSER * state.distance)
         # Until then the latest point: a failed attack returns a perturbed input.
-        kept = threat.per_sample(closer | state.distance.isinf(), points)
+        kept = closer | state.distance.isinf()
         distance = torch.where(closer, distance, state.distance)
         return state._replace(
-            x_best=torch.where(kept, points, state.x_best),
+            x_best=threat.choose(kept, points, state.x_best),
             distance=distance,
             value=-distance,
             success=self._close_enough(distance),

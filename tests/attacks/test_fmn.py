@@ -21,9 +21,11 @@ from toys import (
 )
 
 import advfeat as af
+from advfeat import threat
 from advfeat.attacks import fab
 from advfeat.attacks._fmn import FMN, FMNState, fmn
 from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.minimum_norm import likely_others, linearised_distances, nearest_class
 from advfeat.attacks.pool import worst_case
 from advfeat.model import attackable
 
@@ -94,6 +96,25 @@ def boxed_distance(w, x, gap, norm):
         reached = w @ np.clip(middle * way, -x, 1 - x) >= gap
         low, high = (low, middle) if reached else (middle, high)
     return np.linalg.norm(np.clip(high * way, -x, 1 - x), ORDER[norm])
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_class_aimed_at_is_the_nearest_of_all(monkeypatch, norm, accelerator):
+    # On the CPU classes that are too far even without the bounds are not measured within them.
+    model, x = curved(classes=8, dtype=torch.float32), batch(60, dtype=torch.float32)
+    x = x.where(x < 0.8, 1.0).where(x > 0.2, 0.0)
+    y = predicted(model, x)
+    with attackable(model) as net:
+        samples = prepare_batch(net, x, y, None, (0.0, 1.0))
+        classes = likely_others(net.logits(x), y, 7)
+        distances, _ = linearised_distances(net, samples, classes, norm, (0.0, 1.0))
+        expected = classes.gather(1, distances.argmin(1, keepdim=True)).squeeze(1)
+        if accelerator:
+            monkeypatch.setattr(threat, "known_none", lambda mask: False)
+        found = nearest_class(net, samples, classes, norm, (0.0, 1.0))
+    assert torch.equal(found, expected)
+    assert (expected != classes[:, 0]).sum() > 2  # not simply the likeliest
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toys import NORMS, batch, curved, predicted
 
 from advfeat import threat
-from advfeat.attacks import APGD, FAB, PGD, Square
+from advfeat.attacks import APGD, FAB, FMN, PGD, MinimumPGD, Square
 from advfeat.attacks.base import prepare_batch
 from advfeat.model import attackable
 
@@ -50,6 +50,8 @@ def attacks(norm):
         "apgd, targets": APGD(eps=eps, norm=norm, steps=3, targets=3, loss="dlr", seed=0),
         "square": Square(eps=eps, norm=norm, queries=STEPS, seed=0),
         "fab": FAB(norm=norm, steps=STEPS // 3, targets=3),
+        "fmn": FMN(norm=norm, steps=STEPS, targets=3),
+        "minimum pgd": MinimumPGD(norm=norm, steps=STEPS, targets=3, seed=0),
     }
 
 

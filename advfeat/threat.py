@@ -1,4 +1,4 @@
-"""Norm balls and boxes as pure tensor functions of any rank, batch first.
+"""Norm balls and bounds as pure tensor functions of any rank, batch first.
 
 Every function takes tensors whose first axis is the sample and treats all other axes together, so
 ``(N, d)``, ``(N, C, L)`` and ``(N, C, H, W)`` are alike. ``eps`` is a float or a tensor ``(N,)``.
@@ -102,9 +102,10 @@ def _over_peak(gradient: Tensor) -> Tensor:
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """Direction of unit ``norm`` along which a linear function with this gradient grows fastest.
 
-    l2: the normalised gradient; linf: its sign; l1: its largest entry alone (ties share). A sample
-    whose gradient is exactly zero gets the zero direction; however tiny, any other gradient is a
-    direction. An entry that is NaN counts as zero, one that is infinite as the largest number.
+    l2: the normalised gradient; linf: its sign; l1: its largest entry alone, or all that are as
+    large. A sample whose gradient is exactly zero gets the zero direction; however tiny, any other
+    gradient is a direction. An entry that is NaN counts as zero, one that is infinite as the
+    largest number.
 
     Examples
     --------
@@ -194,7 +195,7 @@ def project(
     norm, bounds
         The ball's norm and the bounds ``(low, high)``.
     limits
-        `limits_of` the same center, radius and box, for a loop that has them.
+        `limits_of` the same center, radius and bounds, for a loop that has them.
     inplace
         Whether ``points`` may be overwritten.
 
@@ -227,7 +228,7 @@ def project(
 def limits_of(
     center: Tensor, eps: float | Tensor, norm: Norm, bounds: Bounds
 ) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each entry: in linf of the point, in ball and box together.
+    """Smallest and largest value of each entry: in linf of the point, in ball and bounds together.
 
     In l1 and l2 of the perturbation, in the bounds alone.
     """

@@ -1,4 +1,4 @@
-"""Attacks: each a frozen dataclass of settings and a plain function beside it."""
+"""Attacks: each a frozen dataclass of settings and a plain function for it."""
 
 from advfeat.attacks._apgd import APGD, apgd
 from advfeat.attacks._fab import FAB, fab

@@ -1,4 +1,4 @@
-"""Auto-PGD (Croce and Hein 2020; in l1, Croce and Hein 2021): PGD that sets its own step size."""
+"""Auto-PGD (Croce and Hein 2020; in l1, Croce and Hein 2021): PGD that adapts its step size."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from advfeat.model import Evaluation, Network, Precision
 from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
-# In l1: first step's share of entries, what a checkpoint divides entries and step by, and the
-# smallest step as a share of the radius.
+# In l1: first step's fraction of entries, what a checkpoint divides entries and step by, and the
+# smallest step as a fraction of the radius.
 _L1_DENSITY, _L1_SHRINK, _L1_SMALLEST = 0.2, 1.5, 0.1
 
 
@@ -40,7 +40,7 @@ class APGDState(NamedTuple):
     current: Tensor  # (N, ...)
     previous: Tensor  # (N, ...) the iterate before
     step_size: Tensor  # (N,)
-    density: Tensor  # (N,) share of entries that an l1 step moves
+    density: Tensor  # (N,) fraction of entries that an l1 step moves
     x_max: Tensor  # (N, ...) iterate of the largest objective in this phase
     direction_max: Tensor  # (N, ...) direction of the step from there
     value_max: Tensor  # (N,)
@@ -81,7 +81,7 @@ class APGD(Attack):
     targeted = False
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.canonical(self)
         checks.eps(self.eps)
         checks.linf_in_bounds(self.eps, self.norm, self.bounds)

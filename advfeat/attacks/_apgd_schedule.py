@@ -15,8 +15,8 @@ from torch import Tensor
 from advfeat.threat import Norm
 
 _MOMENTUM = 0.75  # weight of the gradient step against the last move
-_RISES = 0.75  # share of steps that must have risen for the step size to stay
-# In l1 a run goes through larger balls first: radius and share of the steps.
+_RISES = 0.75  # fraction of steps that must have risen for the step size to stay
+# In l1 a run goes through larger balls first: radius and fraction of the steps.
 _L1_PHASES = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
 
 

@@ -66,7 +66,7 @@ class FAB(MinimumNorm):
     targeted = False
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         super().__post_init__()
         checks.count("targets", self.targets, low=1)
 
@@ -87,7 +87,7 @@ class FAB(MinimumNorm):
         return kept
 
     def step(self, net: Network, state: FABState) -> FABState:
-        """Move every row to the linearised boundary; a row that is through aims at the next class.
+        """Move every sample to the linearised boundary; after all steps to one target, to the next.
 
         One gradient, and one forward pass of the new iterate.
         """
@@ -169,7 +169,7 @@ def fab(
     targets
         How many other classes to aim at in turn, the most likely first; at most all of them.
     bounds
-        The box ``(low, high)`` that every result lies in.
+        ``(low, high)``, within which every result lies.
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
         model is settled in float32.

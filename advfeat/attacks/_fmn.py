@@ -27,8 +27,8 @@ from advfeat.model import Evaluation, Network, Precision
 from advfeat.suggestions import suggests
 from advfeat.threat import Bounds, Norm
 
-# The paper's: by which share the radius grows or shrinks, at first and at last; and the last step's
-# size as a share of the first's.
+# The paper's: by which fraction the radius grows or shrinks, at first and at last; and the last
+# step's size as a fraction of the first's.
 _GAMMA_FIRST, _GAMMA_LAST = 0.05, 0.001
 _STEP_LAST = 0.01
 
@@ -92,7 +92,7 @@ class FMN(MinimumNorm):
     targeted: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         super().__post_init__()
         if self.step_size is not None:
             checks.number("step_size", self.step_size, low=0.0, strict=True)
@@ -123,7 +123,7 @@ class FMN(MinimumNorm):
         return kept
 
     def step(self, net: Network, state: FMNState) -> FMNState:
-        """Look at the current iterate, adapt each row's radius, and take a gradient step in it."""
+        """Evaluate the current iterate, adapt each sample's radius, and take a gradient step."""
         found, uncertain = evaluated(net, state.current, self._objective(state))
         hits = self._fools(found.output, state.labels, uncertain)
         distance = threat.size(state.current - state.inputs, self.norm)
@@ -131,7 +131,7 @@ class FMN(MinimumNorm):
         return self._moved(state, found, hits, distance)
 
     def run(self, net: Network, state: FMNState) -> FMNState:
-        """Take all steps, and look at the last iterate too."""
+        """Take all steps, and evaluate the last iterate too."""
         for _ in range(self.steps):
             state = self.step(net, state)
         hits = self._fools(net.logits(state.current), state.labels)
@@ -225,9 +225,9 @@ def fmn(
         Among how many other classes to find the nearest, the most likely first: a gradient each,
         before the first step.
     targeted
-        Look for inputs that the model takes for ``labels``.
+        Look for inputs that the model classifies as ``labels``.
     bounds
-        The box ``(low, high)`` that every result lies in.
+        ``(low, high)``, within which every result lies.
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
         model is settled in float32.
@@ -235,7 +235,7 @@ def fmn(
     Returns
     -------
     Tensor
-        The closest inputs found that the model gets wrong (or takes for the targets); the clean
+        The closest inputs found that the model gets wrong (or classifies as the targets); the clean
         input where that is so already. A sample where nothing was found holds the last iterate. The
         shape of ``inputs``, float32 (float64 for float64 inputs).
 

@@ -73,7 +73,7 @@ class PGD(Attack):
     seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.canonical(self)
         checks.eps(self.eps)
         checks.linf_in_bounds(self.eps, self.norm, self.bounds)
@@ -85,7 +85,9 @@ class PGD(Attack):
         if self.patience is not None:
             checks.count("patience", self.patience, low=1)
             if self.restarts > 1:
-                checks.fail("patience", self.patience, "a row that stops would miss its restarts")
+                checks.fail(
+                    "patience", self.patience, "a sample that stops would miss its restarts"
+                )
         checks.loss(self.loss)
         checks.one_of("returns", self.returns, ("last", "best", "first"))
         checks.seed(self.seed)
@@ -121,7 +123,7 @@ class PGD(Attack):
         return state._replace(current=self._random_starts(state)) if random else state
 
     def step(self, net: Network, state: PGDState) -> PGDState:
-        """Move every row by one gradient step; a row at the end of a restart begins the next."""
+        """Move every sample by one gradient step; at the end of a restart, begin the next."""
         evaluation = self._evaluate(net, state)
         if self._keeps:
             state = self._keep(state, evaluation)
@@ -131,7 +133,7 @@ class PGD(Attack):
         return self._restarted(stepped) if self.restarts > 1 else stepped
 
     def run(self, net: Network, state: PGDState) -> PGDState:
-        """Take all steps, and look at the last iterate too where the best one is returned."""
+        """Take all steps, and evaluate the last iterate too where the best one is returned."""
         for _ in range(self.restarts * self._round - 1):
             state = self.step(net, state)
         return self._settled(net, state) if self._keeps else state
@@ -177,7 +179,7 @@ class PGD(Attack):
 
     @property
     def max_evaluations(self) -> int:
-        """All steps of all restarts; where an iterate is kept, the last one is looked at too."""
+        """All steps of all restarts; where an iterate is kept, the last one is evaluated too."""
         return self.restarts * self._round if self._keeps else self.steps
 
     def _evaluate(self, net: Network, state: PGDState) -> Evaluation:
@@ -331,7 +333,7 @@ def pgd(
         largest objective. ``"first"``: the first that fools the model, else the best. A failed
         attack returns a perturbed input in each case.
     bounds
-        The box ``(low, high)`` that every result lies in.
+        ``(low, high)``, within which every result lies.
     seed
         An integer, a generator, or None for one draw from torch's default generator (only where
         a start is random).
@@ -342,7 +344,7 @@ def pgd(
     -------
     Tensor
         Adversarial inputs, the shape of ``inputs``, float32 (float64 for float64 inputs), within
-        ball and box to 1e-6.
+        ball and bounds to 1e-6.
 
     Raises
     ------
@@ -396,7 +398,7 @@ def fgsm(
 ) -> Tensor:
     """Attack one batch by the fast gradient sign method: a single step (Goodfellow et al. 2015).
 
-    The words are those of `pgd`. ``step_size`` defaults to ``eps``; with ``random_start`` the
+    The arguments are those of `pgd`. ``step_size`` defaults to ``eps``; with ``random_start`` the
     fast adversarial training of Wong et al. (2020) uses ``1.25 * eps``.
 
     Examples

@@ -260,7 +260,7 @@ def smoothed_pgd(
         ``eps / sqrt(d)`` (l2), ``eps / sqrt(3)`` (linf) or ``eps / (4 sqrt(d))`` (l1), with ``d``
         features. There are as many runs as scales, each from the input.
     masking_ratio
-        With a positive number, only samples that look masked get more than the first run: those
+        With a positive number, only samples that seem masked get more than the first run: those
         whose objective rose by more than this multiple of what the gradient at the input predicts
         (``eps`` times its dual norm). On models with sound gradients the ratio rarely exceeds 1.1.
         0 gives all runs to every sample.

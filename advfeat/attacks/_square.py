@@ -63,7 +63,7 @@ class Square(Attack):
     seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.canonical(self)
         checks.eps(self.eps)
         checks.linf_in_bounds(self.eps, self.norm, self.bounds)
@@ -93,7 +93,7 @@ class Square(Attack):
         return state._replace(current=start.view(inputs.shape))
 
     def step(self, net: Network, state: SquareState) -> SquareState:
-        """Spend one query of every sample that is not finished; the first looks at the start."""
+        """Spend one query of every sample that is not finished; the first evaluates the start."""
         proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
         first = threat.per_sample(state.step == 0, state.current)
         candidate = torch.where(first, state.current, proposal.view(state.current.shape))
@@ -187,7 +187,7 @@ class Square(Attack):
         eps = threat.per_sample(state.eps, inputs)
         spare = eps**order - _sizes(delta, order).pow(order).sum(1, keepdim=True)
         freed = _sizes(delta.masked_fill(~touched, 0.0), order)
-        # Each channel spends what it frees in both windows, and its share of what was left over.
+        # Each channel spends what it frees in both windows, and its part of what was left over.
         budget = (freed**order + spare.clamp_min(0.0) / channels) ** (1 / order)
         bump = _bump(window, numbers[:, 4] < 0.5, order).to(inputs.dtype)
         fresh = delta.masked_fill(~inside, 0.0)
@@ -198,7 +198,7 @@ class Square(Attack):
         return self._within(inputs, proposed, state)
 
     def _within(self, inputs: Tensor, delta: Tensor, state: SquareState) -> Tensor:
-        """Into ball and box: pruned to the largest entries in l1, scaled to the sphere in l2."""
+        """Into ball and bounds: pruned to the largest entries in l1, scaled to the sphere in l2."""
         if self.norm == "l1":
             return threat.project(inputs + delta, inputs, state.eps, "l1", self.bounds)
         scale = threat.per_sample(state.eps, delta) / _sizes(delta, 2.0, (1, 2, 3))
@@ -214,7 +214,7 @@ class Square(Attack):
         return _L1_SURPLUS if self.norm == "l1" else 1.0
 
     def _sides(self, taken: Tensor, height: int, width: int) -> Tensor:
-        """Height and width of each row's window, ``(2, N)``: its area shrinks as queries go by."""
+        """Height and width of each sample's window, ``(2, N)``; the area shrinks with time."""
         constants = _constants(height, width, taken.device)
         stage = torch.bucketize((taken - 1) * 10_000 // self.queries, constants.stages)
         area = self.p_init * height * width * 0.5**stage
@@ -364,7 +364,7 @@ def square(
 ) -> Tensor:
     """Attack one batch by Square Attack, a random search (Andriushchenko et al. 2020).
 
-    Only the model's outputs are looked at, never a gradient: what it finds where gradient attacks
+    Only the model's outputs are used, never a gradient: what it finds where gradient attacks
     find nothing shows that the gradients were masked. Each query moves a random window of the
     image, which shrinks as queries are spent, and is kept where the margin grew. The l1 form is
     that of Croce and Hein (2021). Fewer queries are wasted than in the published code: in linf a
@@ -389,12 +389,12 @@ def square(
         Evaluations of the model that each sample may take, the one of its start included. A
         sample that is fooled takes no more.
     p_init
-        Share of the image that the first window covers. It is halved after 0.1, 0.5, 2, 5, 10,
+        Fraction of the image that the first window covers. It is halved after 0.1, 0.5, 2, 5, 10,
         20, 40, 60 and 80 percent of the queries, as in the paper.
     targeted
         Search for inputs classified as ``labels`` instead of away from them.
     bounds
-        The box ``(low, high)`` that every result lies in.
+        ``(low, high)``, within which every result lies.
     seed
         An integer, a generator, or None for one draw from torch's default generator.
 
@@ -403,7 +403,7 @@ def square(
     Tensor
         The first input found that fools the model, else the one of the largest margin, which is
         a perturbed one; the shape of ``inputs``, float32 (float64 for float64 inputs), within
-        ball and box to 1e-6.
+        ball and bounds to 1e-6.
 
     Raises
     ------

@@ -17,7 +17,7 @@ from advfeat.losses import is_success
 from advfeat.model import Network, Precision, attackable
 from advfeat.threat import Bounds
 
-# A rise by less than this share of the objective is none: fixed steps around an optimum find
+# A rise by less than this fraction of the objective is none: fixed steps around an optimum find
 # slightly better values for ever.
 _RISE = 1e-3
 
@@ -60,7 +60,7 @@ class Attack(ABC):
 
     @abstractmethod
     def step(self, net: Network, state: Any) -> Any:
-        """Advance every row by one evaluation of the model; finished rows need not stay put."""
+        """Advance every sample by one evaluation of the model; finished ones need not stay put."""
 
     @property
     @abstractmethod
@@ -115,7 +115,7 @@ class Attack(ABC):
         train: bool = False,
         expectation: int = 1,
     ) -> Tensor:
-        """Attack one batch; see `advfeat.attacks.pgd` for the words.
+        """Attack one batch; see `advfeat.attacks.pgd` for the arguments.
 
         ``expectation=k`` attacks the mean of k calls of a random model (EOT, Athalye et al. 2018),
         at k times the cost.
@@ -170,7 +170,7 @@ def prepare_batch(
     bounds: Bounds,
     targeted: bool = False,
 ) -> Batch:
-    """Refuse bad input, clip rounding off the bounds, and number the samples if nobody did."""
+    """Check the input, clip rounding off the bounds, and number the samples if nobody did."""
     checks.inputs(inputs, bounds)
     checks.same_device(inputs, net.device)
     checks.labels(labels, inputs)
@@ -195,7 +195,7 @@ def per_sample_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
 
 
 def check_attack(attack: object, eps: object, norm: object) -> None:
-    """Refuse what cannot attack the labelled samples of a dataset, and a ball beside its own."""
+    """Check that an attack can evaluate a dataset, and that no second ball is given."""
     if not isinstance(attack, Attack) or not hasattr(attack, "eps"):
         raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...)")
     if eps is not None or norm is not None:
@@ -203,7 +203,7 @@ def check_attack(attack: object, eps: object, norm: object) -> None:
     if attack.targeted:
         checks.fail("attack", attack, "targeted, but the data give labels and no targets")
     if isinstance(attack.eps, Tensor):
-        checks.fail("attack.eps", attack.eps, "one radius for each row of a batch; pass a float")
+        checks.fail("attack.eps", attack.eps, "one radius for each sample of a batch; pass a float")
     if attack.eps is None:
         checks.fail("attack.eps", None, "it looks for the smallest perturbation; give it an eps")
 

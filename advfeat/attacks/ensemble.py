@@ -1,4 +1,4 @@
-"""Ensembles of attacks: a sample is robust if it resists each of them."""
+"""Ensembles of attacks: a sample is robust if none of them fools the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from advfeat.losses import is_success
 from advfeat.model import Precision, attackable
 from advfeat.threat import Bounds, Norm
 
-# How the smoothed stage of "fast" was set is in docs/benchmarks.md: noise of each run, and the
+# How the smoothed stage of "fast" was chosen is in docs/benchmarks.md: noise of each run, and the
 # ratio above which a sample gets all runs. In l1 a step reaches less of what the gradient predicts.
 _SCALES = (6.0, 6.0, 9.0, 4.0, 6.0)
 _MASKING_RATIO, _MASKING_RATIO_L1 = 1.2, 0.6
@@ -50,7 +50,7 @@ class AutoAttack:
         ``"strong"``: the stages of both, then longer runs of `SmoothedPGD`, with and without
         straight-through gradients: never above either, at more than their cost.
     bounds
-        The box ``(low, high)``.
+        Lowest and highest valid input, ``(low, high)``.
     seed
         Of all random numbers; None draws one number from torch's default generator at each call.
 
@@ -67,7 +67,7 @@ class AutoAttack:
     seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.canonical(self)
         checks.number("eps", self.eps, low=0.0)
         checks.one_of("version", self.version, ("fast", "standard", "strong"))

@@ -40,7 +40,7 @@ class Inversion(Attack):
     targeted = False
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.count("steps", self.steps, low=1)
         checks.number("step_size", self.step_size, low=0.0, strict=True)
         checks.number("momentum", self.momentum, low=0.0)
@@ -136,11 +136,11 @@ def invert(
     steps, step_size
         Default 1000 steps of l2 length 0.1, the paper's choice for CIFAR-10.
     momentum
-        Share of the last move that is added to the next (heavy ball), in [0, 1); 0 is the paper's.
+        Fraction of the last move that is added to the next (heavy ball), in [0, 1); in the paper 0.
         0.9 comes as near in fewer steps, 27 for 100 in docs/benchmarks.md: moves grow from
         ``step_size`` to at most 1 / (1 - momentum) times that.
     bounds
-        The box ``(low, high)``.
+        Lowest and highest valid input, ``(low, high)``.
     patience
         Leave a sample where it is once its squared distance has not fallen by a thousandth in so
         many steps; by default every sample takes all steps, as in the paper.

@@ -1,4 +1,4 @@
-"""What minimum-norm attacks share: the closest input so far that fools the model, row by row."""
+"""What minimum-norm attacks have in common: each sample's closest input that fools the model."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class MinimumNorm(Attack):
     """An attack that looks for the smallest perturbation instead of the worst one in a ball.
 
     Without ``eps`` every sample takes all its steps, and ``success`` says whether anything that
-    fools the model was found; with it, a row is successful and finished once that lies within
+    fools the model was found; with it, a sample is successful and finished once that lies within
     ``eps``.
 
     Its state has, beside what every attack's has: ``x_best``, the closest input found that fools
@@ -156,7 +156,7 @@ class MinimumNorm(Attack):
     bounds: Bounds = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.canonical(self)
         if self.eps is not None:
             checks.number("eps", self.eps, low=0.0)
@@ -278,7 +278,7 @@ def to_hyperplane(
 
 
 def _fill_in_turn(pull: Tensor, room: Tensor, need: Tensor) -> Tensor:
-    """The lengths of a fractional knapsack: entries of larger pull first, each up to its room."""
+    """The lengths of a fractional knapsack: entries of larger pull first, each up to its limit."""
     pull, order = pull.sort(dim=-1, descending=True, stable=True)
     order = order.expand_as(room)
     room = room.gather(-1, order)

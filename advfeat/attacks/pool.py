@@ -64,7 +64,7 @@ class Policy:
     check_every
         Steps between two checks of who is finished. A check waits for the device, once.
     portion
-        Samples that enter together; by default as many as there is room for.
+        Samples that enter together; by default as many as there are free places.
     """
 
     refill: float = 0.25

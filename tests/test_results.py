@@ -41,6 +41,7 @@ def some_results():
     yield robust
     yield accuracy()
     yield metrics.robustness_curve(MODEL, DATA, norm="l2")
+    yield metrics.certified_accuracy(MODEL, DATA, sigma=0.05, n=50)
     models = {"a": MODEL, "b": MODEL}
     yield metrics.transfer_matrix(models, models, DATA, PGD(**BALL))
     finding = metrics.Diagnosis.__annotations__ and metrics._diagnose.Finding

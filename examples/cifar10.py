@@ -1,21 +1,32 @@
 """The paper on CIFAR-10: models, D_R, D_NR, D_rand, D_det, a fresh model on each, and a report.
 
-    python examples/cifar10.py --data cifar-10-batches-py --out runs/cifar10
-    torchrun --nproc-per-node=8 examples/cifar10.py --budget paper --data DIR --out DIR
+    python examples/cifar10.py --data data --download --budget cpu --out runs/cifar10
+    python examples/cifar10.py --data data --budget cpu --estimate
+    torchrun --nproc-per-node=8 examples/cifar10.py --budget paper --data data --out runs/paper
 
-``--data`` is the folder ``cifar-10-batches-py``, or an .npz with x_train, y_train, x_test, y_test
-(uint8, images N x 32 x 32 x 3). ``--budget small`` is scaled down to an hour or two of two CPU
-cores: a small ResNet, half of the images, a tenth of the epochs; ``paper`` is a ResNet-18 and the
-paper's own settings, for a GPU. Killed at any moment, the same command goes on. What it measured is
-in docs/results.md.
+``--data`` is ``cifar-10-batches-py`` or a folder that holds it (``--download`` gets it), or an .npz
+with x_train, y_train, x_test, y_test (uint8, images N x 32 x 32 x 3). After an interruption the
+same command resumes. What it measured is in docs/results.md. The budgets:
+
+small   a ResNet of 0.3 M weights, half of the images: one to two hours of two CPU cores
+cpu     a network of 1.2 M weights, all images: about one night of two CPU cores with bfloat16
+gpu     a ResNet-18 and short trainings, for one GPU of the H100's kind (not run yet)
+paper   a ResNet-18 and the paper's own settings, for a GPU (not run yet)
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pickle
-from dataclasses import replace
+import tarfile
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,19 +35,65 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import advfeat as af
 from advfeat import study
-from advfeat.training import Options
+from advfeat.training import Options, crop_flip
 
-parser = argparse.ArgumentParser(description="The paper on CIFAR-10")
-parser.add_argument("--data", type=Path, required=True)
-parser.add_argument("--out", type=Path, required=True)
-parser.add_argument("--budget", choices=("small", "paper"), default="small")
-parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
+URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+FOLDER = "cifar-10-batches-py"
+
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
+parser.add_argument("--data", type=Path, required=True, help="the folder, or an .npz")
+parser.add_argument("--out", type=Path, default=Path("runs/cifar10"), help="default runs/cifar10")
+parser.add_argument(
+    "--budget", choices=("small", "cpu", "gpu", "paper"), default="small", help="default small"
+)
+parser.add_argument(
+    "--download", action="store_true", help="get the images (170 MB) into --data first"
+)
+parser.add_argument("--url", default=URL, help="where --download finds them")
+parser.add_argument("--sha256", default=SHA256, help="of the file at --url")
+parser.add_argument(
+    "--estimate",
+    action="store_true",
+    help="measure this machine for half a minute, print hours and disk of each stage, and stop",
+)
+parser.add_argument(
+    "--device",
+    default="cuda" if torch.cuda.is_available() else "cpu",
+    help="default cuda where there is one, else cpu",
+)
+parser.add_argument(
+    "--precision",
+    choices=("float32", "bfloat16"),
+    default="bfloat16",
+    help="of training and gradients, default bfloat16; verdicts are float32",
+)
 parser.add_argument("--stages", nargs="*", help="only these, and what they need")
-parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--rows", type=int, help="use so many training and test images only")
+parser.add_argument("--seed", type=int, default=0, help="of everything random, default 0")
+parser.add_argument("--samples", type=int, help="use so many training and test images only")
 parser.add_argument("--epochs", type=int, help="in place of every training's own")
+
+
+def download(folder: Path, url: str, sha256: str) -> None:
+    """Get the original archive, check it, and unpack it into ``folder``, unless it is there."""
+    if folder.name == FOLDER:
+        folder = folder.parent
+    if (folder / FOLDER).is_dir():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        archive = Path(scratch) / "cifar-10.tar.gz"
+        urllib.request.urlretrieve(url, archive)
+        found = hashlib.sha256(archive.read_bytes()).hexdigest()
+        if found != sha256:
+            raise SystemExit(f"{url}: SHA-256 is {found}, expected {sha256}: nothing was unpacked")
+        with tarfile.open(archive) as file:
+            file.extractall(scratch, filter="data")
+        (Path(scratch) / FOLDER).rename(folder / FOLDER)
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -45,6 +102,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path) as file:
             found = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
         return {k: v.transpose(0, 3, 1, 2) if k[0] == "x" else v for k, v in found.items()}
+    path = path / FOLDER if (path / FOLDER).is_dir() else path
     parts = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
     found = {}
     for part, names in parts.items():
@@ -102,44 +160,143 @@ class ResNet(nn.Module):
         return out
 
 
+class Group(nn.Module):
+    """Two convolutions, pooling after the first, and a connection past the second."""
+
+    def __init__(self, entering: int, leaving: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(entering, leaving, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(leaving)
+        self.conv2 = nn.Conv2d(leaving, leaving, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(leaving)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        return x + F.relu(self.norm2(self.conv2(x)))
+
+
+class FastNet(ResNet):
+    """A network that a CPU trains in minutes: early pooling, few layers."""
+
+    def __init__(self, widths: tuple[int, ...], stem: int) -> None:
+        super().__init__(stem, ())
+        entering = (stem, *widths[:-1])
+        self.blocks = nn.Sequential(*map(Group, entering, widths))
+        self.head = nn.Linear(widths[-1], 10)
+
+
 def small_resnet() -> nn.Module:
     return ResNet(32, (1, 1, 1))  # 0.3 M weights
+
+
+def fast_net() -> nn.Module:
+    return FastNet((64, 128, 256), 24)  # 1.2 M weights
 
 
 def resnet18() -> nn.Module:
     return ResNet(64, (2, 2, 2, 2))  # 11 M weights
 
 
+def cpu_recipe() -> study.Recipe:
+    """Short one-cycle trainings; inversion with momentum; targeted radius twice the paper's."""
+    inversion = {"steps": 60, "step_size": 0.3, "momentum": 0.6}
+    targeted = {"eps": 1.0, "steps": 20}
+    light = {"batch_size": 256, "options": Options(label_smoothing=0.1)}
+    return study.Recipe(
+        standard={
+            **light, "epochs": 12, "lr": 0.2, "schedule": "one_cycle", "augment": crop_flip
+        },
+        robust={"steps": 3, "step_size": 0.25, "epochs": 12},
+        sets={
+            "D_R": inversion,
+            "D_NR": inversion,
+            "D_rand": targeted,
+            "D_rand control": {},
+            "D_det": targeted,
+            "D_det control": {},
+        },
+        fresh={"D_rand": {"lr": 0.02}},
+    )  # fmt: skip
+
+
+def gpu_recipe() -> study.Recipe:
+    """As `cpu_recipe` with longer trainings and inversions, several starts and full controls."""
+    base = cpu_recipe()
+    inversion = {"steps": 150, "step_size": 0.1, "momentum": 0.9, "batch_size": 1000}
+    targeted = {"steps": 100, "patience": 10, "batch_size": 1000}
+    return replace(
+        base,
+        standard={**base.standard, "epochs": 30, "batch_size": 512, "lr": 0.4},
+        robust={"steps": 3, "step_size": 0.25, "epochs": 40},
+        sets={
+            "D_R": {**inversion, "starts": 2},
+            "D_R control": {},
+            "D_NR": {**inversion, "starts": 2},
+            "D_rand": targeted,
+            "D_rand control": {},
+            "D_det": targeted,
+            "D_det control": {},
+        },
+        measured={"batch_size": 1000},
+    )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A network, how many training and test images, and the settings of all stages."""
+
+    network: Callable[[], nn.Module]
+    train: int
+    test: int
+    recipe: Callable[[], study.Recipe]
+
+
+BUDGETS = {
+    "small": Budget(
+        small_resnet, 25_000, 2_000, lambda: study.Recipe.short(eps=0.5, rows=16_000)
+    ),
+    "cpu": Budget(fast_net, 50_000, 10_000, cpu_recipe),
+    "gpu": Budget(resnet18, 50_000, 10_000, gpu_recipe),
+    "paper": Budget(resnet18, 50_000, 10_000, study.Recipe.paper),
+}  # fmt: skip
+
+
 def recipe(options: argparse.Namespace) -> study.Recipe:
-    chosen = study.Recipe.paper()
-    if options.budget == "small":
-        chosen = study.Recipe.short(eps=0.5, rows=16_000)
+    chosen = BUDGETS[options.budget].recipe()
     if options.device.startswith("cuda"):
+        given = chosen.standard.get("options", Options())
         chosen = replace(
             chosen,
-            standard={**chosen.standard, "options": Options(compile=True)},
-            sets={name: {**given, "compile": True} for name, given in chosen.sets.items()},
-            measured={"compile": True},
+            standard={**chosen.standard, "options": replace(given, compile=True)},
+            sets={
+                name: {**own, "compile": True} if "control" not in name else own
+                for name, own in chosen.sets.items()
+            },
+            measured={**chosen.measured, "compile": True},
         )
     return chosen if options.epochs is None else chosen.with_epochs(options.epochs)
+
+
+def images(options: argparse.Namespace) -> tuple[TensorDataset, TensorDataset]:
+    """Training and test images, on the device from the beginning."""
+    budget, arrays = BUDGETS[options.budget], read(options.data)
+
+    def part(name: str, count: int) -> TensorDataset:
+        count = options.samples or count
+        x = torch.tensor(arrays[f"x_{name}"][:count]).to(options.device).float() / 255
+        labels = torch.tensor(arrays[f"y_{name}"][:count], dtype=torch.int64)
+        return TensorDataset(x, labels.to(options.device))
+
+    return part("train", budget.train), part("test", budget.test)
 
 
 def run(
     options: argparse.Namespace, stages: list[str] | None
 ) -> tuple[study.Study, TensorDataset, TensorDataset]:
-    """The study, and training and test images, on the device from the beginning."""
-    small, arrays = options.budget == "small", read(options.data)
-
-    def part(name: str, count: int) -> TensorDataset:
-        count = options.rows or count
-        images = torch.tensor(arrays[f"x_{name}"][:count]).to(options.device).float() / 255
-        labels = torch.tensor(arrays[f"y_{name}"][:count], dtype=torch.int64)
-        return TensorDataset(images, labels.to(options.device))
-
-    train = part("train", 25_000 if small else 50_000)
-    test = part("test", 2_000 if small else 10_000)
+    """The study, and training and test images."""
+    train, test = images(options)
     found = study.run(
-        small_resnet if small else resnet18,
+        BUDGETS[options.budget].network,
         train,
         test,
         eps=0.5,
@@ -155,8 +312,88 @@ def run(
     return found, train, test
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What the machine does in a second: images trained on, gradients, images evaluated."""
+
+    training: float
+    gradients: float
+    evaluated: float
+
+
+def probe(options: argparse.Namespace, seconds: float = 10.0) -> Speed:
+    """Measure the three kinds of work, for about so many seconds each."""
+    train, _ = images(options)
+    count = min(len(train), 2048)
+    train = TensorDataset(*(t[:count] for t in train.tensors))
+    model = BUDGETS[options.budget].network().to(options.device)
+    given = recipe(options).standard
+    settings = {name: given[name] for name in ("batch_size", "augment") if name in given}
+    x, y = (t[:256] for t in train.tensors)
+
+    def rate(images: int, work: Callable[[], object]) -> float:
+        work()  # once for what is made only once
+        began, done = time.perf_counter(), 0
+        while (spent := time.perf_counter() - began) < seconds:
+            work()
+            done += images
+        return done / spent
+
+    ball: dict[str, Any] = {"eps": 0.5, "norm": "l2", "precision": options.precision}
+    return Speed(
+        rate(count, lambda: af.fit(
+            model, train, epochs=1, lr=0.01, precision=options.precision, progress=False, **settings
+        )),
+        rate(5 * len(x), lambda: af.pgd(model, x, y, steps=5, **ball)),
+        rate(count, lambda: af.accuracy(model, train, progress=False)),
+    )  # fmt: skip
+
+
+def estimate(options: argparse.Namespace, speed: Speed) -> str:
+    """Hours of each kind of stage, and gigabytes on disk, from the speed of this machine."""
+    budget, chosen = BUDGETS[options.budget], recipe(options)
+    samples = options.samples or budget.train
+    made = min(samples, chosen.rows or samples)
+    rows: list[tuple[str, float]] = []
+
+    def training(name: str, count: int) -> float:
+        own = chosen.training(name)
+        pgd = own.get("steps", 7) / speed.gradients if name == "robust" else 0.0
+        return float(own["epochs"]) * count * (1 / speed.training + pgd)
+
+    disk = 0.0
+    for name in ("standard", "robust", *chosen.sets):
+        rows.append(
+            (f"train {name}", training(name, samples if name in "standard robust" else made))
+        )
+    for name in chosen.sets:
+        if name in ("D_R control", "D_NR control"):
+            continue
+        own = chosen.construction(name)
+        steps, starts = own.get("steps", 1000 if "R" in name[:4] else 100), own.get("starts", 1)
+        rows.append((f"make {name}", steps * starts * made / speed.gradients))
+        disk += 4 * 3072 * made * starts / 1e9
+    # The fast ensemble takes about 200 gradients and 100 verdicts of a robust sample.
+    tests = (options.samples or budget.test) * 2 * (len(chosen.sets) + 2)
+    rows.append(("measure all, at most", tests * (200 / speed.gradients + 100 / speed.evaluated)))
+    rows.append(("all", sum(seconds for _, seconds in rows)))
+    lines = [f"{name:<24}{seconds / 3600:8.2f} h" for name, seconds in rows]
+    return "\n".join([
+        f"{options.budget} on {options.device}, {options.precision}, "
+        f"{torch.get_num_threads()} threads: {speed.training:.0f} images a second in training, "
+        f"{speed.gradients:.0f} gradients, {speed.evaluated:.0f} evaluated",
+        *lines,
+        f"{'disk':<24}{disk:8.2f} GB",
+    ])  # fmt: skip
+
+
 def main() -> None:
     options = parser.parse_args()
+    if options.download:
+        download(options.data, options.url, options.sha256)
+    if options.estimate:
+        print(estimate(options, probe(options)))
+        return
     if dist.is_torchelastic_launched():
         dist.init_process_group("nccl" if options.device.startswith("cuda") else "gloo")
         if options.device == "cuda":

@@ -1,9 +1,12 @@
-"""examples/cifar10.py on made images: both formats of the data, cut and gone on with."""
+"""examples/cifar10.py on made images: both formats of the data, interrupted and resumed."""
 
+import hashlib
 import json
 import pickle
+import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +53,7 @@ def _batch(file, pixels, labels):
 
 
 def run(data, out, *more):
-    command = [sys.executable, SCRIPT, "--data", data, "--out", out, "--rows", str(ROWS)]
+    command = [sys.executable, SCRIPT, "--data", data, "--out", out, "--samples", str(ROWS)]
     command += ["--epochs", "1", "--precision", "float32", "--device", "cpu", *more]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -80,3 +83,47 @@ def test_both_formats_are_the_same_data(study, tmp_path):
     run(as_batches(tmp_path), tmp_path / "out", "--stages", "train standard")
     one, other = (json.loads((o / "study.json").read_text()) for o in (out, tmp_path / "out"))
     assert one == other
+
+
+@pytest.mark.slow
+def test_the_cpu_budget_runs_tiny(tmp_path):
+    stages = ["measure D_R", "make D_rand control"]
+    printed = run(as_npz(tmp_path), tmp_path / "out", "--budget", "cpu", "--stages", *stages)
+    assert "| D_R | " in printed
+    assert "make D_rand control" in printed
+
+
+def test_the_download_is_checked_unpacked_and_read(tmp_path):
+    folder = as_batches(tmp_path)
+    archive = tmp_path / "c.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, folder.name)
+    data, checksum = tmp_path / "data", hashlib.sha256(archive.read_bytes()).hexdigest()
+    given = ["--download", "--url", archive.as_uri(), "--stages", "train standard"]
+    command = [sys.executable, SCRIPT, "--data", data, "--out", tmp_path / "out", *given]
+    refused = subprocess.run(
+        list(map(str, [*command, "--sha256", "0" * 64])), capture_output=True, text=True
+    )
+    assert refused.returncode == 1
+    assert f"SHA-256 is {checksum}" in refused.stderr
+    assert not list(data.iterdir())
+    run(data, tmp_path / "out", *given, "--sha256", checksum)
+    assert {p.name for p in (data / folder.name).iterdir()} == {p.name for p in folder.iterdir()}
+
+
+def test_the_estimate_is_from_this_machine_and_lists_every_stage(tmp_path):
+    module = runpy.run_path(str(SCRIPT))
+    given = ["--data", str(as_npz(tmp_path)), "--budget", "cpu", "--samples", str(ROWS)]
+    options = module["parser"].parse_args([*given, "--device", "cpu"])
+    speed = module["Speed"](training=10.0, gradients=20.0, evaluated=100.0)
+    printed = module["estimate"](options, speed)
+    chosen = module["cpu_recipe"]()
+    hours = {line[:24].strip(): line[24:].split()[0] for line in printed.splitlines()[1:]}
+    train, invert = 12 * ROWS / 10, 60 * ROWS / 20
+    assert float(hours["train standard"]) == pytest.approx(train / 3600, abs=0.005)
+    robust = 12 * ROWS * (1 / 10 + 3 / 20)
+    assert float(hours["train robust"]) == pytest.approx(robust / 3600, abs=0.005)
+    assert float(hours["make D_R"]) == pytest.approx(invert / 3600, abs=0.005)
+    assert {f"train {name}" for name in chosen.sets} < set(hours)
+    measured = module["probe"](options, seconds=0.01)
+    assert min(measured.training, measured.gradients, measured.evaluated) > 0

@@ -97,7 +97,8 @@ def fit(
         Data to measure after each epoch, or the fraction of a dataset to split off for it, at
         random by ``seed``. Never the test set: choices are made on it.
     checkpoint
-        A folder. ``last.pt`` is written there after each epoch and on SIGTERM and Ctrl-C, and
+        A folder. ``last.pt`` is written there after an epoch (each one with ``on_epoch``; else
+        at most every ten seconds), at the end, and on SIGTERM and Ctrl-C, and
         ``best.pt`` in the epoch that is best on validation data. The same call resumes from
         ``last.pt`` and ends with the weights of a run that was never interrupted; with more
         ``epochs`` it trains a finished run on. Other data, another model or other settings raise

@@ -150,13 +150,15 @@ class TrainingLoop:
         at = self._at
         # Saved before on_epoch is called: killed in there, a run out of patience is still over.
         over = at.epoch >= self._settings.epochs or self._is_out_of_patience()
-        self._save(finished=over)
+        # A user's on_epoch may raise an error or change something: it finds its epoch saved.
+        if due := over or self._settings.on_epoch is not None or self._checkpoints.is_due:
+            self._save(finished=over)
         before = self._checkpoints.fingerprint() if self._settings.on_epoch else None
         stops = self._calls_to_stop(row) and not over
         # And after it where it changed something, a rate for example.
         if stops or (before is not None and before != self._checkpoints.fingerprint()):
             self._save(finished=over or stops)
-        self._end_if_terminated(saved=True)
+        self._end_if_terminated(saved=due)
         return over or stops
 
     def _take_steps(self, bar: TrainingBar) -> None:
@@ -293,7 +295,7 @@ class TrainingLoop:
     def _diverged(self, what: str, step: int) -> None:
         folder, kept = self._plan.folder, ""
         if folder is not None:
-            kept = f"; {folder.path / 'last.pt'} holds epoch {self._at.epoch}"
+            kept = f"; {folder.path / 'last.pt'} holds epoch {self._checkpoints.saved_epoch}"
         raise FloatingPointError(
             f"{what} in epoch {self._at.epoch + 1} (step {step}, lr {self._rate():g}): training "
             f"diverged; usually the learning rate is too high{kept}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,9 @@ from advfeat.training._plan import Plan
 from advfeat.training._random import global_state, set_global_state
 from advfeat.training._settings import Row
 from advfeat.training._totals import Totals
+
+# Seconds. On a GPU an epoch may take one second, and writing a checkpoint to the disk as long.
+_SAVE_EVERY = 10.0
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Checkpoints:
         self._plan, self._method, self._learner, self._guard = plan, method, learner, guard
         self._best: State | None = None  # kept here where there is no folder to keep it in
         self._epoch_start: State | None = None  # random states as the epoch began
+        self._saved_at, self.saved_epoch = time.monotonic(), 0
 
     def begin_epoch(self) -> None:
         """Keep the random states that the order of an epoch follows from."""
@@ -77,6 +82,13 @@ class Checkpoints:
         folder = self._plan.folder
         if folder is not None and self._plan.process.is_first:
             folder.write(self._state(at, totals, finished=finished), name)
+            if name == "last.pt":
+                self._saved_at, self.saved_epoch = time.monotonic(), at.epoch
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint is so old that another is worth its time."""
+        return time.monotonic() - self._saved_at >= _SAVE_EVERY
 
     def _state(self, at: Position, totals: Totals, *, finished: bool) -> State:
         plan, learner = self._plan, self._learner
@@ -118,6 +130,7 @@ class Checkpoints:
         at.first_rate = found["rate"]
         totals.sums += found["totals"].to(totals.sums)
         at.history = History(found["history"], found["best"])
+        self.saved_epoch = at.epoch
         start = found["epoch_start"]
         set_global_state(start["global"], plan.device, with_torch=False)
         plan.generators.load_state_dict(start["data"])

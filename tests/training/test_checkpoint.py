@@ -448,7 +448,9 @@ def test_sigterm_while_the_last_epoch_is_measured_is_not_lost(tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["finished"]
 
 
-def test_sigterm_does_not_save_broken_weights(tmp_path):
+def test_sigterm_does_not_save_broken_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("advfeat.training._resume._SAVE_EVERY", 0.0)
+
     def on_step(row):
         if row["step"] == 6:
             with torch.no_grad():
@@ -481,3 +483,18 @@ def test_going_on_with_another_schedule_is_refused(tmp_path):
     standard(dropping(), **SETTINGS, checkpoint=tmp_path)
     with pytest.raises(ValueError, match=r"schedule='one_cycle': the run .* had 'default'"):
         standard(dropping(), **SETTINGS, checkpoint=tmp_path, schedule="one_cycle")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "on_epoch", "written"), [(1e9, None, 2), (0.0, None, 5), (1e9, lambda row: None, 5)]
+)
+def test_short_epochs_are_not_all_saved(seconds, on_epoch, written, tmp_path, monkeypatch):
+    """The first state and the last always; between them where the last one is old."""
+    monkeypatch.setattr("advfeat.training._resume._SAVE_EVERY", seconds)
+    saved = []
+    monkeypatch.setattr(torch, "save", lambda state, file, real=torch.save: (
+        saved.append(state["epoch"]), real(state, file)
+    ))  # fmt: skip
+    af.fit(dropping(), blobs(), epochs=4, seed=0, checkpoint=tmp_path / "run", on_epoch=on_epoch)
+    assert len(saved) == written
+    assert (saved[0], saved[-1]) == (0, 4)

@@ -1,6 +1,6 @@
 """Every Python block of the README and of docs/ runs, in the order of the page.
 
-The pages of the first hour run in one session, as a reader would paste them, but on fewer digits,
+The pages of the guide run in one session, as a reader would paste them, but on fewer digits,
 with fewer epochs and steps; `tests/benchmarks/newcomer.py` runs them as they are. Any other page
 has a session of its own.
 """
@@ -20,10 +20,10 @@ import advfeat
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SITE = (ROOT / ".mkdocs.yml").read_text()
-FIRST_HOUR = [
+GUIDE = [
     ROOT / "docs" / name
     for name in re.findall(
-        r": (\w+\.md)$", re.search(r"- The first hour:\n(.*?)^  - ", SITE, re.S | re.M)[1], re.M
+        r": (\w+\.md)$", re.search(r"- Guide:\n(.*?)^  - ", SITE, re.S | re.M)[1], re.M
     )
 ]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
@@ -55,7 +55,7 @@ def yours():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and p not in FIRST_HOUR], ids=lambda p: p.name
+    "page", [p for p in PAGES if blocks(p) and p not in GUIDE], ids=lambda p: p.name
 )
 @pytest.mark.filterwarnings("ignore")
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
@@ -67,15 +67,15 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_blocks_of_the_first_hour_run_one_after_another(tmp_path, monkeypatch):
+def test_the_blocks_of_the_guide_run_one_after_another(tmp_path, monkeypatch):
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
     digits.images, digits.target = digits.images[:160], digits.target[:160]
     monkeypatch.setattr(datasets, "load_digits", lambda: digits)
     monkeypatch.chdir(tmp_path)
-    assert [page.stem for page in FIRST_HOUR][:2] == ["install", "attack"]
+    assert [page.stem for page in GUIDE][:2] == ["install", "attack"]
     namespace = {}
-    for page in FIRST_HOUR:
+    for page in GUIDE:
         for block in blocks(page):
             for longer, shorter in FEWER:
                 block = re.sub(longer, shorter, block)

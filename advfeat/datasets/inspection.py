@@ -77,7 +77,7 @@ class Inspection(Result):
         for name, value in (
             ("attack success", self.success),
             ("attack success before rounding", self.success_unrounded),
-            ("share with t = y", self.own_label),
+            ("fraction with t = y", self.own_label),
             ("distance before", self.distance_before),
             ("distance after", self.distance),
             ("distance after, before rounding", self.distance_unrounded),

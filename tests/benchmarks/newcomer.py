@@ -1,4 +1,4 @@
-"""A newcomer's first hour: every block of those pages, as it stands, pasted in order.
+"""The guide as a newcomer reads it: every block of its pages, as it stands, pasted in order.
 
     python tests/benchmarks/newcomer.py [--install] [--out FOLDER]
 
@@ -19,11 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
-HOUR = re.compile(r"- The first hour:\n(.*?)^  - ", re.S | re.M)
+GUIDE = re.compile(r"- Guide:\n(.*?)^  - ", re.S | re.M)
 
 
 def pages() -> list[Path]:
-    listed = HOUR.search((ROOT / ".mkdocs.yml").read_text())
+    listed = GUIDE.search((ROOT / ".mkdocs.yml").read_text())
     assert listed
     return [ROOT / "docs" / name for name in re.findall(r": (\w+\.md)$", listed[1], re.M)]
 

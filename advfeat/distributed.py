@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # The slowest rank may come days after the fastest.
 _TIMEOUT = timedelta(days=365)
+# Seconds after which a rank says that it waits for the others.
+_PATIENCE = 30.0
+_DTYPES = (torch.bool, torch.int64, torch.float32, torch.float64)
 _groups: dict[object, Any] = {}
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 class Process(NamedTuple):
@@ -39,7 +46,7 @@ class Process(NamedTuple):
         """The number of the first rank, or of another, on every rank."""
         if self.world_size == 1:
             return number
-        sent = torch.tensor([number])
+        sent = torch.tensor([number], device="cpu")
         _gloo_group().broadcast(sent, root).wait()
         return int(sent)
 
@@ -58,19 +65,40 @@ class Process(NamedTuple):
             dist.all_reduce(values)
         return values
 
-    def shard(self, data: Any) -> Any:
-        """The rank's samples of a dataset; a loader or a list is taken as it is."""
-        if self.world_size == 1 or isinstance(data, (DataLoader, list, tuple)):
-            return data
-        sampler: DistributedSampler[Any] = DistributedSampler(
-            data, self.world_size, self.rank, shuffle=False
-        )
-        return DataLoader(data, batch_size=128, sampler=sampler)
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, on the CPU."""
+        if self.world_size == 1:
+            return [values]
+        found, own = [], values.detach().cpu().contiguous()
+        for root in range(self.world_size):
+            kind = self.broadcast_int(_DTYPES.index(own.dtype), root)
+            shape = [self.broadcast_int(own.ndim, root)]
+            shape = [
+                self.broadcast_int(own.shape[axis] if root == self.rank else 0, root)
+                for axis in range(shape[0])
+            ]
+            sent = (
+                own if root == self.rank else torch.empty(shape, dtype=_DTYPES[kind], device="cpu")
+            )
+            if sent.numel():
+                # Bytes, for gloo does not know every type.
+                _gloo_group().broadcast(sent.view(-1).view(torch.uint8), root).wait()
+            found.append(sent)
+        return found
 
-    def barrier(self) -> None:
-        """Return once every rank has called this."""
-        if self.world_size > 1:
-            _gloo_group().barrier().wait()
+    def barrier(self, waiting: str | None = None) -> None:
+        """Return once every rank has called this; warn with a text while others are missing."""
+        if self.world_size == 1:
+            return
+        work = _gloo_group().barrier()
+        warned = waiting is None
+        began = time.monotonic()
+        while not warned and not work.is_completed():
+            time.sleep(0.001)
+            if time.monotonic() - began > _PATIENCE:
+                warnings.warn(str(waiting), stacklevel=3)
+                warned = True
+        work.wait()
 
 
 SINGLE = Process(0, 1)
@@ -78,13 +106,37 @@ SINGLE = Process(0, 1)
 
 def current_process() -> Process:
     """Rank and world size of the initialised process group, else of torchrun, else (0, 1)."""
-    if not dist.is_available():
+    if _alone.get() or not dist.is_available():
         return SINGLE
     if dist.is_initialized():
         return Process(dist.get_rank(), dist.get_world_size())
     if all(name in os.environ for name in _ENVIRONMENT):
         return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     return SINGLE
+
+
+@contextmanager
+def on_one_rank() -> Iterator[None]:
+    """Work on this rank alone, as if there were no others.
+
+    Under ``torchrun``, `advfeat.accuracy` and `advfeat.robust_accuracy` share the samples among
+    the ranks, so every rank must call them. What one rank is to measure alone goes in here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import advfeat as af
+    >>> rank, data = 0, torch.utils.data.TensorDataset(torch.eye(3), torch.arange(3))
+    >>> if rank == 0:
+    ...     with af.distributed.on_one_rank():
+    ...         print(float(af.accuracy(torch.nn.Identity(), data)))
+    1.0
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def _gloo_group() -> Any:

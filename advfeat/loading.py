@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -30,7 +31,10 @@ from advfeat import checks
 Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Sequence[Any]"
 T = TypeVar("T")
 
-_INPUT_KEYS = ("inputs", "input", "images", "image", "pixel_values", "img", "x", "data")
+_INPUT_KEYS = (
+    *("inputs", "input", "images", "image", "pixel_values", "img", "x", "data"),
+    *("inputs_embeds", "input_values", "input_features"),
+)
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y", "fine_label")
 
 
@@ -40,6 +44,8 @@ class Samples(NamedTuple):
     ids: Tensor  # (N,) int64: the sample in the dataset, or the place in a stream
     inputs: Tensor  # (N, ...)
     labels: Tensor  # (N,)
+    # Other entries of a batch that is a mapping, as they were read; the inputs' own is None.
+    entries: Mapping[str, Any] = MappingProxyType({})
 
 
 Check: TypeAlias = Callable[[Tensor, Tensor], None]
@@ -80,7 +86,7 @@ class Source:
         own = None if self._loader is None else self._loader.batch_size
         self._batch_size: int = batch_size or own or 128
         self.indices = _row_numbers(dataset, self._loader)
-        if not self.indices:
+        if not self.indices and not _is_sharded(self._loader):
             checks.fail("data", type(data).__name__, "it has no rows")
 
     def __len__(self) -> int:
@@ -200,6 +206,15 @@ def unpack(batch: object) -> tuple[Tensor, Tensor]:
     raise TypeError(_no_tensors(inputs, labels))
 
 
+def entries_of(batch: object) -> dict[str, Any]:
+    """Entries of a mapping but the labels, which a model may take by name; the inputs as None."""
+    if not isinstance(batch, Mapping):
+        return {}
+    own = next(key for key in _INPUT_KEYS if key in batch)
+    others = {k: v for k, v in batch.items() if isinstance(k, str) and k not in _LABEL_KEYS}
+    return others | {own: None}
+
+
 def _as_tensor(value: Any) -> Any:
     """A NumPy array as a tensor, anything else as it is."""
     numeric = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
@@ -250,6 +265,7 @@ def _rows(
         index.to(device),
         inputs.to(device, non_blocking=away),
         labels.to(device, non_blocking=away),
+        entries_of(batch),
     )
 
 
@@ -324,6 +340,11 @@ def _row_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
     if isinstance(sampler, DistributedSampler):
         return list(range(sampler.rank, count, sampler.num_replicas))
     return _bounded(sampler, count, name)
+
+
+def _is_sharded(loader: DataLoader[Any] | None) -> bool:
+    """Whether a loader has a part of the samples, which is empty where there are more ranks."""
+    return loader is not None and isinstance(loader.sampler, DistributedSampler)
 
 
 def _bounded(sampler: Iterable[int], count: int, name: str) -> list[int]:

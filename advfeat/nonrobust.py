@@ -37,6 +37,7 @@ def construct_nonrobust_dataset(
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
+    expectation: int = 1,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -69,7 +70,7 @@ def construct_nonrobust_dataset(
         seed=seed,
         patience=patience,
         straight_through=straight_through,
-        options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
+        options=BuildOptions(batch_size, precision, progress, out, dtype, compile, expectation),
     )
 
 
@@ -88,6 +89,7 @@ def construct_det_dataset(
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
+    expectation: int = 1,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -115,7 +117,7 @@ def construct_det_dataset(
         Leave a sample where it is once its loss has not fallen by a thousandth of itself in so many
         steps, and continue with another in its place; by default every sample takes all steps, as
         in the paper.
-    bounds, batch_size, precision, compile, progress, out, dtype
+    bounds, batch_size, precision, compile, expectation, progress, out, dtype
         As in `advfeat.construct_robust_dataset`.
 
     Returns
@@ -159,7 +161,7 @@ def construct_det_dataset(
         step_size=step_size,
         bounds=bounds,
         patience=patience,
-        options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
+        options=BuildOptions(batch_size, precision, progress, out, dtype, compile, expectation),
     )
 
 
@@ -179,6 +181,7 @@ def construct_rand_dataset(
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
+    expectation: int = 1,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -191,7 +194,7 @@ def construct_rand_dataset(
     Parameters
     ----------
     model, data, eps, norm, steps, step_size, bounds, patience, batch_size, precision, \
-compile, progress, out, dtype
+compile, expectation, progress, out, dtype
         As in `construct_det_dataset`.
     exclude_label
         The paper draws the target uniformly from all classes, so that one image in C keeps its own
@@ -214,7 +217,7 @@ compile, progress, out, dtype
     (3, 0)
     """
     checks.seed(seed)
-    options = BuildOptions(batch_size, precision, progress, out, dtype, compile)
+    options = BuildOptions(batch_size, precision, progress, out, dtype, compile, expectation)
     drawn = options.seed(seed)
 
     def choose(net: Network, batch: Batch) -> Tensor:

@@ -35,6 +35,7 @@ def construct_robust_dataset(
     batch_size: int | None = None,
     precision: Precision = "float32",
     compile: bool = False,
+    expectation: int = 1,
     progress: bool | None = None,
     out: Folder | None = None,
     dtype: Dtype = "float32",
@@ -91,6 +92,9 @@ def construct_robust_dataset(
     compile
         Go through ``torch.compile``; warns and continues without where it fails. Like another
         device or batch size it changes a result by rounding, and is not a setting of the set.
+    expectation
+        Of a random model, take the mean logits or activations of so many calls, always with the
+        same random numbers, at so many times the cost.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
     out
@@ -147,5 +151,5 @@ def construct_robust_dataset(
         seed=seed,
         patience=patience,
         straight_through=straight_through,
-        options=BuildOptions(batch_size, precision, progress, out, dtype, compile),
+        options=BuildOptions(batch_size, precision, progress, out, dtype, compile, expectation),
     )

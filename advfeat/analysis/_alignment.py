@@ -142,7 +142,9 @@ def alignment(
             rows = batches(net, model, data, bounds, batch_size)
             inputs = torch.cat([batch.inputs for batch in rows])
             labels = torch.cat([batch.labels for batch in rows])
-            means = _class_means(inputs, labels, net.class_count(inputs))
+            with net.given(rows[0].extras):
+                classes = net.class_count(rows[0].inputs)
+            means = _class_means(inputs, labels, classes)
             found = [_cosines(net, b, inputs.mean(0), means, eps, norm, draws, seed) for b in rows]
         parts = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
         gradients[name] = parts.pop()
@@ -161,14 +163,16 @@ def _cosines(
     seed: int,
 ) -> tuple[Tensor, ...]:
     """The three cosines of a batch's samples, and their gradients."""
-    gradient, other = _gradient(net, batch.inputs, batch.labels)
+    with net.given(batch.extras):
+        gradient, other = _gradient(net, batch.inputs, batch.labels)
     keys, width = seeding.keys(seed, batch.ids), batch.inputs[0].numel()
     local = torch.zeros(len(gradient), dtype=gradient.dtype, device=gradient.device)
     for draw in range(draws):
         delta = threat.point_in_ball(seeding.uniform(keys, draw, width + 1), eps, norm)
         near = batch.inputs + delta.view(batch.inputs.shape).to(batch.inputs.dtype)
         # Against the same class, so that only the place differs.
-        moved, _ = _gradient(net, near, batch.labels, other)
+        with net.given(batch.extras):
+            moved, _ = _gradient(net, near, batch.labels, other)
         local += _cosine(gradient, moved) / draws
     return (
         _cosine(gradient, batch.inputs - middle),
@@ -285,12 +289,14 @@ def layer_robustness(
         with attackable(model, layer=layer) as net:
             goals, reached = [], []
             for batch in batches(net, model, data, bounds, batch_size):
-                goal = net.features(batch.inputs)
+                with net.given(batch.extras):
+                    goal = net.features(batch.inputs)
                 attack = feature_attack(eps, norm, steps, bounds, _away_from(goal))
                 attack = dataclasses.replace(attack, random_start=True, seed=seed)
                 moved = attack_features(net, batch, attack)
                 goals.append(goal)
-                reached.append(threat.size(net.features(moved) - goal, "l2"))
+                with net.given(batch.extras):
+                    reached.append(threat.size(net.features(moved) - goal, "l2"))
         if sum(map(len, goals)) < 2:
             checks.fail("data", "one row", "its distance to other rows is needed")
         spread = torch.pdist(torch.cat(goals)).mean()

@@ -23,6 +23,8 @@ class _Features:
     def __init__(self, net: Network) -> None:
         self.logits = net.features
         self.logits_gradient = net.features_gradient
+        self.given = net.given
+        self.selected = net.selected
 
 
 class Stacked(NamedTuple):
@@ -68,7 +70,7 @@ def batches(
     """All samples as an attack takes them: checked, float32 at least, within the bounds."""
     source = Source(data, batch_size)
     return [
-        prepare_batch(net, rows.inputs, rows.labels, rows.ids, bounds)
+        prepare_batch(net, rows.inputs, rows.labels, rows.ids, bounds, extras=rows.entries)
         for rows in source.batches(device_of(model))
     ]
 

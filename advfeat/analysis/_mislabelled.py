@@ -112,7 +112,8 @@ def mistakes(model: nn.Module, data: Data, *, batch_size: int | None = None) -> 
     with attackable(model) as net:
         for rows in Source(data, batch_size).batches(device_of(model)):
             checks.labels(rows.labels, rows.inputs)
-            said = net.logits(rows.inputs).argmax(1)
+            with net.given(net.choose_extras(rows.entries, rows.inputs)):
+                said = net.logits(rows.inputs).argmax(1)
             wrong = said != rows.labels
             found = (rows.inputs.float(), said, rows.ids, rows.labels)
             for name, values in zip(kept, found, strict=True):

@@ -17,6 +17,7 @@ from advfeat.analysis._features import (
     stacked,
 )
 from advfeat.attacks import PGD, Batch
+from advfeat.attacks.samples import select_samples
 from advfeat.class_correlation import Extremes, correlate
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, attackable
@@ -218,10 +219,11 @@ def usefulness(
         chosen: Tensor | None = None
         every = batches(net, model, data, bounds, batch_size)
         for batch in with_progress(every, total=len(every), label="usefulness", progress=progress):
-            values = net.features(batch.inputs)
+            with net.given(batch.extras):
+                values = net.features(batch.inputs)
             chosen = _chosen(units, values) if chosen is None else chosen
-            low, at_low = _extreme(net, batch.inputs, chosen, -1, attack)
-            high, at_high = _extreme(net, batch.inputs, chosen, 1, attack)
+            low, at_low = _extreme(net, batch, chosen, -1, attack)
+            high, at_high = _extreme(net, batch, chosen, 1, attack)
             values = values[:, chosen]
             parts.append(Extremes(values, low.minimum(values), high.maximum(values)))
             stuck.append(at_low & at_high)
@@ -297,15 +299,18 @@ def _signed_unit(features: Tensor, choice: Tensor) -> Tensor:
 
 
 def _extreme(
-    net: Network, inputs: Tensor, units: Tensor, sign: int, attack: PGD
+    net: Network, batch: Batch, units: Tensor, sign: int, attack: PGD
 ) -> tuple[Tensor, Tensor]:
     """Attack every unit on every row: the values reached ``(N, units)``, and what never moved."""
-    reached, stuck = [], []
+    inputs, reached, stuck = batch.inputs, [], []
     for chunk in torch.split(units.to(inputs.device), max(1, _ROWS // len(inputs))):
-        repeated = inputs.repeat(len(chunk), *(1,) * (inputs.ndim - 1))
+        place = torch.arange(len(inputs), device=inputs.device).repeat(len(chunk))
+        repeated, extras = select_samples((inputs, batch.extras), place)
         unit = chunk.repeat_interleave(len(inputs))
-        moved = attack_features(net, Batch(repeated, sign * (unit + 1), unit), attack)
-        value = net.features(moved).gather(1, unit[:, None]).squeeze(1)
+        many = Batch(repeated, sign * (unit + 1), unit, extras=extras)
+        moved = attack_features(net, many, attack)
+        with net.given(extras):
+            value = net.features(moved).gather(1, unit[:, None]).squeeze(1)
         reached.append(value.view(len(chunk), -1).T)
         still = threat.size(moved - repeated, "linf") == 0
         stuck.append(still.view(len(chunk), -1).T)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -361,6 +361,8 @@ def apgd(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Attack one batch by Auto-PGD (Croce and Hein 2020): no step size to choose.
 
@@ -370,7 +372,7 @@ def apgd(
 
     Parameters
     ----------
-    model, inputs, labels, eps, norm, bounds, precision
+    model, inputs, labels, eps, norm, bounds, precision, expectation, extras
         As in `pgd`; ``labels`` are the true ones.
     steps
         Gradients of a round; default 100, the paper's.
@@ -408,4 +410,6 @@ def apgd(
         bounds=bounds,
         seed=seed,
     )
-    return attack(model, inputs, labels, precision=precision)
+    return attack(
+        model, inputs, labels, precision=precision, expectation=expectation, extras=extras
+    )

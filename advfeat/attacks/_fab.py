@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -147,6 +148,8 @@ def fab(
     targets: int = 9,
     bounds: Bounds = (0.0, 1.0),
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Find close inputs that fool the model, by the targeted FAB attack (Croce and Hein 2020).
 
@@ -173,6 +176,8 @@ def fab(
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
         model is settled in float32.
+    expectation, extras
+        As in `advfeat.pgd`.
 
     Returns
     -------
@@ -199,4 +204,6 @@ def fab(
     0.24
     """
     attack = FAB(norm=norm, steps=steps, targets=targets, bounds=bounds)
-    return attack(model, inputs, labels, precision=precision)
+    return attack(
+        model, inputs, labels, precision=precision, expectation=expectation, extras=extras
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -193,6 +193,8 @@ def fmn(
     targeted: bool = False,
     bounds: Bounds = (0.0, 1.0),
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Find close inputs that fool the model, by adaptive norm constraints (Pintor et al. 2021).
 
@@ -231,6 +233,8 @@ def fmn(
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
         model is settled in float32.
+    expectation, extras
+        As in `advfeat.pgd`.
 
     Returns
     -------
@@ -264,4 +268,6 @@ def fmn(
         targeted=targeted,
         bounds=bounds,
     )
-    return attack(model, inputs, labels, precision=precision)
+    return attack(
+        model, inputs, labels, precision=precision, expectation=expectation, extras=extras
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -223,6 +224,8 @@ def minimum_pgd(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Find close inputs that fool the model, by PGD in a ball that follows the closest one.
 
@@ -266,6 +269,8 @@ def minimum_pgd(
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; whether the model
         is fooled is decided in float32.
+    expectation, extras
+        As in `advfeat.pgd`.
 
     Returns
     -------
@@ -301,4 +306,6 @@ def minimum_pgd(
         bounds=bounds,
         seed=seed,
     )
-    return attack(model, inputs, labels, precision=precision)
+    return attack(
+        model, inputs, labels, precision=precision, expectation=expectation, extras=extras
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -287,6 +287,8 @@ def pgd(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Attack one batch by projected gradient descent (Madry et al. 2018).
 
@@ -339,6 +341,12 @@ def pgd(
         a start is random).
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it.
+    expectation
+        Of a random model, attack and judge the mean logits of so many calls (EOT, Athalye et al.
+        2018), always with the same random numbers, at so many times the cost.
+    extras
+        Further arguments of the model's ``forward`` by name, ``(N, ...)`` each, such as
+        ``{"attention_mask": mask}``: each sample is evaluated with its own.
 
     Returns
     -------
@@ -377,7 +385,9 @@ def pgd(
         bounds=bounds,
         seed=seed,
     )
-    return attack(model, inputs, labels, precision=precision)
+    return attack(
+        model, inputs, labels, precision=precision, expectation=expectation, extras=extras
+    )
 
 
 @suggests
@@ -395,6 +405,8 @@ def fgsm(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Attack one batch by the fast gradient sign method: a single step (Goodfellow et al. 2015).
 
@@ -418,4 +430,6 @@ def fgsm(
         bounds=bounds,
         seed=seed,
     )
-    return attack(model, inputs, labels, precision=precision)
+    return attack(
+        model, inputs, labels, precision=precision, expectation=expectation, extras=extras
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -166,7 +166,8 @@ class SmoothedPGD(Attack):
             flat = (threat.size(gradient, "linf") == 0).nonzero().squeeze(1)
             if len(flat):
                 own = self._objective(state.labels[flat])
-                other = net.logits_gradient(points[flat], own, straight_through=True)
+                with net.selected(flat):
+                    other = net.logits_gradient(points[flat], own, straight_through=True)
                 filled = _finite(other.gradient).to(points.dtype)
                 gradient = gradient.index_copy(0, flat, filled)
         return gradient
@@ -241,6 +242,8 @@ def smoothed_pgd(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Attack one batch by PGD on smoothed gradients, for models whose gradients are masked.
 
@@ -251,7 +254,7 @@ def smoothed_pgd(
 
     Parameters
     ----------
-    model, inputs, labels, eps, norm, bounds, precision
+    model, inputs, labels, eps, norm, bounds, precision, expectation, extras
         As in `pgd`; ``labels`` are the true ones.
     steps
         Gradients of a run; each step also evaluates the iterate without noise.
@@ -304,4 +307,6 @@ def smoothed_pgd(
         bounds=bounds,
         seed=seed,
     )
-    return attack(model, inputs, labels, precision=precision)
+    return attack(
+        model, inputs, labels, precision=precision, expectation=expectation, extras=extras
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -361,6 +362,8 @@ def square(
     targeted: bool = False,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Attack one batch by Square Attack, a random search (Andriushchenko et al. 2020).
 
@@ -397,6 +400,8 @@ def square(
         ``(low, high)``, within which every result lies.
     seed
         An integer, a generator, or None for one draw from torch's default generator.
+    expectation, extras
+        As in `advfeat.pgd`.
 
     Returns
     -------
@@ -430,4 +435,4 @@ def square(
         bounds=bounds,
         seed=seed,
     )
-    return attack(model, inputs, labels)
+    return attack(model, inputs, labels, expectation=expectation, extras=extras)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -114,6 +115,7 @@ class Attack(ABC):
         precision: Precision = "float32",
         train: bool = False,
         expectation: int = 1,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Attack one batch; see `advfeat.attacks.pgd` for the arguments.
 
@@ -127,7 +129,8 @@ class Attack(ABC):
         """
         settings: dict[str, Any] = {"precision": precision, "train": train}
         with attackable(model, expectation=expectation, **settings) as net:
-            batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted)
+            net.expect_extras(extras)
+            batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted, extras)
             adversarial = self.result(attack_batch(self, net, batch))
             _warn_of_unmoved(self, net, batch, adversarial)
         return adversarial.contiguous()
@@ -141,7 +144,8 @@ def _warn_of_unmoved(attack: Any, net: Network, batch: Batch, adversarial: Tenso
     chosen = same.nonzero().squeeze(1)
     if not len(chosen):
         return
-    logits = net.logits(adversarial[chosen])
+    with net.given(batch.extras), net.selected(chosen):
+        logits = net.logits(adversarial[chosen])
     count = int((~is_success(logits, batch.labels[chosen], attack.targeted)).sum())
     if count:
         warn_of_unmoved(count, len(same))
@@ -169,6 +173,7 @@ def prepare_batch(
     index: Tensor | None,
     bounds: Bounds,
     targeted: bool = False,
+    extras: Mapping[str, Any] | None = None,
 ) -> Batch:
     """Check the input, clip rounding off the bounds, and number the samples if nobody did."""
     checks.inputs(inputs, bounds)
@@ -181,8 +186,10 @@ def prepare_batch(
     # Copied, for labels made in inference mode could not enter a gradient.
     labels = labels.to(torch.int64, copy=True)
     prepared = net.prepare(inputs).clamp_(*bounds)
-    net.inspect(prepared, bounds)
-    return Batch(prepared, labels, index)
+    named = net.choose_extras(extras, prepared)
+    with net.given(named):
+        net.inspect(prepared, bounds)
+    return Batch(prepared, labels, index, extras=named)
 
 
 def per_sample_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
@@ -220,5 +227,6 @@ def verified_logits(
         claimed = is_success(logits, labels, targeted)
         rows = (claimed if counts is None else claimed & counts).nonzero().squeeze(1)
         if len(rows):
-            logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
+            with net.selected(rows):
+                logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
     return logits

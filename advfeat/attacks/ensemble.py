@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -147,6 +147,8 @@ class AutoAttack:
         *,
         index: Tensor | None = None,
         precision: Precision = "float32",
+        expectation: int = 1,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Attack one batch; the result of the last attack where none succeeds.
 
@@ -156,10 +158,12 @@ class AutoAttack:
             Shape of ``inputs``, float32 (float64 for float64 inputs), detached.
         """
         attacks = seed_attacks(self.attacks, self.seed)
-        with attackable(model, precision=precision) as net:
-            batch = prepare_batch(net, inputs, labels, index, self.bounds)
+        with attackable(model, precision=precision, expectation=expectation) as net:
+            net.expect_extras(extras)
+            batch = prepare_batch(net, inputs, labels, index, self.bounds, extras=extras)
             adversarial = batch.inputs.clone()
-            wrong = is_success(net.logits(batch.inputs), batch.labels, targeted=False)
+            with net.given(batch.extras):
+                wrong = is_success(net.logits(batch.inputs), batch.labels, targeted=False)
             right = (~wrong).nonzero().squeeze(1)
             batches = [select_samples(batch, right)] if len(right) else []
             for verdict in worst_case(attacks, net, batches, max(1, len(right))):

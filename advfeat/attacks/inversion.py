@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,6 +116,8 @@ def invert(
     patience: int | None = None,
     straight_through: bool = False,
     precision: Precision = "float32",
+    expectation: int = 1,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Move ``start`` until the model's activations on it are those on ``inputs``.
 
@@ -149,6 +152,8 @@ def invert(
         paper does; by default a unit that is not active gives none.
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it.
+    expectation, extras
+        As in `advfeat.pgd`; activations are means over ``expectation`` calls.
 
     Returns
     -------
@@ -176,12 +181,14 @@ def invert(
     with attackable(
         model,
         precision=precision,
+        expectation=expectation,
         layer=layer,
         straight_through=straight_through,
         purpose="features",
     ) as net:
         labels = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
-        batch = prepare_batch(net, inputs, labels, None, bounds)
+        net.expect_extras(extras)
+        batch = prepare_batch(net, inputs, labels, None, bounds, extras=extras)
         inverted = []
         for one in start if several else [start]:
             begun = batch._replace(start=net.prepare(one).clamp_(*bounds))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -89,7 +89,8 @@ class Pool:
     size
         Samples that are attacked together.
     begin
-        From samples as they were added, what is kept beside their state, and the state.
+        From samples as they were added, what is kept beside their state, and the state. What is
+        kept has ``extras``, the further arguments of forward for these samples.
     policy
         When samples enter and leave, where they need not all take equally many evaluations.
     verified
@@ -136,13 +137,15 @@ class Pool:
     def advance(self) -> tuple[Any, Any] | None:
         """Take steps; return samples that left, what was kept beside them and their state."""
         self._refill()
-        kept, state = self._held or (None, None)
-        if self._attack.is_fixed_length:
-            self._held, self._count = None, 0
-            return kept, self._attack.run(self._net, state)
-        for _ in range(self._policy.check_every):
-            state = self._attack.step(self._net, state)
-        state, done = self._finished(state)
+        assert self._held is not None
+        kept, state = self._held
+        with self._net.given(kept.extras):
+            if self._attack.is_fixed_length:
+                self._held, self._count = None, 0
+                return kept, self._attack.run(self._net, state)
+            for _ in range(self._policy.check_every):
+                state = self._attack.step(self._net, state)
+            state, done = self._finished(state)
         # The one value a step reads back.
         flags = done.cpu()
         leaving, staying = flags.nonzero().squeeze(1), (~flags).nonzero().squeeze(1)
@@ -183,7 +186,8 @@ class Pool:
         chosen = done.nonzero().squeeze(1)
         if not len(chosen):
             return state, done
-        logits = net.logits(attack.result(state)[chosen])
+        with net.selected(chosen):
+            logits = net.logits(attack.result(state)[chosen])
         success = state.success.clone()
         success[chosen] = losses.is_success(logits, state.labels[chosen], attack.targeted)
         state = state._replace(success=success)
@@ -242,15 +246,11 @@ def drive(pool: Pool, samples: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
 def attack_batch(attack: Steps, net: Network, batch: Batch) -> Any:
     """Attack one batch, and return its last state, in the order of the batch."""
     if attack.is_fixed_length:
-        return attack.run(net, attack.init(net, batch))
-    place = torch.arange(len(batch.ids), device=batch.ids.device)
-
-    def begin(samples: tuple[Tensor, Batch]) -> tuple[Tensor, Any]:
-        return samples[0], attack.init(net, samples[1])
-
-    pool = Pool(attack, net, len(place), begin)
-    places, states = zip(*drive(pool, [(place, batch)]), strict=True)
-    return select_samples(concat_samples(*states), torch.cat(places).argsort())
+        with net.given(batch.extras):
+            return attack.run(net, attack.init(net, batch))
+    pool = _evaluation_pool(attack, net, len(batch.ids), verified=False)
+    tags, states = zip(*drive(pool, _numbered([batch])), strict=True)
+    return select_samples(concat_samples(*states), torch.cat([t.place for t in tags]).argsort())
 
 
 # --- Several attacks, one after another ---
@@ -267,6 +267,7 @@ class Verdict(NamedTuple):
     success: Tensor  # (N,) bool, by a float32 forward pass on ``adversarial``
     value: Tensor  # (N,) that attack's objective there
     attack: Tensor  # (N,) int64, number of the attack that fooled the model, -1 where none did
+    extras: Mapping[str, Tensor] | None  # further arguments of forward, (N, ...) each
 
 
 class _Entry(NamedTuple):
@@ -281,6 +282,7 @@ class _Tag(NamedTuple):
 
     place: Tensor
     ids: Tensor
+    extras: Mapping[str, Tensor] | None
 
 
 def worst_case(
@@ -298,7 +300,8 @@ def worst_case(
             nobody, nothing = torch.full_like(batch.ids, ROBUST), batch.inputs[:0].flatten()
             value = nothing.new_full(batch.ids.shape, torch.nan)
             known = (batch.ids, batch.inputs, batch.labels, batch.inputs)
-            yield Verdict(place, *known, torch.zeros_like(nobody, dtype=torch.bool), value, nobody)
+            never = torch.zeros_like(nobody, dtype=torch.bool)
+            yield Verdict(place, *known, never, value, nobody, batch.extras)
         return
     pools = [_evaluation_pool(attack, net, pool_size) for attack in attacks]
     while True:
@@ -315,9 +318,8 @@ def worst_case(
             if len(fooled.ids):
                 yield fooled._replace(attack=torch.full_like(fooled.ids, number))
             if len(robust.ids) and number + 1 < len(pools):
-                pools[number + 1].add(
-                    _Entry(robust.place, Batch(robust.inputs, robust.labels, robust.ids))
-                )
+                batch = Batch(robust.inputs, robust.labels, robust.ids, extras=robust.extras)
+                pools[number + 1].add(_Entry(robust.place, batch))
             elif len(robust.ids):
                 yield robust
         for before, after in itertools.pairwise(pools):
@@ -325,11 +327,13 @@ def worst_case(
                 after.close()
 
 
-def _evaluation_pool(attack: Steps, net: Network, size: int) -> Pool:
+def _evaluation_pool(attack: Steps, net: Network, size: int, *, verified: bool = True) -> Pool:
     def begin(entry: _Entry) -> tuple[_Tag, Any]:
-        return _Tag(entry.place, entry.batch.ids), attack.init(net, entry.batch)
+        batch = entry.batch
+        with net.given(batch.extras):
+            return _Tag(entry.place, batch.ids, batch.extras), attack.init(net, batch)
 
-    return Pool(attack, net, size, begin, verified=True)
+    return Pool(attack, net, size, begin, verified=verified)
 
 
 def _numbered(batches: Iterable[Batch]) -> Iterator[_Entry]:
@@ -351,6 +355,7 @@ def _verdict(attack: Steps, tag: _Tag, state: Any) -> Verdict:
         state.success,
         state.value,
         nobody,
+        tag.extras,
     )
 
 

@@ -22,12 +22,15 @@ class Batch(NamedTuple):
         ``(N,)`` int64, each sample's own number: its random numbers follow from it.
     start
         ``(N, ...)`` first iterate; None where that is the inputs.
+    extras
+        Further arguments of the model's forward by name, ``(N, ...)`` each; None without any.
     """
 
     inputs: Tensor
     labels: Tensor
     ids: Tensor
     start: Tensor | None = None
+    extras: Mapping[str, Tensor] | None = None
 
 
 def select_samples(samples: Any, chosen: Tensor | slice) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,7 @@ def build_dataset(
         precision=options.precision,
         layer=recipe.layer,
         compile=options.compile,
+        expectation=options.expectation,
         straight_through=recipe.straight_through,
         purpose=recipe.purpose,
     ) as net:
@@ -99,6 +100,18 @@ def _chunks(source: Source, recipe: DatasetRecipe) -> list[Array]:
         size = max(1, size // _PORTIONS)
     count = len(source) * recipe.starts
     return np.split(np.arange(count), np.arange(size, count, size))
+
+
+class _Kept(NamedTuple):
+    """Samples under attack, as they came and as they are attacked."""
+
+    batch: Batch
+    attacked: Batch
+
+    @property
+    def extras(self) -> Mapping[str, Tensor] | None:
+        """Further arguments of forward."""
+        return self.batch.extras
 
 
 class _Builder:
@@ -134,28 +147,31 @@ class _Builder:
         """All fields of the first sample, before any step; and what is known of the model."""
         (rows,) = self.read([np.zeros(1, np.int64)])
         batch = self._checked(rows)
-        classes = self._net.class_count(batch.inputs)
-        check_known_labels(self._source, self._recipe.attack.bounds, classes)
-        attacked = self._recipe.begin(self._net, batch)
-        attack = self._recipe.attack
-        images = attack.result(attack.init(self._net, attacked))
-        known = self._recipe.provenance(self._net, batch)
-        return self._described(batch, attacked, images), known
+        with self._net.given(batch.extras):
+            classes = self._net.class_count(batch.inputs)
+            check_known_labels(self._source, self._recipe.attack.bounds, classes)
+            attacked = self._recipe.begin(self._net, batch)
+            attack = self._recipe.attack
+            images = attack.result(attack.init(self._net, attacked))
+            known = self._recipe.provenance(self._net, batch)
+            return self._described(batch, attacked, images), known
 
     def made(self, batches: Iterable[Samples]) -> Iterator[tuple[Array, dict[str, Array]]]:
         """All fields of the samples, and the places they go to."""
         net, recipe, attack = self._net, self._recipe, self._recipe.attack
 
-        def begin(batch: Batch) -> tuple[tuple[Batch, Batch], Any]:
-            attacked = recipe.begin(net, batch)
-            return (batch, attacked), attack.init(net, attacked)
+        def begin(batch: Batch) -> tuple[_Kept, Any]:
+            with net.given(batch.extras):
+                attacked = recipe.begin(net, batch)
+                return _Kept(batch, attacked), attack.init(net, attacked)
 
         size = self._source.batch_size
         share = 1 / _PORTIONS
         policy = Policy(share, share, _CHECK_EVERY, portion=max(1, size // _PORTIONS))
         pool = Pool(attack, net, size, begin, policy)
         for (batch, attacked), state in drive(pool, map(self._checked, batches)):
-            found = self._described(batch, attacked, attack.result(state))
+            with net.given(batch.extras):
+                found = self._described(batch, attacked, attack.result(state))
             yield np.array([self._places[number] for number in batch.ids.tolist()]), found
 
     def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Array]:
@@ -188,8 +204,10 @@ class _Builder:
         check_samples(rows.inputs, rows.labels, indices, bounds, net.classes)
         net.expect(rows.labels)
         inputs = self._moved(rows.inputs)
+        extras = net.choose_extras(rows.entries, inputs[:count])
         if count > 1 or len(self._source) == 1:  # not the example
-            net.inspect(inputs, bounds)
+            with net.given(extras):
+                net.inspect(inputs[:count], bounds)
         start = inputs[count:] if len(inputs) > count else None
         given = self._recipe.given_starts(rows.ids.tolist())
         return Batch(
@@ -197,6 +215,7 @@ class _Builder:
             rows.labels[:count].to(self._device, torch.int64, non_blocking=True),
             rows.ids.to(self._device, non_blocking=True),
             start if given is None else self._moved(given),
+            extras,
         )
 
     def _moved(self, inputs: Tensor) -> Tensor:

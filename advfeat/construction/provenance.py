@@ -34,7 +34,9 @@ def build_manifest(
     attack = recipe.attack
     own = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}  # type: ignore[arg-type]
     own = {name: value for name, value in own.items() if name != "seed"}
-    chosen = {"precision": options.precision, "dtype": options.dtype}
+    chosen: dict[str, Any] = {"precision": options.precision, "dtype": options.dtype}
+    if options.expectation > 1:
+        chosen["expectation"] = options.expectation
     return {
         "method": recipe.method,
         "attack": type(attack).__name__,

@@ -52,6 +52,7 @@ class BuildOptions:
     out: Folder | None
     dtype: Dtype
     compile: bool = False
+    expectation: int = 1
 
     def __post_init__(self) -> None:
         """Refuse bad settings."""

@@ -31,7 +31,10 @@ def describe_source(source: Source) -> dict[str, Any]:
     total, found = hashlib.sha256(), []
     _update(total, [torch.tensor(source.indices, device="cpu")])
     for batch in _batches(source, indices):
-        _update(total, batch)
+        _update(total, batch[:3])
+        tensors = {n: v for n, v in batch.entries.items() if isinstance(v, Tensor)}
+        for name in sorted(tensors):
+            _update(total, [name, tensors[name]])
         found += _samples(batch.inputs, batch.labels)
     return {
         "sha256": total.hexdigest(),

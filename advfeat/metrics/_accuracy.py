@@ -20,6 +20,7 @@ from advfeat.losses import is_success
 from advfeat.metrics._choice import choose_attacks
 from advfeat.metrics._masking import ZeroGradients, masking_signs
 from advfeat.metrics._outcome import WRONG, Accuracy, RobustAccuracy
+from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import with_progress
 from advfeat.suggestions import suggests
@@ -46,7 +47,10 @@ def accuracy(
         Any module that returns class logits.
     data
         A dataset, a loader or a list of batches ``(inputs, labels, ...)``; moved to the model's
-        device.
+        device. Of batches that are mappings, entries that the model's ``forward`` takes by name
+        (``attention_mask``) are passed on. Under ``torchrun`` the ranks share the samples, or each
+        measures those of its DistributedSampler, and every rank returns the whole; on one rank
+        alone use `advfeat.distributed.on_one_rank`.
     batch_size
         Samples to a forward pass; by default the loader's own, 128 for a dataset.
     expectation
@@ -70,12 +74,16 @@ def accuracy(
     >>> af.accuracy(torch.nn.Identity(), data)
     0.6667 (2/3, 95% interval 0.2077 to 0.9385)
     """
+    checks.model(model)
     source = Source(data, batch_size)
+    shared = SharedSamples(source, "accuracy")
+    progress = progress if shared.process.is_first else False
     clean = CleanPass(source, model, _EVERYWHERE, "accuracy", progress)
     with attackable(model, purpose="predictions", expectation=expectation) as net:
         for _ in clean.read(net):
             pass
-    return clean.accuracy
+    index, right = shared.gather(clean.index, clean.right)
+    return Accuracy.of(right, index)
 
 
 @suggests
@@ -151,8 +159,12 @@ def robust_accuracy(
     >>> float(robust), robust.standard.count, robust.broken_by
     (0.0, 2, tensor([ 0,  0, -2]))
     """
-    attacks = choose_attacks(attack, eps, norm, steps, bounds, seed)
+    choose_attacks(attack, eps, norm, steps, bounds, 0 if seed is None else seed)
+    checks.model(model)
     source = Source(data, batch_size)
+    shared = SharedSamples(source, "robust_accuracy")
+    attacks = choose_attacks(attack, eps, norm, steps, bounds, shared.seed(seed))
+    progress = progress if shared.process.is_first else False
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
     zero_gradients = ZeroGradients(attacks)
     ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
@@ -169,8 +181,7 @@ def robust_accuracy(
             adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
             still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
             unmoved += int(still.sum())
-    if unmoved and moving and not zero_gradients.count:
-        warn_of_unmoved(unmoved, len(clean.index))
+    unmoved, zero = shared.sum(unmoved), shared.sum(zero_gradients.count)
     broken_by = torch.full_like(clean.index, WRONG)
     value = torch.full(broken_by.shape, torch.nan, dtype=torch.float32, device="cpu")
     rows = places(clean.index, tensor(ids))
@@ -178,11 +189,16 @@ def robust_accuracy(
     inputs = clean.inputs
     if inputs is not None and adversarial:
         inputs[rows] = torch.cat(adversarial)
-    robust = RobustAccuracy.of(broken_by == pool.ROBUST, clean.index)
-    robust.standard, robust.attacks = clean.accuracy, attacks
+    index, right, broken_by, value, inputs = shared.gather(
+        clean.index, clean.right, broken_by, value, inputs
+    )
+    if unmoved and moving and not zero:
+        warn_of_unmoved(unmoved, len(index))
+    robust = RobustAccuracy.of(broken_by == pool.ROBUST, index)
+    robust.standard, robust.attacks = Accuracy.of(right, index), attacks
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = None if inputs is None else inputs.contiguous()
-    signs = masking_signs(attacks, broken_by, zero_gradients.count)
+    signs = masking_signs(attacks, broken_by, zero)
     for topic, sign in signs.items():
         checks.warn(f"robust accuracy {float(robust):.4f} may be too high: {sign}", topic=topic)
     robust.warnings = tuple(signs.values())
@@ -201,7 +217,6 @@ class CleanPass:
         progress: bool | None,
         keep_inputs: bool = False,
     ) -> None:
-        checks.model(model)
         self._batches = with_progress(
             source.batches(device_of(model)),
             total=source.batch_count,
@@ -216,8 +231,11 @@ class CleanPass:
         """Every batch, checked and prepared, with whether the model is right on each sample."""
         net.batches.usual = self._batch_size
         for rows in self._batches:
-            batch = prepare_batch(net, rows.inputs, rows.labels, rows.ids, self._bounds)
-            right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
+            batch = prepare_batch(
+                net, rows.inputs, rows.labels, rows.ids, self._bounds, extras=rows.entries
+            )
+            with net.given(batch.extras):
+                right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
             self._index.extend(rows.ids.tolist())
             self._right.extend(right.tolist())
             if self._inputs is not None:
@@ -236,14 +254,16 @@ class CleanPass:
         return tensor(self._index)
 
     @property
-    def accuracy(self) -> Accuracy:
-        """On the clean samples."""
-        return Accuracy.of(tensor(self._right).bool(), self.index)
+    def right(self) -> Tensor:
+        """Whether the model is right on each of them, bool ``(total,)``."""
+        return tensor(self._right).bool()
 
     @property
     def inputs(self) -> Tensor | None:
         """A copy of the clean inputs, if they were to be kept."""
-        return None if self._inputs is None else torch.cat(self._inputs)
+        if self._inputs is None:
+            return None
+        return torch.cat(self._inputs) if self._inputs else torch.empty(0)
 
 
 def tensor(values: array[int] | array[float]) -> Tensor:

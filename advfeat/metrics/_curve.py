@@ -97,13 +97,14 @@ def robustness_curve(
     seed: int | torch.Generator | None = 0,
     batch_size: int | None = None,
     precision: Precision = "float32",
+    expectation: int = 1,
     progress: bool | None = None,
 ) -> RobustnessCurve:
     """Measure robust accuracy at every eps, by the distance to the nearest adversarial example.
 
     Parameters
     ----------
-    model, data, bounds, batch_size, precision, progress
+    model, data, bounds, batch_size, precision, expectation, progress
         As in `robust_accuracy`.
     norm
         In which distances are measured.
@@ -153,13 +154,15 @@ def robustness_curve(
     checks.seed(seed)
     number = seeding.resolve(seed)
     attacks = tuple(each for each in seed_attacks(attacks, number) if isinstance(each, MinimumNorm))
+    checks.model(model)
     source = Source(data, batch_size)
     clean = CleanPass(source, model, attacks[0].bounds, "robustness curve", progress)
     ids, found, unresolved = array("q"), array("f"), array("b")
-    with attackable(model, precision=precision) as net:
+    with attackable(model, precision=precision, expectation=expectation) as net:
         for batch, count in _chunks(clean, net, source.pool_size):
-            unresolved.extend(_unresolved(net, batch)[:count].tolist())
-            distance = _closest(net, batch, attacks, polish, number)
+            with net.given(batch.extras):
+                unresolved.extend(_unresolved(net, batch)[:count].tolist())
+                distance = _closest(net, batch, attacks, polish, number)
             ids.extend(batch.ids[:count].tolist())
             found.extend(distance[:count].tolist())
     distances = torch.zeros(clean.index.shape, dtype=torch.float32, device="cpu")

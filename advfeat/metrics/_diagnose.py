@@ -271,7 +271,7 @@ def _findings(
         # The whole box, whatever the norm: a step of l1 would move one entry at a time.
         anywhere = fooled(PGD(eps=bounds[1] - bounds[0], norm="linf", steps=50, bounds=bounds))
         values = {
-            "random_predictions": _share(_changing(net, batch.inputs)),
+            "random_predictions": _share(_changing(net, batch)),
             "zero_gradients": _share(_without_gradient(net, batch)),
             "more_steps_help": _share(long & ~short),
             "large_eps_resists": 1 - _share(anywhere),
@@ -286,8 +286,10 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
     for rows in source.batches(device_of(model)):
         kept = slice(None, samples - seen)
         fields = (rows.inputs[kept], rows.labels[kept], rows.ids[kept])
-        batch = prepare_batch(net, *fields, bounds)
-        right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
+        entries = {n: v if v is None else v[kept] for n, v in rows.entries.items()}
+        batch = prepare_batch(net, *fields, bounds, extras=entries)
+        with net.given(batch.extras):
+            right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
         found.append(select_samples(batch, right.nonzero().squeeze(1)))
         seen += len(batch.ids)
         if seen >= samples:
@@ -300,21 +302,28 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
 
 def _without_gradient(net: Network, batch: Batch) -> Tensor:
     objective = losses.objective("cross_entropy", batch.labels, targeted=False)
-    gradient = net.logits_gradient(batch.inputs, objective).gradient
+    with net.given(batch.extras):
+        gradient = net.logits_gradient(batch.inputs, objective).gradient
     peak = gradient.flatten(1).abs().amax(1)
     # One entry that is not finite is enough: no attack goes by such a gradient.
     return (peak == 0) | ~peak.isfinite()
 
 
-def _changing(net: Network, inputs: Tensor) -> Tensor:
-    first = net.logits(inputs)
+def _changing(net: Network, batch: Batch) -> Tensor:
     # Each half by itself: a model that looks at the samples beside a sample answers otherwise too.
-    second = torch.cat([net.logits(half) for half in inputs.chunk(2)])
+    half = -(-len(batch.ids) // 2)
+    second = []
+    with net.given(batch.extras):
+        first = net.logits(batch.inputs)
+        for part in (slice(0, half), slice(half, None)):
+            with net.selected(part):
+                if len(batch.inputs[part]):
+                    second.append(net.logits(batch.inputs[part]))
     finite = first.masked_fill(~first.isfinite(), 0.0)
     size, spread = finite.abs().amax(1), finite.amax(1) - finite.amin(1)
     # Parallel sums differ by rounding; a random model differs by far more.
     rounding = 8 * torch.finfo(net.dtype or first.dtype).eps * size
-    return (first - second).abs().amax(1) > 1e-4 * spread + rounding
+    return (first - torch.cat(second)).abs().amax(1) > 1e-4 * spread + rounding
 
 
 def _share(rows: Tensor) -> float:

@@ -43,7 +43,8 @@ class ZeroGradients:
         objective = losses.objective(self._loss, verdict.labels[robust], targeted=False)
         flat = torch.ones_like(robust[robust])
         for points in (verdict.inputs[robust], verdict.adversarial[robust]):
-            gradient = net.logits_gradient(points, objective).gradient.flatten(1)
+            with net.given(verdict.extras), net.selected(robust):
+                gradient = net.logits_gradient(points, objective).gradient.flatten(1)
             flat &= ~((gradient != 0) & gradient.isfinite()).any(1)
         self.count += int(flat.sum())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advfeat import checks, plots, seeding
 from advfeat.attacks import Attack, AutoAttack
 from advfeat.attacks.base import check_attack, prepare_batch
-from advfeat.loading import Data, Source
+from advfeat.loading import Data, Samples, Source
 from advfeat.losses import is_success
 from advfeat.model import attackable, device_of
 from advfeat.progress import with_progress
@@ -23,6 +23,8 @@ from advfeat.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_EVERYWHERE = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,6 +102,7 @@ def transfer_matrix(
     attack: Attack | AutoAttack,
     *,
     batch_size: int | None = None,
+    expectation: int = 1,
     progress: bool | None = None,
 ) -> TransferMatrix:
     """Attack every source model, and try the examples on every target model.
@@ -108,8 +111,9 @@ def transfer_matrix(
     ----------
     sources, targets
         Models by name; a model may be in both.
-    data, batch_size, progress
-        As in `accuracy`.
+    data, batch_size, expectation, progress
+        As in `robust_accuracy`; each model is attacked and judged by the mean of ``expectation``
+        calls.
     attack
         Run to its end on each source. Untargeted.
 
@@ -158,17 +162,15 @@ def transfer_matrix(
         batches, total=source_data.batch_count, label="transfer", progress=progress
     ):
         total += len(rows.ids)
-        wrong = [_wrong(target, rows.inputs, rows.labels) for target in targets.values()]
+        wrong = [_wrong(target, rows, expectation) for target in targets.values()]
         clean_wrong += torch.stack([each.sum() for each in wrong])
         for i, source in enumerate(sources.values()):
-            device = device_of(source)
-            ids, inputs, labels = (field.to(device) for field in rows)
-            made = attack(source, inputs, labels, index=ids)
-            right = ~_wrong(source, inputs, labels)
-            fooled = right & _wrong(source, made, labels)
+            made = rows._replace(inputs=_attacked(source, attack, rows, expectation))
+            right = ~_wrong(source, rows, expectation)
+            fooled = right & _wrong(source, made, expectation)
             fooled_of[i] += fooled.sum()
             for j, target in enumerate(targets.values()):
-                missed, both = _wrong(target, made, labels), right & ~wrong[j]
+                missed, both = _wrong(target, made, expectation), right & ~wrong[j]
                 both_right[i, j] += both.sum()
                 missed_of["both_right"][i, j] += (missed & both).sum()
                 missed_of["fooled"][i, j] += (missed & fooled).sum()
@@ -184,11 +186,24 @@ def transfer_matrix(
     )
 
 
-def _wrong(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+def _attacked(
+    model: nn.Module, attack: Attack | AutoAttack, rows: Samples, expectation: int
+) -> Tensor:
+    """Adversarial inputs of a model, on its device."""
+    device = device_of(model)
+    inputs, labels = rows.inputs.to(device), rows.labels.to(device)
+    with attackable(model, purpose=None) as net:
+        extras = net.choose_extras(rows.entries, inputs)
+    return attack(
+        model, inputs, labels, index=rows.ids.to(device), expectation=expectation, extras=extras
+    )
+
+
+def _wrong(model: nn.Module, rows: Samples, expectation: int) -> Tensor:
     """Where a model is wrong, bool ``(N,)`` on the CPU."""
     device = device_of(model)
-    with attackable(model, purpose="predictions") as net:
-        batch = prepare_batch(
-            net, inputs.to(device), labels.to(device), None, (-math.inf, math.inf)
-        )
-        return is_success(net.logits(batch.inputs), batch.labels, targeted=False).cpu()
+    inputs, labels = rows.inputs.to(device), rows.labels.to(device)
+    with attackable(model, purpose="predictions", expectation=expectation) as net:
+        batch = prepare_batch(net, inputs, labels, None, _EVERYWHERE, extras=rows.entries)
+        with net.given(batch.extras):
+            return is_success(net.logits(batch.inputs), batch.labels, targeted=False).cpu()

@@ -1,6 +1,7 @@
 """The only code that touches the user's module."""
 
 from advfeat.model.access import device_of, innermost, logit_candidates, logits_of, unwrapped
+from advfeat.model.extras import ExtraArguments, Extras
 from advfeat.model.folding import rare_comparisons
 from advfeat.model.formats import Precision
 from advfeat.model.freezing import buffers_kept
@@ -12,6 +13,8 @@ from advfeat.model.trainable import Trainee, averaging, refuse_wrapped, trainabl
 
 __all__ = [
     "Evaluation",
+    "ExtraArguments",
+    "Extras",
     "Layer",
     "Network",
     "Normalize",

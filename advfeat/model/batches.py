@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Select: TypeAlias = Callable[[Tensor], AbstractContextManager[None]]
+
+# What a wrong batch size raises, from torch, from an exported module, or from `checks.logits`.
+_OF_A_BATCH_SIZE = (RuntimeError, ValueError, AssertionError, IndexError)
+# What BatchNorm says of a single sample: copies of it would make statistics of no use.
+_STATISTICS = "more than 1 value per channel"
 
 
 class BatchPadding:
@@ -13,9 +22,15 @@ class BatchPadding:
 
     A model that was exported with a fixed batch fails on a smaller one, and a model that squeezes
     its output fails on a single sample. Both are found when it happens, and remembered.
+
+    Parameters
+    ----------
+    select
+        Context in which the function is called for these samples of the batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, select: Select) -> None:
+        self._select = select
         self.usual = 0  # batch size that the data come in, if it is known
         self._largest = 0  # batch that worked
         self._needed = 0  # smaller batches than this are padded to it
@@ -24,10 +39,12 @@ class BatchPadding:
         """Return the function's output ``(N, ...)`` on inputs ``(N, ...)``."""
         count = len(inputs)
         if count < self._needed:
-            return _padded(function, inputs, self._needed)
+            return self._padded(function, inputs, self._needed)
         try:
             output = function(inputs)
-        except Exception:
+        except _OF_A_BATCH_SIZE as error:
+            if isinstance(error, torch.OutOfMemoryError) or _STATISTICS in str(error):
+                raise
             larger = (size for size in (self._largest, self.usual, 2) if size > count)
             found = self._first_that_works(function, inputs, larger)
             if found is None:
@@ -41,14 +58,15 @@ class BatchPadding:
     ) -> Tensor | None:
         for size in sizes:
             try:
-                output = _padded(function, inputs, size)
+                output = self._padded(function, inputs, size)
             except Exception:
                 continue
             self._needed = size
             return output
         return None
 
-
-def _padded(function: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
-    missing = inputs[:1].expand(size - len(inputs), *inputs.shape[1:])
-    return function(torch.cat([inputs, missing]))[: len(inputs)]
+    def _padded(self, function: Callable[[Tensor], Tensor], inputs: Tensor, size: int) -> Tensor:
+        chosen = torch.arange(size, device=inputs.device)
+        chosen = torch.where(chosen < len(inputs), chosen, 0)
+        with self._select(chosen):
+            return function(inputs[chosen])[: len(inputs)]

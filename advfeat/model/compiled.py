@@ -17,27 +17,30 @@ class CompiledModule:
     Without a compiler, or with a module that it cannot do, the module itself is called.
     """
 
-    def __init__(self, module: Callable[[Tensor], object]) -> None:
+    def __init__(self, module: Callable[..., object]) -> None:
         self._module = module
-        self._compiled: Callable[[Tensor], object] | None = torch.compile(module, dynamic=False)
+        self._compiled: Callable[..., object] | None = torch.compile(module, dynamic=False)
 
-    def __call__(self, inputs: Tensor) -> object:
+    def __call__(self, inputs: Tensor, **extras: Tensor) -> object:
         if self._compiled is None:
-            return self._module(inputs)
+            return self._module(inputs, **extras)
         count = len(inputs)
         missing = (1 << (count - 1).bit_length()) - count
-        padded = torch.cat([inputs, inputs[:1].expand(missing, *inputs.shape[1:])])
+        padded, *others = (
+            torch.cat([t, t[:1].expand(missing, *t.shape[1:])]) for t in (inputs, *extras.values())
+        )
+        others_by_name = dict(zip(extras, others, strict=True))
         try:
             # Without guards on hooks, code that was compiled for another layer would be run.
             guards = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
             with guards, warnings.catch_warnings():
                 # The compiler looks at every input's gradient, and torch warns of that.
                 warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor")
-                output = logits_of(self._compiled(padded))
+                output = logits_of(self._compiled(padded, **others_by_name))
         except Exception as error:
             if not type(error).__module__.startswith("torch._"):
                 raise
             warnings.warn(f"compile=True: goes on without, for {error}", stacklevel=2)
             self._compiled = None
-            return self._module(inputs)
+            return self._module(inputs, **extras)
         return output[:count] if isinstance(output, Tensor) else output

@@ -12,7 +12,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,6 +25,7 @@ from advfeat.model.formats import at_least_float32
 from advfeat.threat import Bounds
 
 Forward: TypeAlias = Callable[[Tensor], object]
+Select: TypeAlias = Callable[[Tensor | slice], AbstractContextManager[None]]
 FromProbabilities: TypeAlias = Callable[[Tensor], Tensor]
 
 # What a call goes by: input gradients of logits, clean predictions alone, or a layer's activations.
@@ -66,18 +67,22 @@ def inspect_module(
     *,
     purpose: Purpose,
     train: bool,
+    select: Select,
+    extras: tuple[str, ...] = (),
 ) -> FromProbabilities | None:
     """Warn of what is doubtful; return how to turn outputs into logits, None where they are."""
     part = inputs[:INSPECTED]
     if purpose != "predictions":
         _warn_of_unused_bounds(inputs, bounds)
-    settings = (purpose, train, part.shape[1:], part.dtype, len(part) > 1, _settings(module))
+    shape = (part.shape[1:], part.dtype, len(part) > 1, extras)
+    settings = (purpose, train, shape, _settings(module))
     if _healthy.get(module) == settings:
         return None
     with checks.warnings_counted() as count, _random_state_kept(part.device):
         before = _random_numbers_drawn(part.device)
         try:
-            look = _look(forward, part)
+            with select(slice(0, INSPECTED)):
+                look = _look(forward, part)
         except Exception:
             if len(part) == len(inputs):
                 raise
@@ -89,18 +94,19 @@ def inspect_module(
             checks.logits(logits_of(forward(inputs)), inputs)
             return None
         drew = _random_numbers_drawn(part.device) != before
-        if not train:
-            _warn_of_changing_outputs(forward, module, look, drew)
-        if purpose != "features":
-            _warn_of_several_outputs(look)
-            _warn_of_nan(look)
-        from_probabilities = None
-        if purpose == "attack":
-            from_probabilities = _find_probabilities(forward, look)
-            if from_probabilities is not None:
-                look = look._replace(logits=from_probabilities(look.logits))
-            _warn_of_rounded_margins(look)
-            _warn_of_bad_gradients(look)
+        with select(slice(0, len(look.inputs))):
+            if not train:
+                _warn_of_changing_outputs(forward, module, look, drew, select)
+            if purpose != "features":
+                _warn_of_several_outputs(look)
+                _warn_of_nan(look)
+            from_probabilities = None
+            if purpose == "attack":
+                from_probabilities = _find_probabilities(forward, look)
+                if from_probabilities is not None:
+                    look = look._replace(logits=from_probabilities(look.logits))
+                _warn_of_rounded_margins(look)
+                _warn_of_bad_gradients(look)
     if not count():
         _healthy[module] = settings
     return from_probabilities
@@ -193,7 +199,9 @@ def _warn_of_nan(look: _Look) -> None:
         )
 
 
-def _warn_of_changing_outputs(forward: Forward, module: nn.Module, look: _Look, drew: bool) -> None:
+def _warn_of_changing_outputs(
+    forward: Forward, module: nn.Module, look: _Look, drew: bool, select: Select
+) -> None:
     """Compare with a call in which the second half of the samples is exchanged for the first."""
     inputs, count = look.inputs.detach(), len(look.inputs)
     half = -(-count // 2)
@@ -202,7 +210,7 @@ def _warn_of_changing_outputs(forward: Forward, module: nn.Module, look: _Look, 
     tolerance = _rounding(module, look)
 
     def differ(given: Tensor, rows: Tensor) -> bool:
-        with torch.no_grad():
+        with torch.no_grad(), select(rows):
             again = at_least_float32(checks.logits(logits_of(forward(given)), given))
         first = look.logits.detach()[rows]
         gap = (again - first).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax(1)

@@ -61,7 +61,7 @@ class LayerHook:
         self._module, self._layer, self._calls, self._before = module, layer, calls, before
         self._call = CompiledModule(module) if compile else module
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, **extras: Tensor) -> Tensor:
         found: list[Tensor] = []
         to_the_end = self._call is not self._module
 
@@ -79,7 +79,7 @@ class LayerHook:
         else:
             handle = self._layer.register_forward_hook(lambda m, _, output: keep(m, output))
         try:
-            self._call(inputs)
+            self._call(inputs, **extras)
         except _LayerReached:
             pass
         finally:
@@ -88,7 +88,7 @@ class LayerHook:
             # Code that the user had compiled before, perhaps, and that calls no hook.
             warnings.warn("compile=True: goes on without, for the layer was lost", stacklevel=2)
             self._call = self._module
-            return self(inputs)
+            return self(inputs, **extras)
         if len(found) < self._calls:
             checks.fail("layer", None, "a forward pass of the model did not reach this layer")
         value = found[self._calls - 1]
@@ -103,7 +103,7 @@ class LogitsLayer(NamedTuple):
     calls: int  # which of its calls in a forward pass gives them
 
 
-def logits_layer(module: nn.Module, example: Tensor) -> LogitsLayer:
+def logits_layer(module: nn.Module, example: Tensor, **extras: Tensor) -> LogitsLayer:
     """Find the Linear that gives the logits of a forward pass; its input is the penultimate layer.
 
     It is the one whose output is the logits; else, where they are scaled or normalised after it,
@@ -119,7 +119,7 @@ def logits_layer(module: nn.Module, example: Tensor) -> LogitsLayer:
     handles = [m.register_forward_hook(keep) for m in linear]
     try:
         with torch.no_grad():
-            logits = logits_of(module(example))
+            logits = logits_of(module(example, **extras))
     finally:
         for handle in handles:
             handle.remove()
@@ -170,19 +170,19 @@ class StraightThrough:
     The released code of the paper takes gradients so; values are those of the function.
     """
 
-    def __init__(self, function: Callable[[Tensor], object]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self._function = function
         self._last: int | None = None
 
-    def __call__(self, inputs: Tensor) -> object:
+    def __call__(self, inputs: Tensor, **extras: Tensor) -> object:
         if self._last is None:
             with torch.no_grad(), _ReluMode(None) as counted:
-                self._function(inputs)
+                self._function(inputs, **extras)
             if not counted.calls:
                 checks.fail("straight_through", True, "no ReLU is called on the way to the layer")
             self._last = counted.calls
         with _ReluMode(self._last):
-            return self._function(inputs)
+            return self._function(inputs, **extras)
 
 
 _RELUS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu, F.relu_}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from advfeat.model import folding
 from advfeat.model.access import innermost, logits_of, unwrapped
 from advfeat.model.batches import BatchPadding
 from advfeat.model.compiled import CompiledModule
+from advfeat.model.extras import ByName, ExtraArguments, Extras, argument_names, input_name
 from advfeat.model.formats import (
     CONVOLUTIONS,
     Precision,
@@ -74,14 +75,15 @@ class Network:
         self._module = module
         self._own: nn.Module = innermost(module)  # inside torch.compile's
         self._inputs = InputAdapter(self._own)
+        self._extras = ExtraArguments(module)
         self._fold = fold
         self._folded: dict[object, folding.Forwards] = {}  # by the function that is called
         self._compile = compile
-        self._logits_call = CompiledModule(module) if compile else module
+        self._logits_call: Callable[..., object] = module
         self._layer = layer
         self._head: nn.Module | None = None  # where the layer is found by the logits
         self._straight_through = straight_through
-        self._at_layer: Callable[[Tensor], object] | None = None
+        self._at_layer: Callable[..., object] | None = None
         example = next((t for t in _tensors(module) if t.is_floating_point()), None)
         self.device = None if example is None else example.device
         self.dtype = None if example is None else example.dtype
@@ -91,11 +93,12 @@ class Network:
         self._warned_of_no_gradient = False
         self._purpose, self._trains, self._expectation = purpose, train, expectation
         self._from_probabilities: Callable[[Tensor], Tensor] | None = None
-        self.batches = BatchPadding()
+        self.batches = BatchPadding(self.selected)
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
         # A compiler would meet the hook that looks.
         self._checked_submodules = compile or any(map(is_compiled, module.modules()))
+        self._set_input_name(None)
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Copy the user's inputs: detached, float32 at least, in the fastest memory format."""
@@ -118,7 +121,38 @@ class Network:
             bounds,
             purpose=purpose,
             train=self._trains or self._expectation > 1,  # random, and known to be
+            select=self.selected,
+            extras=self._extras.names,
         )
+
+    # --- Further arguments of forward ---
+
+    def expect_extras(self, extras: Mapping[str, Any] | None) -> None:
+        """Refuse further arguments that the user gives and forward does not take."""
+        self._extras.expect(extras)
+
+    def choose_extras(self, entries: Mapping[str, Any] | None, inputs: Tensor) -> Extras | None:
+        """Entries of a batch that forward takes by name, to be `given` with its samples.
+
+        An entry that is None is the name of the inputs.
+        """
+        if entries:
+            self._set_input_name(entries)
+        return self._extras.choose(entries, inputs)
+
+    def given(self, extras: Extras | None) -> AbstractContextManager[None]:
+        """Context in which each sample of the inputs has these further arguments."""
+        return self._extras.given(extras)
+
+    def selected(self, chosen: Tensor | slice) -> AbstractContextManager[None]:
+        """Context in which the inputs are these of the samples whose arguments were given."""
+        return self._extras.selected(chosen)
+
+    def _set_input_name(self, entries: Mapping[str, Any] | None) -> None:
+        name = input_name(self._own, entries)
+        if name is not None and not isinstance(self._module, ByName):
+            self._module = ByName(self._module, name)
+        self._logits_call = CompiledModule(self._module) if self._compile else self._module
 
     def expect(self, labels: Tensor, name: str = "labels") -> None:
         """Check class indices against the number of logits, now or once it is known."""
@@ -131,7 +165,8 @@ class Network:
     def class_count(self, inputs: Tensor) -> int:
         """Number of logits; looked up on the first sample if no forward pass has told it yet."""
         if self.classes is None:
-            self.logits(inputs[:1])
+            with self.selected(slice(0, 1)):
+                self.logits(inputs[:1])
         assert self.classes is not None
         return self.classes
 
@@ -243,15 +278,17 @@ class Network:
             checks.fail("layer", shape, "its activations must be a tensor (N, ...)")
         return at_least_float32(output.flatten(1))
 
-    def _layer_call(self, inputs: Tensor) -> object:
+    def _layer_call(self, inputs: Tensor, **extras: Tensor) -> object:
         if self._at_layer is None:
-            at_layer = self._function_of_layer(inputs[:1])
+            first = {name: value[:1] for name, value in extras.items()}
+            at_layer = self._function_of_layer(inputs[:1], first)
             self._at_layer = StraightThrough(at_layer) if self._straight_through else at_layer
-        return self._at_layer(inputs)
+        return self._at_layer(inputs, **extras)
 
     def describe_layer(self, inputs: Tensor) -> dict[str, object]:
         """Where `features` are taken, and how many there are to a sample."""
-        width = self.features(inputs[:1]).shape[1]
+        with self.selected(slice(0, 1)):
+            width = self.features(inputs[:1]).shape[1]
         module = self._head if self._layer is None else self._layer
         if not isinstance(module, nn.Module):
             name = getattr(module, "__qualname__", type(module).__qualname__)
@@ -260,20 +297,20 @@ class Network:
         side = "input" if self._layer is None else "output"
         return {"module": names[module], "side": side, "width": width}
 
-    def _function_of_layer(self, example: Tensor) -> Callable[[Tensor], object]:
+    def _function_of_layer(self, example: Tensor, extras: Extras) -> Callable[..., object]:
         layer = self._layer
         assert not isinstance(layer, str)
         if layer is None:
-            head, calls = logits_layer(self._module, example)
+            head, calls = logits_layer(self._module, example, **extras)
             self._head = head
             return LayerHook(self._module, head, compile=self._compile, calls=calls, before=True)
         if isinstance(layer, nn.Module):
             return LayerHook(self._module, layer, compile=self._compile)
-        return CompiledModule(layer) if self._compile else layer
+        call = CompiledModule(layer) if self._compile else layer
+        taken = argument_names(layer)
+        return lambda x, **given: call(x, **{n: v for n, v in given.items() if n in taken})
 
-    def _call(
-        self, function: Callable[[Tensor], object], inputs: Tensor, low_precision: bool
-    ) -> object:
+    def _call(self, function: Callable[..., object], inputs: Tensor, low_precision: bool) -> object:
         if self._fold and low_precision and function not in self._folded:
             self._folded[function] = self._checked_folding(function, inputs)
         forwards = self._folded.get(function, {}) if low_precision else {}
@@ -284,18 +321,18 @@ class Network:
             folding.forwards_replaced(forwards) if forwards else nullcontext(),
             _autocast(inputs.device.type, low_precision),
         ):
-            return self._inputs.call(function, inputs, cast=not low_precision)
+            extras = self._extras.of(inputs)
+            return self._inputs.call(function, inputs, extras, cast=not low_precision)
 
-    def _checked_folding(
-        self, function: Callable[[Tensor], object], inputs: Tensor
-    ) -> folding.Forwards:
+    def _checked_folding(self, function: Callable[..., object], inputs: Tensor) -> folding.Forwards:
         """Forwards with BatchNorms folded in, if the function then gives the same in float32."""
         forwards = folding.fold_batchnorm(self._module)
         if not forwards or (function is self._module and folding.is_checked(self._module)):
             return forwards
         row = inputs.detach()[:1]
         devices = [inputs.device] if inputs.is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        first = self.selected(slice(0, 1))
+        with torch.no_grad(), torch.random.fork_rng(devices), first:
             own = logits_of(self._call(function, row, low_precision=False))
             with folding.forwards_replaced(forwards):
                 found = logits_of(self._call(function, row, low_precision=False))

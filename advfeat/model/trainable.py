@@ -33,16 +33,20 @@ class Trainee(nn.Module):
         self.module = network._module
         self._network = network
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Logits ``(N, C)`` of each batch, with a gradient, in float32 (or float64)."""
+    def forward(self, *inputs: Tensor, **extras: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``(N, C)`` of each batch, with a gradient, in float32 (or float64).
+
+        ``extras`` are further arguments of the module's forward, the same for all batches.
+        """
         network = self._network
-        return tuple(
-            network._logits(
-                batch.contiguous(memory_format=network._memory_format(batch)),
-                network.low_precision,
+        with network.given(extras):
+            return tuple(
+                network._logits(
+                    batch.contiguous(memory_format=network._memory_format(batch)),
+                    network.low_precision,
+                )
+                for batch in inputs
             )
-            for batch in inputs
-        )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +15,22 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from advfeat import checks, seeding
 from advfeat.datasets import ConstructedDataset
 from advfeat.distributed import Process
-from advfeat.loading import Data, Source, check_length, is_stream, prefetched, unpack
+from advfeat.loading import (
+    Data,
+    Source,
+    check_length,
+    entries_of,
+    is_stream,
+    prefetched,
+    unpack,
+)
+from advfeat.model import Extras
 from advfeat.training._batch_checks import BatchChecks
 
 # Where a batch may hold the weight of each sample.
 Field = str | int
+# Of the entries of a batch, and its inputs, those that the model's forward takes.
+ChooseExtras = Callable[[Mapping[str, Any], Tensor], Extras | None]
 
 
 class TrainBatch(NamedTuple):
@@ -32,6 +43,7 @@ class TrainBatch(NamedTuple):
     total: int  # samples of that batch
     targets: Tensor | None = None  # (N, C) class probabilities, where labels are soft
     weights: Tensor | None = None  # (N,) of the samples in the loss
+    extras: Extras | None = None  # further arguments of forward, (N, ...) each
     idle: bool = False  # repeats samples of another rank, and counts for nothing
 
     def parts(self, count: int, whole: int) -> list[TrainBatch]:
@@ -44,7 +56,11 @@ class TrainBatch(NamedTuple):
             torch.tensor_split(field, pieces) if isinstance(field, Tensor) else [field] * pieces
             for field in self
         ]
-        return [TrainBatch(*values) for values in zip(*fields, strict=True)]
+        extras = {n: torch.tensor_split(v, pieces) for n, v in (self.extras or {}).items()}
+        return [
+            TrainBatch(*values)._replace(extras={n: v[place] for n, v in extras.items()} or None)
+            for place, values in enumerate(zip(*fields, strict=True))
+        ]
 
 
 class BatchReader:
@@ -66,9 +82,11 @@ class BatchReader:
         process: Process,
         checked: BatchChecks,
         weight_field: Field | None,
+        choose_extras: ChooseExtras = lambda entries, inputs: None,
     ) -> None:
         self._data, self._seed, self._device, self._process = data, seed, device, process
         self._checked, self._weight_field = checked, weight_field
+        self._choose_extras = choose_extras
         self._is_loader = isinstance(data, DataLoader) or is_stream(data)
         if not self._is_loader:
             self._source = Source(data, batch_size)
@@ -149,14 +167,16 @@ class BatchReader:
         if labels.is_floating_point():
             targets = self._moved(labels.to(torch.get_default_dtype()))
             labels = labels.argmax(1)
+        inputs = self._moved(inputs)
         return TrainBatch(
             ids.to(self._device),
-            self._moved(inputs),
+            inputs,
             self._moved(labels).to(torch.int64),
             ids,
             len(ids),
             targets,
             weights,
+            self._choose_extras(entries_of(raw), inputs),
         )
 
     def _weights(self, raw: Any, inputs: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class Learner:
             self._stepper.step(lambda: self._loss_again(examples, scale))  # noqa: B023
             self.forget_gradients()
             if self.average is not None:
-                seen = [example.inputs for example in examples]
+                seen = [(example.inputs, example.extras) for example in examples]
                 self.average.update(self._module, step, seen)
         return result.without_idle() if batch.idle else result
 
@@ -91,7 +91,7 @@ class Learner:
         result: StepResult | None = None
         for example in examples:
             with self._synchronised(example is examples[-1]):
-                logits = self._called(*example.inputs)
+                logits = self._called(*example.inputs, **example.extras)
                 losses = self._method.losses(logits, example)
                 weights = self._weights(example)
                 if weights is not None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from advfeat import checks, seeding
+from advfeat.distributed import on_one_rank
 from advfeat.durable import Termination
-from advfeat.model import attackable, rare_comparisons, trainable
+from advfeat.model import ExtraArguments, attackable, rare_comparisons, trainable
 from advfeat.training._batch_checks import BatchChecks
 from advfeat.training._batches import BatchReader, TrainBatch
 from advfeat.training._history import History
@@ -77,6 +78,7 @@ class TrainingLoop:
             process=plan.process,
             checked=self._checks,
             weight_field=plan.settings.options.sample_weight,
+            choose_extras=ExtraArguments(plan.model).choose,
         )
         self._batches = plan.batches
         self._totals = Totals(plan.device)
@@ -197,9 +199,10 @@ class TrainingLoop:
         if self._guard is not None and at.batches % EVERY == 0:
             self._guard.check(self._learner.trainee.module, batch, at.step)
         if self._settings.on_step is not None and plan.process.is_first:
-            self._settings.on_step(
-                {"epoch": at.epoch + 1, "step": at.step, **result.means(), "lr": rate}
-            )
+            with on_one_rank():
+                self._settings.on_step(
+                    {"epoch": at.epoch + 1, "step": at.step, **result.means(), "lr": rate}
+                )
         bar.advance(batch.total, lambda: self._figures(batch))
 
     def _augmented(self, batch: TrainBatch) -> TrainBatch:
@@ -214,8 +217,9 @@ class TrainingLoop:
                 model = OutputInspector(model)
             with attackable(model, purpose="predictions") as net:
                 inputs = net.prepare(batch.inputs)
-                net.inspect(inputs, self._method.bounds)
-                classes = net.logits(inputs[:2]).shape[1]
+                with net.given(batch.extras):
+                    net.inspect(inputs, self._method.bounds)
+                    classes = net.class_count(inputs)
             self._checks.set_classes(classes, self._plan.data)
             self._learner.check_classes(classes)
         return batch
@@ -229,13 +233,13 @@ class TrainingLoop:
         if plan.validation is None:
             return {}
         model = as_called(self._settings, model)
-        found = self._method.validate(model, plan.process.shard(plan.validation))
+        found = self._method.validate(model, plan.validation)
         return {k: mean_accuracy(plan.process, v, plan.device) for k, v in found.items()}
 
     def _figures(self, batch: TrainBatch) -> Row:
         """What the bar shows: of the epoch so far, and of the model on clean inputs."""
         so_far = means(self._totals.sums)
-        with attackable(self._plan.model) as net:
+        with attackable(self._plan.model) as net, net.given(batch.extras):
             predicted = net.logits(net.prepare(batch.inputs)).argmax(1)
         clean = float((predicted == batch.labels).float().mean())
         name = "robust" if "robust" in self._method.figure else "accuracy"
@@ -248,7 +252,8 @@ class TrainingLoop:
         """Whether ``on_epoch`` returned False, of Python, NumPy or torch."""
         stops = False
         if self._settings.on_epoch is not None and self._plan.process.is_first:
-            answer: Any = self._settings.on_epoch(row)
+            with on_one_rank():
+                answer: Any = self._settings.on_epoch(row)
             is_bool = isinstance(answer, (bool, np.bool_))
             is_bool |= isinstance(answer, Tensor) and answer.dtype == torch.bool
             stops = is_bool and not answer

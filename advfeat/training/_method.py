@@ -14,7 +14,7 @@ from advfeat import checks
 from advfeat.attacks import PGD
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy, robust_accuracy
-from advfeat.model import Precision
+from advfeat.model import Extras, Precision
 from advfeat.threat import Bounds
 from advfeat.training._batches import TrainBatch
 
@@ -31,6 +31,7 @@ class Example(NamedTuple):
     labels: Tensor  # (N,) class indices
     targets: Tensor  # the same, or (N, C) class probabilities
     weights: Tensor | None  # (N,)
+    extras: Extras  # further arguments of forward, (N, ...) each
 
 
 class TrainingMethod:
@@ -126,4 +127,4 @@ def scaled(attack: PGD, factor: float) -> PGD:
 def as_example(inputs: tuple[Tensor, ...], batch: TrainBatch) -> Example:
     """Return inputs with the labels and weights of their batch."""
     targets = batch.labels if batch.targets is None else batch.targets
-    return Example(inputs, batch.labels, targets, batch.weights)
+    return Example(inputs, batch.labels, targets, batch.weights, batch.extras or {})

@@ -79,9 +79,9 @@ class OverfittingGuard:
         strong = PGD(eps=training.eps, norm=training.norm, steps=_STEPS, bounds=training.bounds)
         attacked = (
             self._method.perturb(model, batch, step),
-            strong(model, batch.inputs, batch.labels),
+            strong(model, batch.inputs, batch.labels, extras=batch.extras),
         )
-        with attackable(model) as net:
+        with attackable(model) as net, net.given(batch.extras):
             right = [(net.logits(inputs).argmax(1) == batch.labels).sum() for inputs in attacked]
         counts = torch.stack([*right, torch.full_like(right[0], len(batch.labels))])
         one, many, total = self._process.all_reduce_sum(counts * (not batch.idle)).tolist()

@@ -61,9 +61,11 @@ class PGDTraining(AdversarialMethod):
         ids = batch.place[clean:].to(batch.inputs.device) + (step << 32)
         with attackable(model, precision=self._precision, train=self._mode == "train") as net:
             inputs = net.prepare(batch.inputs[clean:]).clamp_(*self.bounds)
-            attacked = Batch(inputs, batch.labels[clean:], ids)
+            extras = {n: v[clean:] for n, v in (batch.extras or {}).items()}
+            attacked = Batch(inputs, batch.labels[clean:], ids, extras=extras or None)
             targets = None if batch.targets is None else batch.targets[clean:]
-            attack = self.step_attack(net, inputs, targets)
+            with net.given(attacked.extras):
+                attack = self.step_attack(net, inputs, targets)
             if self.starts_beside_input and not attack.is_random:
                 attacked = attacked._replace(start=self._start_beside(attack, attacked))
             return attack.result(attack_batch(attack, net, attacked))

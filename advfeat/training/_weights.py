@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from advfeat.model import Precision, averaging
+from advfeat.model import Extras, Precision, averaging
+
+# What went through the model in one pass.
+Seen: TypeAlias = tuple[tuple[Tensor, ...], Extras]
 
 
 class Average:
@@ -29,7 +33,7 @@ class Average:
         self._learning = [m for m in self.module.modules() if m.training]
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int, batches: Iterable[tuple[Tensor, ...]]) -> None:
+    def update(self, module: nn.Module, step: int, batches: Iterable[Seen]) -> None:
         """Move towards the module, and let BatchNorm see what the module was trained on."""
         weight = 1 - min(self._decay, (1 + step) / (10 + step))
         for own, other in zip(self.module.parameters(), module.parameters(), strict=True):
@@ -39,8 +43,8 @@ class Average:
             if id(mine) not in learned:
                 mine.copy_(its)
         if learned:
-            for inputs in batches:
-                self._called(*inputs)
+            for inputs, extras in batches:
+                self._called(*inputs, **extras)
 
 
 @contextmanager

@@ -1,0 +1,173 @@
+"""Further arguments of a module's forward: entries of a batch that go with its samples."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from advfeat import checks
+from advfeat.model.access import innermost
+
+Extras: TypeAlias = Mapping[str, Tensor]
+
+
+class ExtraArguments:
+    """The further arguments that a module's forward takes, for the samples of a batch.
+
+    Every call of the module gets those of its own samples: `given` says which samples these are,
+    and `selected` narrows them down.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._names, self._takes_any = forward_names(innermost(module))
+        if input_name(module, None) == "inputs_embeds":
+            self._names.discard("input_ids")  # what the inputs stand for
+        self._current: dict[str, Tensor] = {}
+
+    def expect(self, extras: Mapping[str, Any] | None) -> None:
+        """Refuse arguments that the user gives and forward does not take."""
+        for name in extras or ():
+            if self._takes_any:
+                self._names.add(name)
+            elif name not in self._names:
+                near = difflib.get_close_matches(name, self._names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                checks.fail("extras", name, f"forward takes no argument of this name{hint}")
+
+    def choose(self, entries: Mapping[str, Any] | None, inputs: Tensor) -> dict[str, Tensor] | None:
+        """Those of the entries of a batch that forward takes, ``(N, ...)`` each, on the device."""
+        chosen = {}
+        for name, value in (entries or {}).items():
+            if value is None or name not in self._names:
+                continue
+            tensor = _as_tensor(value)
+            if tensor is None or tensor.shape[:1] != inputs.shape[:1]:
+                shape = type(value).__name__ if tensor is None else tuple(tensor.shape)
+                checks.fail(
+                    f"{name} of a batch",
+                    shape,
+                    "the model's forward takes an argument of this name, so it is passed on with "
+                    f"the samples; expected a tensor ({len(inputs)}, ...). Rename the entry, or "
+                    "leave it out, if it is none of the model's",
+                )
+            chosen[name] = tensor.to(inputs.device)
+        return chosen or None
+
+    @contextmanager
+    def given(self, extras: Extras | None) -> Iterator[None]:
+        """Arguments of the samples that are passed to the model inside."""
+        before, self._current = self._current, dict(extras or {})
+        try:
+            yield
+        finally:
+            self._current = before
+
+    @contextmanager
+    def selected(self, chosen: Tensor | slice) -> Iterator[None]:
+        """Those of these samples, which alone are passed to the model inside."""
+        with self.given({name: value[chosen] for name, value in self._current.items()}):
+            yield
+
+    def of(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The arguments to pass beside these inputs."""
+        for name, value in self._current.items():
+            assert len(value) == len(inputs), (name, len(value), len(inputs))
+        return self._current
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is passed now."""
+        return tuple(self._current)
+
+
+class ByName(nn.Module):
+    """A module that takes its inputs by name: ``inputs_embeds`` in place of ``input_ids``."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, inputs: Tensor, **extras: Tensor) -> Any:
+        """Call the module."""
+        return self.module(**{self.name: inputs}, **extras)
+
+
+def input_name(module: nn.Module, entries: Mapping[str, Any] | None) -> str | None:
+    """The name by which a module must get its inputs; None where it takes them first.
+
+    A floating-point input of a language model is its ``inputs_embeds``. In a batch that is a
+    mapping, the entry that is None stands for the inputs.
+    """
+    parameters = _parameters(innermost(module))
+    positional = [
+        p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if positional[:1] == ["input_ids"] and "inputs_embeds" in names:
+        return "inputs_embeds"
+    own = next((name for name, value in (entries or {}).items() if value is None), None)
+    if own in names and positional[:1] != [own]:
+        return own
+    takes_positional = positional or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    return None if takes_positional or len(names) != 1 else names[0]
+
+
+def forward_names(module: nn.Module) -> tuple[set[str], bool]:
+    """Names of the arguments of forward but the first, and whether it takes any name.
+
+    Where it passes ``**kwargs`` on, those of the modules inside count too.
+    """
+    parameters = _parameters(module)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    names = {p.name for p in named}
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    if takes_any:
+        for child in module.children():
+            names |= forward_names(child)[0] - _first(child)
+    return names, takes_any
+
+
+def argument_names(function: Any) -> set[str]:
+    """Names of the arguments of a function but the first."""
+    try:
+        return set(list(inspect.signature(function).parameters)[1:])
+    except (TypeError, ValueError):
+        return set()
+
+
+def _first(module: nn.Module) -> set[str]:
+    return {p.name for p in _parameters(module)[:1]}
+
+
+def _parameters(module: nn.Module) -> Sequence[inspect.Parameter]:
+    """The parameters of a module's forward, without ``self``."""
+    forward: Any = module.forward
+    if isinstance(module, torch.jit.ScriptModule):
+        try:
+            arguments = forward.schema.arguments[1:]
+        except (AttributeError, RuntimeError):
+            return ()
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return [inspect.Parameter(a.name, kind) for a in arguments]
+    try:
+        return list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):
+        return ()
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    """An array, or a list of numbers, as a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return None
+    return torch.from_numpy(array) if array.dtype.kind in "fiub" and array.ndim else None

@@ -7,9 +7,11 @@ which is exact and equal on every device.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +110,21 @@ def default_generators(seed: int, draw: int, device: torch.device) -> Iterator[N
         for gpu in devices:
             torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(number).get_state(), gpu)
         yield
+
+
+@contextmanager
+def all_generators(seed: int, draw: int, device: torch.device) -> Iterator[None]:
+    """As `default_generators`, and those of Python and NumPy too."""
+    own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - what models draw from
+    number = derive(seed, draw)
+    with default_generators(seed, draw, device):
+        try:
+            random.seed(number)
+            np.random.seed(number % 2**32)  # noqa: NPY002
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(numpys)  # noqa: NPY002
 
 
 def _mix(value: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.metrics._accuracy import CleanPass, places, tensor
 from advfeat.metrics._outcome import Accuracy
+from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable
 from advfeat.results import Result
 from advfeat.suggestions import suggests
@@ -152,10 +153,12 @@ def robustness_curve(
             )
         checks.own_bounds(bounds, each.bounds)
     checks.seed(seed)
-    number = seeding.resolve(seed)
-    attacks = tuple(each for each in seed_attacks(attacks, number) if isinstance(each, MinimumNorm))
     checks.model(model)
     source = Source(data, batch_size)
+    shared = SharedSamples(source, "robustness_curve")
+    progress = progress if shared.process.is_first else False
+    number = seeding.resolve(shared.seed(seed))
+    attacks = tuple(each for each in seed_attacks(attacks, number) if isinstance(each, MinimumNorm))
     clean = CleanPass(source, model, attacks[0].bounds, "robustness curve", progress)
     ids, found, unresolved = array("q"), array("f"), array("b")
     with attackable(model, precision=precision, expectation=expectation) as net:
@@ -167,14 +170,15 @@ def robustness_curve(
             found.extend(distance[:count].tolist())
     distances = torch.zeros(clean.index.shape, dtype=torch.float32, device="cpu")
     distances[places(clean.index, tensor(ids))] = tensor(found)
-    if sum(unresolved) > _UNRESOLVED_SAMPLES * len(unresolved):
+    index, distances = shared.gather(clean.index, distances)
+    if shared.sum(sum(unresolved)) > _UNRESOLVED_SAMPLES * max(1, shared.sum(len(unresolved))):
         warnings.warn(
             "the logits are so large that float32 rounds away their differences near the "
             "boundary, and distances are too long; remove what all logits have in common (an "
             "offset), or evaluate in float64: model.double() and float64 inputs",
             stacklevel=2,
         )
-    return RobustnessCurve(distances, clean.index, norm)
+    return RobustnessCurve(distances, index, norm)
 
 
 def _default_attacks(norm: Norm, bounds: Bounds) -> tuple[tuple[MinimumNorm, ...], MinimumNorm]:
@@ -228,7 +232,10 @@ def _closest(
         closer = threat.per_sample(state.distance < distance, closest)
         closest = torch.where(closer, polish.result(state), closest)
     wrong = is_success(net.logits(closest), batch.labels, False)
-    return torch.where(wrong, threat.size(closest - batch.inputs, norm), torch.inf)
+    distance = threat.size(closest - batch.inputs, norm)
+    # All of them are right on the clean input, whatever a random model says when asked again.
+    smallest = torch.finfo(distance.dtype).tiny
+    return torch.where(wrong, distance.clamp_min(smallest), torch.inf)
 
 
 def _shrunk(

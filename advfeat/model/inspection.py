@@ -37,10 +37,18 @@ NO_GRADIENT = (
     "gradient attacks cannot move, and robustness measured so means nothing; attack a "
     "differentiable version of the model, or use advfeat.attacks.Square"
 )
-# Functions whose values are between 0 and 1, or become so by a shift, by autograd's name.
-_BOUNDED = ("Sigmoid", "Hardsigmoid", "Softmax", "Tanh", "Hardtanh", "Clamp", "Exp")
-# As many functions from the output one of them is looked for.
+# Functions whose values are between 0 and 1, by autograd's name, and those that become so by a
+# shift, or by their own limits.
+_BETWEEN_0_AND_1 = ("Sigmoid", "Hardsigmoid", "Softmax", "Exp")
+_SHIFTED, _LIMITED = ("Tanh",), ("Hardtanh", "Clamp")
+# As many functions from the output one of them is looked for, through these: the linear layer of
+# a network with sigmoid units returns no probabilities.
 _NEAR_THE_OUTPUT = 5
+_PASSED = (
+    *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Mean", "Sum", "Stack", "Cat", "ToCopy", "Clone"),
+    *("View", "Reshape", "Unsafe", "Squeeze", "Unsqueeze", "Slice", "Select", "Permute", "Alias"),
+    *("Transpose", "TBackward", "Expand", "Unbind", "Split", "Index"),
+)
 # Fraction of the samples from which on a gradient of zero, or a lost margin, is worth a warning.
 _FRACTION = 0.1
 # Fraction of the bounds that data must use.
@@ -273,27 +281,47 @@ def _find_probabilities(forward: Forward, look: _Look) -> FromProbabilities | No
 
 
 def _are_distributions(values: Tensor, dtype: torch.dtype) -> bool:
-    values = values.detach()
+    grad_fn, values = values.grad_fn, values.detach()
     total = values.sum(1)
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
     mean = total.mean()
     level = bool(((total - mean).abs() <= tolerance * mean).all())
     # A constant model adds up too, whatever its outputs are.
-    varies = len(values) == 1 or bool((values - values[:1]).abs().amax() > 10 * tolerance * mean)
-    is_one = bool((mean - 1).abs() <= tolerance)
-    return level and (varies or is_one) and bool((values >= 0).all()) and bool(mean > 0)
+    varies = bool((values - values[:1]).abs().amax() > 10 * tolerance * mean)
+    return (
+        level
+        and bool((values >= 0).all())
+        and bool(mean > 0)
+        and (varies or _ends_between_0_and_1(grad_fn))
+    )
 
 
 def _are_single_probabilities(look: _Look) -> bool:
     values = look.logits.detach()
-    if not bool(((values >= 0) & (values <= 1)).all()):
-        return False
-    node = look.logits.grad_fn
+    inside = bool(((values >= 0) & (values <= 1)).all())
+    return inside and _ends_between_0_and_1(look.logits.grad_fn)
+
+
+def _ends_between_0_and_1(node: Any) -> bool:
+    """Whether the last functions of a model leave values between 0 and 1, whatever comes in."""
+    shifted = False
     for _ in range(_NEAR_THE_OUTPUT):
         if node is None:
             return False
-        if node.name().startswith(_BOUNDED):
+        name = node.name()
+        if name.startswith(_BETWEEN_0_AND_1):
             return True
+        if name.startswith(_SHIFTED):
+            return shifted
+        if name.startswith(_LIMITED):
+            limits = [
+                getattr(node, f"_saved_{end}", getattr(node, f"_saved_{end}_val", None))
+                for end in ("min", "max")
+            ]
+            return shifted or limits == [0, 1]
+        if not name.startswith(_PASSED):
+            return False
+        shifted |= name.startswith(("Add", "Sub", "Rsub"))
         node = next((n for n, _ in node.next_functions if n is not None), None)
     return False
 

@@ -248,11 +248,16 @@ class Network:
         return torch.zeros_like(leaf)
 
     def _logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        return self._mean_of_draws(self._one_draw, inputs, low_precision)
+
+    def _mean_of_draws(
+        self, draw: Callable[[Tensor, bool], Tensor], inputs: Tensor, low_precision: bool
+    ) -> Tensor:
         if self._expectation == 1:
-            return self._one_draw(inputs, low_precision)
+            return draw(inputs, low_precision)
         # The same draws in every call: the average is a function then, and verdicts repeat.
-        with seeding.default_generators(0, 0, inputs.device):
-            draws = [self._one_draw(inputs, low_precision) for _ in range(self._expectation)]
+        with seeding.all_generators(0, 0, inputs.device):
+            draws = [draw(inputs, low_precision) for _ in range(self._expectation)]
         return torch.stack(draws).mean(0)
 
     def _one_draw(self, inputs: Tensor, low_precision: bool) -> Tensor:
@@ -272,6 +277,9 @@ class Network:
             return self._logits(inputs, low_precision)
 
     def _features(self, inputs: Tensor, low_precision: bool) -> Tensor:
+        return self._mean_of_draws(self._features_once, inputs, low_precision)
+
+    def _features_once(self, inputs: Tensor, low_precision: bool) -> Tensor:
         output = self._call(self._layer_call, inputs, low_precision)
         if not isinstance(output, Tensor) or output.shape[:1] != inputs.shape[:1]:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

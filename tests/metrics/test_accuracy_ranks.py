@@ -16,9 +16,10 @@ import advfeat as af
 
 COUNT, EPS = 23, 0.1
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
+]
 
 
 class Counting(nn.Module):

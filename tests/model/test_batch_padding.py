@@ -92,3 +92,38 @@ def test_the_first_error_is_told_where_padding_does_not_help():
 
     with pytest.raises(RuntimeError, match="the user's own mistake"):
         af.accuracy(Broken(), data())
+
+
+class OwnError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", [OwnError, ValueError, RuntimeError, KeyError])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_an_error_of_the_users_comes_as_it_was_raised(kind, batch_size):
+    class Broken(nn.Module):
+        raised = None
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            error = kind("the user's own mistake")
+            Broken.raised = Broken.raised or error
+            raise error
+
+    model = Broken()
+    x, y = data()[:batch_size]
+    with pytest.raises(kind) as caught:
+        af.pgd(model, x, y, eps=0.1, norm="l2")
+    assert caught.value is Broken.raised
+    assert caught.value.__context__ is None
+    assert caught.traceback[-1].name == "forward"
+    if kind in (OwnError, KeyError):
+        assert model.calls == 1
+
+
+def test_copies_of_a_single_sample_are_no_batch_to_take_statistics_of():
+    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
+    x, y = data()[:1]
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        af.PGD(eps=0.1, norm="l2")(model.train(), x, y, train=True)

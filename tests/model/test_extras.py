@@ -15,6 +15,8 @@ from advfeat.training import Options
 COUNT, LENGTH, WIDTH, CLASSES = 30, 6, 3, 3
 EPS = 0.02
 
+MARGIN = attacks.PGD(eps=EPS, norm="linf", steps=8, loss="margin")
+
 
 class Masked(nn.Module):
     """Linear in the inputs that the mask keeps; without a mask, in all of them."""
@@ -70,8 +72,8 @@ def case(make):
     mask = (torch.arange(LENGTH) < lengths[:, None]).long()
     extra = mask if make is Masked else lengths
     with torch.no_grad():
-        if make is Recurrent:  # so that each class occurs
-            model.head.bias -= model(x, extra).mean(0) / 20
+        # So that each class occurs.
+        model.head.bias -= model(x, extra).mean(0) / (20 if make is Recurrent else 1)
         y = model(x, extra).argmax(1)
     return model, x, extra, y
 
@@ -119,16 +121,18 @@ def test_masked_model_has_its_exact_robust_accuracy(batch_size):
     assert (model(x).argmax(1) == y).float().mean() < 0.8  # without the mask
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        robust = af.robust_accuracy(model, data, eps=EPS, norm="linf", seed=0)
+        robust = af.robust_accuracy(model, data, attack=MARGIN)
     assert torch.equal(robust.correct, distance > EPS)
     assert 0.1 < robust < 0.9
 
 
 def test_masked_model_has_its_exact_curve():
     model, x, mask, y = case(Masked)
-    curve = robustness_curve(model, loader(model, x, mask, y), norm="linf")
+    curve = robustness_curve(
+        model, loader(model, x, mask, y), norm="linf", attack=attacks.FMN(norm="linf", steps=60)
+    )
     torch.testing.assert_close(
-        curve.distance, exact_distance(model, x, mask, y), rtol=2e-3, atol=1e-5
+        curve.distance, exact_distance(model, x, mask, y), rtol=0.02, atol=1e-4
     )
 
 
@@ -295,7 +299,7 @@ def test_ways_to_name_arguments(kind):
     }[kind]()
     data = Entries(x, y, attention_mask=mask.numpy())
     exact = exact_distance(plain, x, mask, y) > EPS
-    robust = af.robust_accuracy(model, data, eps=EPS, norm="linf", steps=8, batch_size=8)
+    robust = af.robust_accuracy(model, data, attack=MARGIN, batch_size=8)
     assert robust.standard == 1.0
     assert torch.equal(robust.correct, exact)
     if kind != "by name":

@@ -324,3 +324,30 @@ def test_a_model_that_writes_to_its_inputs(change, attack):
     }
     assert torch.equal(runs[attack](model), runs[attack](safe))
     assert torch.equal(x, X)
+
+
+FALSE_ALARMS = {
+    "constant": lambda z: 0 * z + torch.tensor([1.0, 0.0, 0.0, 0.0]),
+    "tanh of positive": lambda z: (z - z.amin() + 0.1).tanh(),
+    "hardtanh of positive": lambda z: F.hardtanh(0.1 + (z - z.amin()) / 20),
+    "bounded above 1": lambda z: z.clamp(0, 6) / 10,
+    "linear layer on probabilities": lambda z: 0.3 + z.sigmoid() @ torch.eye(4) / 4,
+}
+
+
+@pytest.mark.parametrize("name", FALSE_ALARMS)
+def test_scores_between_0_and_1_are_no_probabilities(name):
+    model = Function(after=FALSE_ALARMS[name])
+    with torch.no_grad():
+        out = model(X)
+    assert ((out >= 0) & (out <= 1)).all()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        af.pgd(model, X, out.argmax(1), eps=0.01, norm="linf", steps=1)
+    assert not [w for w in caught if "probabilities" in str(w.message)]
+
+
+def test_saturated_probabilities_of_one_class_are_recognised():
+    model = Function(after=lambda z: (z + torch.tensor([500.0, 0, 0, 0])).softmax(1))
+    with pytest.warns(ResultWarning, match="probabilities"):
+        af.pgd(model, X, torch.zeros(24, dtype=torch.int64), eps=0.01, norm="linf", steps=1)

@@ -141,12 +141,12 @@ def _warn_of_unmoved(attack: Any, net: Network, batch: Batch, adversarial: Tenso
     eps = getattr(attack, "eps", None)
     same = is_unmoved(adversarial, batch.inputs)
     same = same if eps is None else same & (per_sample_eps(eps, batch.inputs) > 0)
-    chosen = same.nonzero().squeeze(1)
-    if not len(chosen):
+    if not bool(same.any()):
         return
-    with net.given(batch.extras), net.selected(chosen):
-        logits = net.logits(adversarial[chosen])
-    count = int((~is_success(logits, batch.labels[chosen], attack.targeted)).sum())
+    # Of the whole batch, for a random model's numbers belong to places in it.
+    with net.given(batch.extras):
+        logits = net.logits(adversarial)
+    count = int((same & ~is_success(logits, batch.labels, attack.targeted)).sum())
     if count:
         warn_of_unmoved(count, len(same))
 

@@ -258,14 +258,14 @@ def _rounding(module: nn.Module, look: _Look) -> Tensor:
 
 def _find_probabilities(forward: Forward, look: _Look) -> FromProbabilities | None:
     """Warn of outputs that are probabilities, and return what makes logits of them."""
-    if not _are_distributions(look.logits, look.dtype):
+    if not _are_distributions(look.logits, look):
         found = _to_logit if _are_single_probabilities(look) else None
         kind = "each in [0, 1], from a sigmoid or clamp"
     else:
         # One-hot inputs of a linear model add up too, but not when they are scaled.
         scaled = _look(forward, 0.7 * look.inputs.detach())
         same = scaled is not None and _are_distributions(
-            torch.cat([scaled.logits, look.logits]), look.dtype
+            torch.cat([scaled.logits, look.logits]), look
         )
         found = _to_log if same else None
         kind = "not negative, with a constant sum"
@@ -280,10 +280,10 @@ def _find_probabilities(forward: Forward, look: _Look) -> FromProbabilities | No
     return found
 
 
-def _are_distributions(values: Tensor, dtype: torch.dtype) -> bool:
-    grad_fn, values = values.grad_fn, values.detach()
+def _are_distributions(values: Tensor, look: _Look) -> bool:
+    values = values.detach()
     total = values.sum(1)
-    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps)
+    tolerance = max(1e-4, 4 * torch.finfo(look.dtype).eps)
     mean = total.mean()
     level = bool(((total - mean).abs() <= tolerance * mean).all())
     # A constant model adds up too, whatever its outputs are.
@@ -292,7 +292,7 @@ def _are_distributions(values: Tensor, dtype: torch.dtype) -> bool:
         level
         and bool((values >= 0).all())
         and bool(mean > 0)
-        and (varies or _ends_between_0_and_1(grad_fn))
+        and (varies or _ends_between_0_and_1(look.logits.grad_fn))
     )
 
 

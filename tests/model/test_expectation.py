@@ -121,7 +121,7 @@ def test_the_average_of_many_calls_is_the_model_without_noise(noise):
     exact = af.robust_accuracy(plain, TensorDataset(X, y), eps=EPS, norm="linf", seed=0)
     before = states()
     settings = {"eps": EPS, "norm": "linf", "steps": 5, "seed": 0}
-    found = af.robust_accuracy(model, TensorDataset(X, y), expectation=300, **settings)
+    found = af.robust_accuracy(model, TensorDataset(X, y), expectation=100, **settings)
     assert same_states(before)
     assert abs(found - exact) <= 2 / len(X)
     with pytest.warns(ResultWarning, match="expectation=k"):

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import advfeat as af
 from advfeat import attacks
+from advfeat.analysis import mistakes
 from advfeat.metrics import diagnose, robustness_curve, transfer_matrix
 from advfeat.training import Options
 
@@ -136,25 +137,26 @@ def test_masked_model_has_its_exact_curve():
     )
 
 
-@pytest.mark.parametrize("version", ["fast", "strong"])
-def test_samples_keep_their_lengths_in_the_pool(version):
+def test_samples_keep_their_lengths_in_the_pool():
     """Samples leave one by one and others take their places; the result is that of each alone."""
     model, x, lengths, y = case(Recurrent)
-    attack = attacks.AutoAttack(eps=EPS, norm="l2", version=version, seed=3)
-    if version == "strong":
-        attack = [attacks.FMN(eps=EPS, norm="l2", steps=20), attacks.Square(
-            eps=EPS, norm="l2", queries=30, seed=1)]  # fmt: skip
+    ball = {"eps": EPS, "norm": "l2"}
+    several = [
+        attacks.APGD(**ball, steps=5, targets=2, seed=1),
+        attacks.SmoothedPGD(**ball, steps=5, seed=1),
+        attacks.FMN(**ball, steps=8),
+        attacks.Square(**ball, queries=20, seed=1),
+    ]
     data = Entries(x, y, lengths=lengths)
     found = [
-        af.robust_accuracy(model, data, attack=attack, batch_size=size).correct for size in (5, 30)
+        af.robust_accuracy(model, data, attack=several, batch_size=size) for size in (5, COUNT)
     ]
-    assert torch.equal(*found)
-    if version == "fast":
-        attack = attacks.PGD(eps=EPS, norm="l2", steps=10)
-        found[0] = af.robust_accuracy(model, data, attack=attack, batch_size=7).correct
-        alone = robust_one_by_one(model, x, lengths, y, attack.stop_at_success())
-        assert torch.equal(found[0], alone)
-    assert 0 < found[0].sum() < COUNT
+    assert torch.equal(found[0].broken_by, found[1].broken_by)
+    attack = attacks.PGD(**ball, steps=6)
+    robust = af.robust_accuracy(model, data, attack=attack, batch_size=7)
+    alone = robust_one_by_one(model, x, lengths, y, attack.stop_at_success())
+    assert torch.equal(robust.correct, alone)
+    assert 0 < robust.count < COUNT
 
 
 FUNCTIONS = {
@@ -178,7 +180,7 @@ def test_extras_of_the_attack_functions(name):
     assert (made - x).abs().max() <= EPS + 1e-6
     robust = model(made, mask).argmax(1) == y
     exact = exact_distance(model, x, mask, y) > EPS
-    assert (robust == exact).float().mean() >= (0.85 if name == "square" else 0.97)
+    assert (robust == exact).float().mean() >= (0.85 if name == "square" else 0.95)
     assert not (exact & ~robust).any()
 
 
@@ -210,7 +212,7 @@ def test_transfer_diagnose_and_mistakes():
     found = diagnose(model, data, eps=EPS, norm="linf", samples=20, queries=10)
     assert "ok      random_predictions" in str(found)
     with pytest.raises(ValueError, match="makes no mistake"):
-        af.analysis.mistakes(model, data)
+        mistakes(model, data)
 
 
 def test_constructions():
@@ -241,7 +243,7 @@ def test_training_passes_them_on(objective):
     x = (0.5 + 0.6 * (mean - 0.5))[:, :, None].expand(-1, -1, WIDTH).contiguous()
     model = Masked()
     data = Entries(x, y, attention_mask=mask)
-    settings = {"epochs": 20, "optimizer": torch.optim.Adam(model.parameters(), 0.03), "seed": 0}
+    settings = {"epochs": 12, "optimizer": torch.optim.Adam(model.parameters(), 0.15), "seed": 0}
     if objective == "fit":
         options = Options(accumulate=2, ema=0.5)
         history = af.fit(model, data, options=options, validation=data, batch_size=16, **settings)
@@ -258,9 +260,9 @@ def test_training_passes_them_on(objective):
 class Embedded(nn.Module):
     """As a language model of transformers: tokens first, or embeddings by name."""
 
-    def __init__(self):
+    def __init__(self, masked):
         super().__init__()
-        self.masked, self.table = Masked(), nn.Embedding(5, WIDTH)
+        self.masked, self.table = masked, nn.Embedding(5, WIDTH)
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None):
         assert labels is None
@@ -291,7 +293,7 @@ class Keywords(nn.Module):
 def test_ways_to_name_arguments(kind):
     plain, x, mask, y = case(Masked)
     model = {
-        "embeddings": Embedded,
+        "embeddings": lambda: Embedded(plain),
         "kwargs": lambda: Passing(plain),
         "normalised": lambda: af.Normalize(plain, 0.0, 1.0),
         "compiled": lambda: torch.compile(plain, backend="eager"),
@@ -306,7 +308,7 @@ def test_ways_to_name_arguments(kind):
         made = af.pgd(
             model, x, y, eps=EPS, norm="linf", loss="margin", extras={"attention_mask": mask}
         )
-        assert ((plain(made, mask).argmax(1) == y) == exact).float().mean() > 0.97
+        assert ((plain(made, mask).argmax(1) == y) == exact).float().mean() > 0.95
 
 
 def test_an_entry_that_is_no_tensor():

@@ -23,7 +23,16 @@ from advfeat.study._advice import (
     MOST_DISTANCE,
 )
 from advfeat.study._data import dataset_of
-from advfeat.study._pilot import BATCH, MOMENTUM, STEPS, Pilot, epochs_for, shift_batch
+from advfeat.study._pilot import (
+    BATCH,
+    MOMENTUM,
+    RATE,
+    STEPS,
+    Pilot,
+    epochs_for,
+    shift_batch,
+    warmup_for,
+)
 from advfeat.study._recipe import Recipe
 from advfeat.tables import Table, table
 from advfeat.threat import Bounds, Norm
@@ -33,7 +42,9 @@ _TARGETED = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)  # of targeted perturbati
 _LENGTHS = (20, 40, 80, 160, 320)  # steps of inversion
 _GOOD_DISTANCE, _STEP = 0.10, 0.05
 _MANY = 20_000  # training samples from which one start for each image is enough
-_WORTHWHILE = 0.02  # accuracy that a smaller ball must gain
+_WORTHWHILE = 0.02  # accuracy that a smaller ball, or a lower rate, must gain
+_LOWER = 0.3  # a lower rate, as a fraction
+_ACCURATE = 0.9  # a standard model for which no lower rate is tried
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,8 +91,14 @@ class Calibration(Result):
         targeted = {"eps": c["targeted_eps"], "steps": 20}
         light = {"augment": shift_batch if c["images"] else None, "epochs": c["epochs"]}
         return Recipe(
-            standard={"lr": 0.1, "schedule": "one_cycle", **light},
-            robust={"eps": c["eps"], "steps": 3, "step_size": c["eps"] / 2},
+            standard={"lr": c["lr"], "schedule": "one_cycle", **light},
+            robust={
+                "eps": c["eps"],
+                "steps": 3,
+                "step_size": c["eps"] / 2,
+                "lr": c["robust_lr"],
+                "warmup": warmup_for(c["epochs"]),
+            },
             sets={
                 "D_R": inversion,
                 "D_R control": {},
@@ -91,7 +108,7 @@ class Calibration(Result):
                 "D_det": targeted,
                 "D_det control": {},
             },
-            fresh={"D_rand": {"lr": 0.02}},
+            fresh={"D_rand": {"lr": c["lr"] / 5}},
             rows=rows,
         )
 
@@ -127,9 +144,11 @@ def calibrate(
 
     On at most 2,000 training samples a standard and a robust model are trained, and on 500 held
     out of them is measured: whether the robust model is accurate enough to be a control (else its
-    ball is made smaller), and at which radius it is furthest above the standard one; with which
-    radius targeted perturbations reach their target on the standard model and not on the robust
-    one; and how many steps an inversion needs. `run` does this for ``recipe="auto"``.
+    learning rate is lowered, then its ball), and at which radius it is furthest above the standard
+    one; with which radius targeted perturbations reach their target on the standard model and not
+    on the robust one; how many steps an inversion needs; and, with these settings on at most 1,000
+    samples, what D_R and D_det teach more than their controls. `run` does this for
+    ``recipe="auto"``.
 
     Parameters
     ----------
@@ -180,10 +199,13 @@ class _Choice:
     def calibration(self) -> Calibration:
         """Choose one setting after the other."""
         pilot = self.pilot
-        standard = pilot.fitted(None)
-        robust, train_eps = self._robust_model(standard)
-        choices: dict[str, Any] = {"eps": train_eps, "images": pilot.is_images}
-        choices["at"] = self._radii(standard, robust)
+        standard, lr = self._standard_model()
+        robust, train_eps, robust_lr = self._robust_model(standard, lr)
+        choices: dict[str, Any] = {
+            "lr": lr, "robust_lr": robust_lr, "eps": train_eps, "images": pilot.is_images
+        }  # fmt: skip
+        widest = self._widest(standard, robust)
+        choices["at"] = sorted({widest, self.eps})
         choices["targeted_eps"] = self._targeted(standard, robust)
         choices["steps"], choices["step_size"] = self._inversion(standard, robust)
         choices["epochs"] = epochs_for(pilot.count)
@@ -195,32 +217,59 @@ class _Choice:
             f"{choices['starts']} starts for each image of D_R and D_NR, at equal steps: "
             f"{pilot.count} training samples"
         )
+        self._trial(standard, robust, widest, choices)
         return Calibration(choices, tuple(self.reasons), tuple(self.warnings), self.tables)
 
-    def _robust_model(self, standard: nn.Module) -> tuple[nn.Module, float]:
-        """Train in a ball in which the model stays accurate; a smaller one only if that helps."""
-        pilot, eps = self.pilot, self.eps
-        least = float(accuracy(standard, pilot.held_out, progress=False))
-        robust = pilot.fitted(eps)
-        reached = float(accuracy(robust, pilot.held_out, progress=False))
+    def _accuracy(self, model: nn.Module) -> float:
+        return float(accuracy(model, self.pilot.held_out, progress=False))
+
+    def _standard_model(self) -> tuple[nn.Module, float]:
+        """Learn at the usual rate; at a lower one where that is more accurate."""
+        lr = RATE
+        model = self.pilot.fitted(None)
+        reached = self._accuracy(model)
+        for lower in (_LOWER * RATE, _LOWER**2 * RATE):
+            if reached >= _ACCURATE:
+                break
+            other = self.pilot.fitted(None, lower)
+            found = self._accuracy(other)
+            if found < reached + _WORTHWHILE:
+                break
+            model, lr, reached = other, lower, found
+        self.reasons.append(f"learning rate {lr:g}: {reached:.1%} accurate, held out")
+        return model, lr
+
+    def _robust_model(self, standard: nn.Module, lr: float) -> tuple[nn.Module, float, float]:
+        """Train so that the model stays accurate: at a lower rate or in a smaller ball, if needed.
+
+        Either only if that helps.
+        """
+        pilot, eps, least = self.pilot, self.eps, self._accuracy(standard)
+        robust = pilot.fitted(eps, lr)
+        reached = self._accuracy(robust)
+        if reached < LEAST_ACCURACY * least:
+            other = pilot.fitted(eps, _LOWER * lr)
+            found = self._accuracy(other)
+            if found >= reached + _WORTHWHILE:
+                robust, lr, reached = other, _LOWER * lr, found
         for smaller in (0.7 * self.eps, 0.5 * self.eps):
             if reached >= LEAST_ACCURACY * least:
                 break
-            other = pilot.fitted(smaller)
-            found = float(accuracy(other, pilot.held_out, progress=False))
+            other = pilot.fitted(smaller, lr)
+            found = self._accuracy(other)
             if found < reached + _WORTHWHILE:
                 break
             robust, eps, reached = other, smaller, found
         text = f"held out, the robust model is {reached:.1%} accurate, the standard one {least:.1%}"
-        self.reasons.append(f"train in {pilot.norm} {eps:.3g}: {text}")
+        self.reasons.append(f"train in {pilot.norm} {eps:.3g} at a rate of {lr:g}: {text}")
         if reached < LEAST_ACCURACY * least:
             self.warnings.append(
                 f"In {pilot.norm} {eps:.3g} {text}: below {LEAST_ACCURACY:.0%} of it, and a "
                 "smaller ball did not help enough. A weak source is a control for the wrong reason."
             )
-        return robust, eps
+        return robust, eps, lr
 
-    def _radii(self, standard: nn.Module, robust: nn.Module) -> list[float]:
+    def _widest(self, standard: nn.Module, robust: nn.Module) -> float:
         """Report where the robust model is furthest above the standard one, and at eps."""
         radii = [float(f"{self.eps * factor:.3g}") for factor in _RADII]
         curves = [self.pilot.curve(model, radii) for model in (standard, robust)]
@@ -244,7 +293,7 @@ class _Choice:
                 "model and eps, lack the gap that the paper builds on; D_R can hardly be more "
                 "robust than its control."
             )
-        return sorted({radius, self.eps})
+        return radius
 
     def _targeted(self, standard: nn.Module, robust: nn.Module) -> float:
         """The radius at which targets are reached on the standard model and not on the robust."""
@@ -304,3 +353,23 @@ class _Choice:
                 "starts. Give more steps, or another layer."
             )
         return steps, step_size
+
+    def _trial(
+        self, standard: nn.Module, robust: nn.Module, radius: float, choices: dict[str, Any]
+    ) -> None:
+        """Try it all on few samples: what D_R and D_det teach more than their controls."""
+        pilot, lr = self.pilot, choices["lr"]
+        inversion = {name: choices[name] for name in ("steps", "step_size", "starts")}
+        count, d_r = pilot.try_inverted(robust, lr, radius, momentum=MOMENTUM, **inversion)
+        d_det = pilot.try_targeted(standard, robust, lr, choices["targeted_eps"])
+        for name, found, what in (
+            ("D_R", d_r, f"robust accuracy, {pilot.norm} {radius:g}, {count} samples"),
+            ("D_det", d_det, "accuracy"),
+        ):
+            text = f"{name} - {name} control, {what}: {found}"
+            self.reasons.append(f"trial: {text}")
+            if found.sign < 0:
+                self.warnings.append(
+                    f"In the trial the control is above {name}. {text}. With these data and this "
+                    "model the whole study may end so too."
+                )

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from advfeat import checks, nonrobust, robustify, seeding
+from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Source
-from advfeat.metrics import robustness_curve
+from advfeat.metrics import RobustAccuracy, accuracy, robust_accuracy
 from advfeat.model import Precision
+from advfeat.statistics import Estimate, paired_difference
 from advfeat.study._data import made_model
 from advfeat.threat import Bounds, Norm
 from advfeat.training import adversarial_fit, fit
@@ -23,6 +26,9 @@ from advfeat.training import adversarial_fit, fit
 _PILOT, _HELD_OUT, _ATTACKED, _INVERTED = 2000, 500, 200, 64
 STEPS, BATCH = 300, 128  # of a training, at the least
 MOMENTUM = 0.6  # of inversions
+RATE = 0.1  # of learning, the highest tried
+# Gradients of inversions in a trial of D_R, and samples of it: a bound on its cost.
+_GRADIENTS, _TRIED = 100_000, (100, 1000)
 
 
 class Pilot:
@@ -52,52 +58,104 @@ class Pilot:
         self.images = source.rows(source.indices, torch.device("cpu")).inputs.float()
         self.is_images = self.images.ndim == 4 and min(self.images.shape[-2:]) >= 4
 
-    def fitted(self, eps: float | None) -> nn.Module:
-        """A standard model, or one trained in a ball."""
+    def fitted(self, eps: float | None, lr: float = RATE) -> nn.Module:
+        """A standard model, or one trained in a ball; learning may fail, which is measured."""
+        model, settings = self._fresh(), self._training(len(self.train), lr)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the loss never left chance")
+            if eps is None:
+                fit(model, self.train, **settings)
+            else:
+                adversarial_fit(
+                    model, self.train, eps=eps, norm=self.norm, steps=3, step_size=eps / 2,
+                    bounds=self.bounds, warmup=warmup_for(settings["epochs"]), **settings,
+                )  # fmt: skip
+        return model
+
+    def curve(self, model: nn.Module, radii: Sequence[float]) -> list[float]:
+        """Robust accuracy at each radius by PGD: enough to tell where two models differ most."""
+        some = self._some(_ATTACKED)
+        return [float(self._robust(model, some, radius)) for radius in radii]
+
+    def try_inverted(
+        self, robust: nn.Module, lr: float, radius: float, **settings: Any
+    ) -> tuple[int, Estimate]:
+        """How many samples were tried, and D_R's robust accuracy minus its control's."""
+        least, most = _TRIED
+        work = settings["starts"] * settings["steps"]
+        some = Subset(self.train, range(min(len(self.train), most, max(least, _GRADIENTS // work))))
+        made = robustify.construct_robust_dataset(
+            robust, some, bounds=self.bounds, seed=self.seed, progress=False, **settings
+        )
+        starts = settings["starts"]
+        control: Dataset[Any] = some if starts == 1 else ConcatDataset([some] * starts)
+        own, other = (
+            self._robust(self._learned(data, len(some), lr, starts), self.held_out, radius).correct
+            for data in (made, control)
+        )
+        return len(some), paired_difference(own, other)
+
+    def try_targeted(
+        self, standard: nn.Module, robust: nn.Module, lr: float, eps: float
+    ) -> Estimate:
+        """The accuracy that D_det teaches minus what the same from the robust model does."""
+        some = Subset(self.train, range(min(len(self.train), _TRIED[1])))
+        both = []
+        for source in (standard, robust):
+            made = self._targeted(source, some, eps)
+            model = self._learned(made, len(some), lr)
+            both.append(accuracy(model, self.held_out, progress=False).correct)
+        return paired_difference(both[0], both[1])
+
+    def _fresh(self) -> nn.Module:
         device = torch.device("cpu" if self.device is None else self.device)
         with seeding.default_generators(self.seed, 0, device):
             model = made_model(self.make_model)
-        model = model if self.device is None else model.to(self.device)
-        settings: dict[str, Any] = {
-            "epochs": epochs_for(len(self.train)),
+        return model if self.device is None else model.to(self.device)
+
+    def _training(self, count: int, lr: float) -> dict[str, Any]:
+        return {
+            "epochs": epochs_for(count),
             "batch_size": BATCH,
-            "lr": 0.1,
+            "lr": lr,
             "schedule": "one_cycle",
             "augment": shift_batch if self.is_images else None,
             "seed": self.seed,
             "precision": self.precision,
             "progress": self.progress,
         }
-        if eps is None:
-            fit(model, self.train, **settings)
-        else:
-            adversarial_fit(
-                model, self.train, eps=eps, norm=self.norm, steps=3, step_size=eps / 2,
-                bounds=self.bounds, **settings,
-            )  # fmt: skip
+
+    def _learned(self, data: Dataset[Any], count: int, lr: float, starts: int = 1) -> nn.Module:
+        """A fresh model trained on a constructed dataset, or on its control."""
+        model, settings = self._fresh(), self._training(count, lr)
+        settings["epochs"] = max(1, round(settings["epochs"] / starts))
+        fit(model, data, **settings)
         return model
 
-    def curve(self, model: nn.Module, radii: Sequence[float]) -> list[float]:
-        """Robust accuracy at each radius, from one run of a minimum-norm attack."""
-        found = robustness_curve(
-            model, self.held_out, norm=self.norm, bounds=self.bounds, progress=False
+    def _some(self, count: int) -> Subset[Any]:
+        return Subset(self.held_out, range(min(count, len(self.held_out))))
+
+    def _robust(self, model: nn.Module, data: Dataset[Any], radius: float) -> RobustAccuracy:
+        return robust_accuracy(
+            model, data, eps=radius, norm=self.norm, steps=20, bounds=self.bounds,
+            seed=self.seed, progress=False,
+        )  # fmt: skip
+
+    def _targeted(self, source: nn.Module, data: Dataset[Any], eps: float) -> ConstructedDataset:
+        return nonrobust.construct_det_dataset(
+            source, data, eps=eps, norm=self.norm, steps=20, bounds=self.bounds, progress=False
         )
-        return [float(found.at(radius)) for radius in radii]
 
     def success(self, model: nn.Module, eps: float) -> float:
         """How many targeted perturbations reach the next class."""
-        some = Subset(self.held_out, range(min(_ATTACKED, len(self.held_out))))
-        made = nonrobust.construct_det_dataset(
-            model, some, eps=eps, norm=self.norm, steps=20, bounds=self.bounds, progress=False
-        )
+        made = self._targeted(model, self._some(_ATTACKED), eps)
         return float(made.field("success").double().mean())
 
     def distance(self, model: nn.Module, steps: int, step_size: float) -> float:
         """What an inversion leaves of the distance of activations."""
-        some = Subset(self.held_out, range(min(_INVERTED, len(self.held_out))))
         made = robustify.construct_robust_dataset(
-            model, some, steps=steps, step_size=step_size, momentum=MOMENTUM, bounds=self.bounds,
-            seed=self.seed, progress=False,
+            model, self._some(_INVERTED), steps=steps, step_size=step_size, momentum=MOMENTUM,
+            bounds=self.bounds, seed=self.seed, progress=False,
         )  # fmt: skip
         before, after = (made.field(n).double().mean() for n in ("distance_before", "distance"))
         return float(after / before.clamp_min(1e-12))
@@ -106,6 +164,11 @@ class Pilot:
 def epochs_for(count: int) -> int:
     """Epochs that make enough steps; twelve at the least."""
     return max(12, math.ceil(STEPS / math.ceil(count / BATCH)))
+
+
+def warmup_for(epochs: int) -> int:
+    """Epochs over which the ball grows: a large one is not learned in from scratch."""
+    return epochs // 3
 
 
 def shift_batch(images: Tensor) -> Tensor:

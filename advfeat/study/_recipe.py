@@ -197,6 +197,13 @@ class Recipe:
         return replace(
             self,
             standard={**self.standard, "epochs": epochs},
-            robust={**self.robust, "epochs": epochs},
+            robust=_with_warmup({**self.robust, "epochs": epochs}),
             fresh={name: {**own, "epochs": epochs} for name, own in self.fresh.items()},
         )
+
+
+def _with_warmup(robust: dict[str, Any]) -> dict[str, Any]:
+    """At most a third of the epochs for the ball to grow."""
+    if "warmup" in robust:
+        robust["warmup"] = min(robust["warmup"], robust["epochs"] / 3)
+    return robust

@@ -173,22 +173,31 @@ def _lock(file: int) -> None:
 class Termination:
     """Notices SIGTERM and Ctrl-C, so that a run can be saved before the process ends.
 
-    A second Ctrl-C is not waited with.
+    Parameters
+    ----------
+    at_once
+        Raise SystemExit at SIGTERM, for work that has nothing to save and may take long between
+        two looks at ``noticed``. Ctrl-C raises KeyboardInterrupt as ever, and a handler of the
+        user's own stays in place. By default the signal is noticed, and `pass_on` does what it
+        would have done; a second Ctrl-C is not waited with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
         self.noticed: int | None = None
+        self._at_once = at_once
         self._previous: dict[int, Any] = {}
 
     @contextmanager
-    def watched(self, wanted: bool) -> Iterator[None]:
+    def watched(self, wanted: bool = True) -> Iterator[None]:
         """Notice signals inside; only the main thread can."""
         if not wanted or threading.current_thread() is not threading.main_thread():
             yield
             return
         for number in (signal.SIGTERM, signal.SIGINT):
+            before = signal.getsignal(number)
             # What is ignored (of a job in the background, say) stays so.
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            watches = before is signal.SIG_DFL if self._at_once else before is not signal.SIG_IGN
+            if watches:
                 self._previous[number] = signal.signal(number, self._notice)
         try:
             yield
@@ -208,27 +217,8 @@ class Termination:
         signal.signal(number, self._previous[number] or signal.SIG_DFL)
 
     def _notice(self, number: int, _: object) -> None:
+        if self._at_once:
+            raise SystemExit(128 + number)
         if self.noticed == number == signal.SIGINT:
             self.pass_on()
         self.noticed = number
-
-
-@contextmanager
-def exit_at_termination() -> Iterator[None]:
-    """Raise SystemExit at SIGTERM inside, where the user has no handler of their own.
-
-    For work that has nothing to save when it is told to end.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _exit)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _exit(number: int, _: object) -> None:
-    raise SystemExit(128 + number)

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
     "training_loop": ["--epochs", "1"],
     "huggingface_style": ["--epochs", "1"],
+    "huggingface_datasets": ["--epochs", "1"],
     "normalised": ["--epochs", "1", "--rows", "128"],
     "tabular": ["--epochs", "2"],
     "callbacks": ["--enough", "0"],
@@ -24,6 +25,7 @@ NEEDS = {
     "callbacks": "torch.utils.tensorboard",
     "lightning_module": "lightning",
     "accelerate_loop": "accelerate",
+    "huggingface_datasets": "datasets.features",
 }
 
 

@@ -32,7 +32,7 @@ from advfeat.datasets.arrays import dequantize, quantize
 from advfeat.datasets.dataset import Dtype
 from advfeat.datasets.folder import Array, check_same_manifest, is_finished, read_manifest
 from advfeat.datasets.writer import FolderWriter, MemoryWriter, create_folder, lock_folder
-from advfeat.durable import Folder, exit_at_termination
+from advfeat.durable import Folder, Termination
 from advfeat.loading import Data, Samples, Source, prefetched
 from advfeat.model import Network, attackable, device_of
 from advfeat.progress import with_progress
@@ -262,7 +262,7 @@ def _stoppable(growing: MemoryWriter | FolderWriter) -> Iterator[None]:
         yield
         return
     try:
-        with exit_at_termination():
+        with Termination(at_once=True).watched():
             yield
     except (KeyboardInterrupt, SystemExit):
         growing.flush()

@@ -224,7 +224,7 @@ def create_folder(
         needed = sum(rows * array[:1].nbytes for array in fields.values())
         raise OSError(
             error.errno,
-            f"out={str(folder)!r}: {error.strerror}; the set needs {needed / 1e6:.0f} MB there",
+            f"out={str(folder)!r}: {error.strerror}; the dataset needs {needed / 1e6:.3g} MB there",
         ) from error
 
 

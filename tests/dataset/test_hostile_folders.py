@@ -205,7 +205,7 @@ def test_no_room_is_known_before_any_work(tmp_path):
     told = in_a_child(act)
     assert told.startswith("OSError")
     assert f"out={str(tmp_path / 'set')!r}" in told
-    assert "the set needs" in told
+    assert "the dataset needs" in told
     assert contents(tmp_path / "set") == {}
     assert len(build("D_rand", tmp_path / "set")) == ROWS
 
@@ -239,7 +239,7 @@ def test_a_full_disk(tmp_path):
         (disk / "other").write_bytes(bytes(150_000))
         rows = TensorDataset(torch.rand(30, 1, 32, 32), torch.arange(30) % 4)
         model = nn.Sequential(nn.Flatten(), nn.Linear(1024, 4))
-        with pytest.raises(OSError, match=r"out=.*No space left.*the set needs 0 MB"):
+        with pytest.raises(OSError, match=r"out=.*No space left.*the dataset needs"):
             build("D_rand", disk / "set", data=rows, model=model)
         (disk / "other").unlink()
         build("D_rand", disk / "set", data=rows, model=model)

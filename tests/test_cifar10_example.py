@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import runpy
 import subprocess
@@ -127,3 +128,31 @@ def test_the_estimate_is_from_this_machine_and_lists_every_stage(tmp_path):
     assert {f"train {name}" for name in chosen.sets} < set(hours)
     measured = module["probe"](options, seconds=0.01)
     assert min(measured.training, measured.gradients, measured.evaluated) > 0
+
+
+@pytest.mark.slow
+def test_the_half_hour_on_a_gpu_runs_tiny_on_the_cpu(tmp_path):
+    """Every command of tests/benchmarks/gpu.sh, on 24 images."""
+    script = SCRIPT.parents[1] / "tests" / "benchmarks" / "gpu.sh"
+    environment = {
+        **os.environ,
+        "DATA": str(as_npz(tmp_path)),
+        "OUT": str(tmp_path / "results"),
+        "CACHE": str(tmp_path / "cache"),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
+    for part in "123":
+        done = subprocess.run(
+            ["bash", script, part, "--device", "cpu", "--tiny"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    results = tmp_path / "results"
+    assert "| inversion | bfloat16 |" in (results / "rates.txt").read_text()
+    assert (results / "report.html").stat().st_size > 10_000
+    stages = {file.stem for file in (results / "stages").iterdir()}
+    assert {"train-robust", "make-D_R", "measure-D_det-control"} <= stages

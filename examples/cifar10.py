@@ -26,7 +26,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import advfeat as af
 from advfeat import study
@@ -59,7 +60,7 @@ parser.add_argument("--sha256", default=SHA256, help="of the file at --url")
 parser.add_argument(
     "--estimate",
     action="store_true",
-    help="measure this machine for half a minute, print hours and disk of each stage, and stop",
+    help="measure this machine for half a minute, print hours and PFLOP of each stage, and stop",
 )
 parser.add_argument(
     "--device",
@@ -255,7 +256,7 @@ BUDGETS = {
     "small": Budget(
         small_resnet, 25_000, 2_000, lambda: study.Recipe.short(eps=0.5, rows=16_000)
     ),
-    "cpu": Budget(fast_net, 50_000, 10_000, cpu_recipe),
+    "cpu": Budget(fast_net, 50_000, 4_000, cpu_recipe),
     "gpu": Budget(resnet18, 50_000, 10_000, gpu_recipe),
     "paper": Budget(resnet18, 50_000, 10_000, study.Recipe.paper),
 }  # fmt: skip
@@ -312,16 +313,36 @@ def run(
     return found, train, test
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What the machine does in a second: images trained on, gradients, images evaluated."""
+class Work(NamedTuple):
+    """Images trained on, gradients of inputs, images evaluated: as counts, or as rates."""
 
-    training: float
-    gradients: float
-    evaluated: float
+    training: float = 0.0
+    gradients: float = 0.0
+    evaluated: float = 0.0
 
 
-def probe(options: argparse.Namespace, seconds: float = 10.0) -> Speed:
+def work(options: argparse.Namespace) -> dict[str, Work]:
+    """How much there is to do, stage by stage."""
+    budget, chosen = BUDGETS[options.budget], recipe(options)
+    samples = options.samples or budget.train
+    found: dict[str, Work] = {}
+    for name in ("standard", "robust", *chosen.sets):
+        own = chosen.training(name)
+        count = samples if name in ("standard", "robust") else min(samples, chosen.rows or samples)
+        images = own["epochs"] * count
+        found[f"train {name}"] = Work(images, images * own["steps"] if name == "robust" else 0)
+    made = min(samples, chosen.rows or samples)
+    for name in chosen.sets:
+        if name not in ("D_R control", "D_NR control"):
+            own = chosen.construction(name)
+            found[f"make {name}"] = Work(gradients=own["steps"] * own.get("starts", 1) * made)
+    # The fast ensemble takes about 200 gradients and 100 verdicts of a sample that stays robust.
+    tests = (options.samples or budget.test) * 2 * (len(chosen.sets) + 2)
+    found["measure all, at most"] = Work(gradients=200 * tests, evaluated=100 * tests)
+    return found
+
+
+def probe(options: argparse.Namespace, seconds: float = 10.0) -> Work:
     """Measure the three kinds of work, for about so many seconds each."""
     train, _ = images(options)
     count = min(len(train), 2048)
@@ -340,7 +361,7 @@ def probe(options: argparse.Namespace, seconds: float = 10.0) -> Speed:
         return done / spent
 
     ball: dict[str, Any] = {"eps": 0.5, "norm": "l2", "precision": options.precision}
-    return Speed(
+    return Work(
         rate(count, lambda: af.fit(
             model, train, epochs=1, lr=0.01, precision=options.precision, progress=False, **settings
         )),
@@ -349,42 +370,28 @@ def probe(options: argparse.Namespace, seconds: float = 10.0) -> Speed:
     )  # fmt: skip
 
 
-def estimate(options: argparse.Namespace, speed: Speed) -> str:
-    """Hours of each kind of stage, and gigabytes on disk, from the speed of this machine."""
-    budget, chosen = BUDGETS[options.budget], recipe(options)
-    samples = options.samples or budget.train
-    made = min(samples, chosen.rows or samples)
-    rows: list[tuple[str, float]] = []
-
-    def training(name: str, count: int) -> float:
-        own = chosen.training(name)
-        pgd = own.get("steps", 7) / speed.gradients if name == "robust" else 0.0
-        return float(own["epochs"]) * count * (1 / speed.training + pgd)
-
-    disk = 0.0
-    for name in ("standard", "robust", *chosen.sets):
-        rows.append(
-            (f"train {name}", training(name, samples if name in "standard robust" else made))
-        )
-    for name in chosen.sets:
-        if name in ("D_R control", "D_NR control"):
-            continue
-        own = chosen.construction(name)
-        steps, starts = own.get("steps", 1000 if "R" in name[:4] else 100), own.get("starts", 1)
-        rows.append((f"make {name}", steps * starts * made / speed.gradients))
-        disk += 4 * 3072 * made * starts / 1e9
-    # The fast ensemble takes about 200 gradients and 100 verdicts of a robust sample.
-    tests = (options.samples or budget.test) * 2 * (len(chosen.sets) + 2)
-    rows.append(("measure all, at most", tests * (200 / speed.gradients + 100 / speed.evaluated)))
-    rows.append(("all", sum(seconds for _, seconds in rows)))
-    lines = [f"{name:<24}{seconds / 3600:8.2f} h" for name, seconds in rows]
-    return "\n".join([
-        f"{options.budget} on {options.device}, {options.precision}, "
-        f"{torch.get_num_threads()} threads: {speed.training:.0f} images a second in training, "
-        f"{speed.gradients:.0f} gradients, {speed.evaluated:.0f} evaluated",
-        *lines,
-        f"{'disk':<24}{disk:8.2f} GB",
-    ])  # fmt: skip
+def estimate(options: argparse.Namespace, speed: Work) -> str:
+    """PFLOP and hours of each stage, from the speed of this machine."""
+    model = BUDGETS[options.budget].network()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 3, 32, 32))
+    flop = counter.get_total_flops() / 2
+    counts = work(options)
+    counts["all"] = Work(*map(sum, zip(*counts.values(), strict=True)))
+    lines = [
+        f"{options.budget} on {options.device}, {options.precision}, {torch.get_num_threads()} "
+        f"threads: {speed.training:.0f} images a second in training, {speed.gradients:.0f} "
+        f"gradients, {speed.evaluated:.0f} evaluated; {flop / 1e9:.2f} GFLOP a forward pass",
+        f"{'stage':<24}{'PFLOP':>8}{'hours':>8}",
+    ]
+    for name, count in counts.items():
+        passes = 3 * count.training + 2 * count.gradients + count.evaluated
+        hours = sum(n / rate for n, rate in zip(count, speed, strict=True)) / 3600
+        lines.append(f"{name:<24}{passes * flop / 1e15:8.2f}{hours:8.2f}")
+    chosen = recipe(options)
+    images = min(options.samples or 50_000, chosen.rows or 50_000)
+    starts = sum(chosen.starts(n) for n in chosen.sets if f"make {n}" in counts)
+    return "\n".join([*lines, f"disk: {4 * 3072 * images * starts / 1e9:.1f} GB"])
 
 
 def main() -> None:

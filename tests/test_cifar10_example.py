@@ -116,10 +116,10 @@ def test_the_estimate_is_from_this_machine_and_lists_every_stage(tmp_path):
     module = runpy.run_path(str(SCRIPT))
     given = ["--data", str(as_npz(tmp_path)), "--budget", "cpu", "--samples", str(ROWS)]
     options = module["parser"].parse_args([*given, "--device", "cpu"])
-    speed = module["Speed"](training=10.0, gradients=20.0, evaluated=100.0)
+    speed = module["Work"](training=10.0, gradients=20.0, evaluated=100.0)
     printed = module["estimate"](options, speed)
     chosen = module["cpu_recipe"]()
-    hours = {line[:24].strip(): line[24:].split()[0] for line in printed.splitlines()[1:]}
+    hours = {line[:24].strip(): line[24:].split()[-1] for line in printed.splitlines()[2:-1]}
     train, invert = 12 * ROWS / 10, 60 * ROWS / 20
     assert float(hours["train standard"]) == pytest.approx(train / 3600, abs=0.005)
     robust = 12 * ROWS * (1 / 10 + 3 / 20)

@@ -72,6 +72,12 @@ def some_results():
     yield truth
     yield analysis.gaussian([1.0, 0.5], [[4.0, 1.0], [1.0, 2.0]])
     yield analysis.planted(20, classes=3, seed=0)
+    yield analysis.AccuracyMatrix({"a": {"b": accuracy()}}, "accuracy on test data")
+    yield analysis.AttackGap({"a": accuracy(4)}, {"a": accuracy()})
+    yield analysis.Poisoning(accuracy(), accuracy(4), accuracy(1), 1 / 3)
+    yield analysis.linear_probe(nn.Identity(), DATA, DATA, layer=lambda x: x)
+    yield analysis.gradient_measures({"m": MODEL}, DATA, eps=0.1, seed=0)
+    yield analysis.superposition(MODEL)
     yield statistics.paired_difference(torch.ones(9).bool(), torch.arange(9) < 4)
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from advfeat import plots
 from advfeat.metrics import Accuracy
-from advfeat.tables import table
+from advfeat.results import Result
+from advfeat.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class AccuracyMatrix:
+@dataclass(frozen=True, eq=False, repr=False)
+class AccuracyMatrix(Result):
     """What each model scores on the data of each source.
 
     Attributes
@@ -29,9 +30,10 @@ class AccuracyMatrix:
     values: Mapping[str, Mapping[str, Accuracy]]
     what: str
 
-    def __str__(self) -> str:
-        """Percent, with 95% intervals."""
+    def _summary(self) -> str:
+        return f"{self.what}, sources {', '.join(self.values)}"
 
+    def _content(self) -> Sequence[str | Table]:
         def cell(found: Accuracy) -> str:
             low, high = (100 * end for end in found.interval)
             return f"{100 * float(found):.1f} ({low:.1f} to {high:.1f})"
@@ -40,8 +42,10 @@ class AccuracyMatrix:
         rows = [
             (source, *(cell(row[name]) for name in names)) for source, row in self.values.items()
         ]
-        return f"{self.what}, percent\n" + table(("source", *names), rows)
+        return [f"{self.what}, percent", Table(("source", *names), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Bars: a group for each source, a colour for each model."""
-        return plots.bars(self.values, ylabel=f"{self.what} (%)")
+        ax = plots.new_axes(ax)
+        plots.bars(self.values, ylabel=f"{self.what} (%)", ax=ax)
+        return ax

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,12 @@ from advfeat.analysis._features import commonest, stacked
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
+from advfeat.results import Result
 from advfeat.statistics import Estimate, paired_difference
-from advfeat.tables import table
+from advfeat.tables import Table
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
 def poison(dataset: ConstructedDataset) -> ConstructedDataset:
@@ -65,8 +66,8 @@ def poison(dataset: ConstructedDataset) -> ConstructedDataset:
     return ConstructedDataset(fields, manifest)
 
 
-@dataclass(frozen=True, eq=False)
-class Poisoning:
+@dataclass(frozen=True, eq=False, repr=False)
+class Poisoning(Result):
     """What a poison does to a training; see `poisoning`.
 
     Attributes
@@ -90,21 +91,24 @@ class Poisoning:
         """Clean minus poisoned accuracy, with its interval."""
         return paired_difference(self.clean.correct, self.poisoned.correct)
 
-    def __str__(self) -> str:
-        """Accuracies with intervals, and the damage."""
+    def _summary(self) -> str:
+        return f"damage {self.damage} points; chance {self.chance:.1%}"
+
+    def _content(self) -> Sequence[str | Table]:
         parts = {"clean": self.clean, "poisoned": self.poisoned, "class before": self.before}
         rows = [
             (name, f"{a:.1%}", f"{a.interval[0]:.1%} to {a.interval[1]:.1%}")
             for name, a in parts.items()
         ]
-        title = f"damage {self.damage} points; chance {self.chance:.1%}"
-        return title + "\n" + table(("", "accuracy", "95% interval"), rows)
+        return [self._summary(), Table(("", "accuracy", "95% interval"), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Both accuracies and the fraction of the class before, with intervals."""
         shown = {"clean": self.clean, "poisoned": self.poisoned, "class before": self.before}
         groups = {name: {"accuracy": value} for name, value in shown.items()}
-        return plots.bars(groups, chance=self.chance, ylabel="% of test samples")
+        ax = plots.new_axes(ax)
+        plots.bars(groups, chance=self.chance, ylabel="% of test samples", ax=ax)
+        return ax
 
 
 def poisoning(

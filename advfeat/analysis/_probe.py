@@ -12,10 +12,11 @@ from advfeat.analysis._features import commonest
 from advfeat.loading import Data, Source
 from advfeat.metrics import Accuracy
 from advfeat.model import Layer, attackable, device_of
+from advfeat.results import Result
 
 
-@dataclass(frozen=True, eq=False)
-class LinearProbe:
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearProbe(Result):
     """A linear classifier on frozen features; see `linear_probe`.
 
     Attributes
@@ -38,8 +39,7 @@ class LinearProbe:
         """Whether the whole 95% interval of ``accuracy`` lies above chance."""
         return self.accuracy.interval[0] > self.chance
 
-    def __str__(self) -> str:
-        """Accuracy with its interval, and chance."""
+    def _summary(self) -> str:
         low, high = self.accuracy.interval
         return (
             f"linear probe of {self.weight.shape[1]} features: {self.accuracy:.1%} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,16 @@ from advfeat import checks, plots, seeding, threat
 from advfeat.analysis._features import batches, named_models
 from advfeat.loading import Data
 from advfeat.model import attackable
-from advfeat.tables import table
+from advfeat.results import Result
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class GradientMeasures:
+@dataclass(frozen=True, eq=False, repr=False)
+class GradientMeasures(Result):
     """Etmann's alignment and LIGS of several models; see `gradient_measures`.
 
     Attributes
@@ -40,29 +41,34 @@ class GradientMeasures:
     eps: float
     norm: Norm
 
-    def __str__(self) -> str:
-        """Means with standard errors."""
+    def _summary(self) -> str:
+        return f"{', '.join(self.alignment)}, {self.norm} {self.eps:g}"
 
+    def _content(self) -> Sequence[str | Table]:
         def cell(values: Tensor) -> str:
             if len(values) == 1:
                 return f"{float(values):.3f}"
             return f"{float(values.mean()):.3f} +- {float(values.std()) / len(values) ** 0.5:.3f}"
 
-        return table(
-            ("model", "Etmann's alignment", f"LIGS, {self.norm} {self.eps:g}"),
-            [
-                (name, cell(self.alignment[name]), cell(self.similarity[name]))
-                for name in self.alignment
-            ],
-        )
+        return [
+            Table(
+                ("model", "Etmann's alignment", f"LIGS, {self.norm} {self.eps:g}"),
+                [
+                    (name, cell(self.alignment[name]), cell(self.similarity[name]))
+                    for name in self.alignment
+                ],
+            )
+        ]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Mean similarity of each model."""
         groups = {
             name: {"LIGS": float(values.mean().clamp(0, 1))}
             for name, values in self.similarity.items()
         }
-        return plots.bars(groups, ylabel="gradient similarity (%)")
+        ax = plots.new_axes(ax)
+        plots.bars(groups, ylabel="gradient similarity (%)", ax=ax)
+        return ax
 
 
 def gradient_measures(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,16 +15,17 @@ from advfeat.attacks import AutoAttack
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, robust_accuracy
+from advfeat.results import Result
 from advfeat.statistics import Estimate, paired_difference
-from advfeat.tables import table
+from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 
-@dataclass(frozen=True, eq=False)
-class AttackGap:
+@dataclass(frozen=True, eq=False, repr=False)
+class AttackGap(Result):
     """Robust accuracy under a weak and a strong attack; see `attack_gap`.
 
     Attributes
@@ -41,20 +42,24 @@ class AttackGap:
         checks.one_of("model", model, tuple(self.weak))
         return paired_difference(self.weak[model].correct, self.strong[model].correct)
 
-    def __str__(self) -> str:
-        """Percent, and the gap in points with its interval."""
+    def _summary(self) -> str:
+        return ", ".join(f"{name} {weak:.1%}" for name, weak in self.strong.items())
+
+    def _content(self) -> Sequence[str | Table]:
         rows = [
             (name, f"{weak:.1%}", f"{self.strong[name]:.1%}", str(self.gap(name)))
             for name, weak in self.weak.items()
         ]
-        return table(("model", "PGD", "AutoAttack", "gap (95% interval)"), rows)
+        return [Table(("model", "PGD", "AutoAttack", "gap (95% interval)"), rows)]
 
-    def plot(self) -> Figure:
+    def plot(self, ax: Axes | None = None) -> Axes:
         """Two bars for each model."""
         groups = {
             name: {"PGD": weak, "AutoAttack": self.strong[name]} for name, weak in self.weak.items()
         }
-        return plots.bars(groups, ylabel="robust accuracy (%)")
+        ax = plots.new_axes(ax)
+        plots.bars(groups, ylabel="robust accuracy (%)", ax=ax)
+        return ax
 
 
 def attack_gap(

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks
+from advfeat.results import Result
 
 
-@dataclass(frozen=True, eq=False)
-class Superposition:
+@dataclass(frozen=True, eq=False, repr=False)
+class Superposition(Result):
     """How a layer's features share its dimensions; see `superposition`.
 
     Attributes
@@ -32,8 +33,7 @@ class Superposition:
         occupied = float(self.dimensionality.sum())
         return int((self.dimensionality > 0).sum()) / occupied if occupied else float("nan")
 
-    def __str__(self) -> str:
-        """In a line."""
+    def _summary(self) -> str:
         return (
             f"{int((self.dimensionality > 0).sum())} features in "
             f"{float(self.dimensionality.sum()):.1f} of {self.dimensions} dimensions: "

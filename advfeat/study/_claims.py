@@ -33,10 +33,13 @@ class Evidence(Result):
         What is compared.
     difference
         `advfeat.statistics.Estimate` of it.
+    opposite
+        What is true if the difference is below 0, as a sentence without its full stop.
     """
 
     text: str
     difference: Estimate
+    opposite: str = ""
 
     def _summary(self) -> str:
         return f"{self.text}: {self.difference}, {self.verdict}"
@@ -46,6 +49,18 @@ class Evidence(Result):
         """By the interval: above 0, below 0, or with 0 inside."""
         verdicts: dict[int, Verdict] = {1: "confirmed", -1: "not confirmed"}
         return verdicts.get(self.difference.sign, "undecided")
+
+    @property
+    def note(self) -> str | None:
+        """A sentence with the number, where the evidence does not confirm the claim."""
+        if self.verdict == "confirmed":
+            return None
+        if self.verdict == "undecided":
+            return (
+                f"Undecided: {self.text} is {self.difference} points, an interval that contains 0. "
+                "More test samples tell more, and so do more seeds: seeds=3."
+            )
+        return f"{self.opposite}: {self.text} is {self.difference} points."
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,17 +181,23 @@ class _Judge:
         if self._both(name, other) and self.radius is not None:
             first, second = (self.measured[n].robust[self.radius] for n in (name, other or ""))
             text = f"{name} - {other}, {self.norm} {self.radius:g}"
-            yield Evidence(text, paired_difference(first, second))
+            opposite = f"{name} is less robust than {other}"
+            yield Evidence(text, paired_difference(first, second), opposite)
 
     def _more_accurate(self, name: str, other: str | None) -> Iterator[Evidence]:
         if self._both(name, other):
             first, second = (self.measured[n].standard for n in (name, other or ""))
-            yield Evidence(f"{name} - {other}, accuracy", paired_difference(first, second))
+            text, opposite = f"{name} - {other}, accuracy", f"{other} teaches more than {name}"
+            yield Evidence(text, paired_difference(first, second), opposite)
 
     def _not_shifted(self, name: str, text: str, sign: int) -> Iterator[Evidence]:
         if name in self.measured:
             first, second = (self.measured[name].standard, self.measured[name].shifted)[::sign]
-            yield Evidence(text, paired_difference(first, second))
+            more = ("shifted", "original")[::sign]
+            opposite = (
+                f"The model of {name} predicts {more[0]} labels more often than {more[1]} ones"
+            )
+            yield Evidence(text, paired_difference(first, second), opposite)
 
     def _above_chance(self, name: str) -> Iterator[Evidence]:
         if name in self.measured:
@@ -187,7 +208,8 @@ class _Judge:
                 value=found.value - self.chance,
                 interval=(low - self.chance, high - self.chance),
             )
-            yield Evidence(f"{name} - chance ({self.chance:.1%}), accuracy", shifted)
+            text, opposite = f"{name} - chance ({self.chance:.1%}), accuracy", f"{name} misleads"
+            yield Evidence(text, shifted, opposite)
 
     def _both(self, name: str, other: str | None) -> bool:
         return name in self.measured and other in self.measured

@@ -185,14 +185,16 @@ class Findings:
 
     @property
     def notes(self) -> list[str]:
-        """What these data or settings lack for the paper's findings, with numbers and remedies."""
+        """Where the claims are not confirmed, and what data or settings lack, with numbers."""
         measured = measured_by_all(self.runs)
         robust = {name: [each.robust for each in found] for name, found in measured.items()}
         accuracy = {
             name: float(Spread.of([each.standard for each in found]))
             for name, found in measured.items()
         }
-        return advise(accuracy, widest_gaps(robust), self.means(), self.work.norm)
+        said = [each.note for claim in self.claims for each in claim.evidence]
+        lacking = advise(accuracy, widest_gaps(robust), self.means(), self.work.norm)
+        return [*(text for text in said if text is not None), *lacking]
 
     def shares(self) -> dict[str, dict[str, list[Accuracy]]]:
         """The table: for each model, by the names of the columns, the accuracy of each seed."""

@@ -98,7 +98,7 @@ class Study(Result):
 
     @property
     def notes(self) -> list[str]:
-        """What these data or settings lack for the paper's findings, with numbers and remedies."""
+        """Where the claims are not confirmed, and what data or settings lack, with numbers."""
         return self._found.notes
 
     @property

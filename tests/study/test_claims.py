@@ -78,6 +78,29 @@ def test_what_was_not_measured_is_left_out():
     assert judge({"standard": paper()["standard"]}, norm="l2", chance=0.1, control=control) == ()
 
 
+def test_what_is_against_the_paper_is_said_plainly():
+    """A study of MNIST: D_R below the standard model, the control above D_det."""
+    measured = {
+        "standard": outcomes(0.985, {0.75: 0.777}, count=1000),
+        "robust": outcomes(0.98, {0.75: 0.963}, count=1000),
+        "D_R": outcomes(0.971, {0.75: 0.514}, count=1000),
+        "D_det": outcomes(0.27, {0.75: 0.0}, shifted=0.305, count=1000),
+        "D_det control": outcomes(0.358, {0.75: 0.0}, shifted=0.526, count=1000),
+    }
+    found = judge(measured, norm="l2", chance=0.1, control=control)
+    notes = [each.note for claim in found for each in claim.evidence]
+    text = "\n".join(note for note in notes if note)
+    assert "D_R is less robust than standard: D_R - standard, l2 0.75 is -26.3" in text
+    assert "D_det control teaches more than D_det: D_det - D_det control, accuracy is -8.8" in text
+    assert "Undecided: D_det, original - shifted labels is -3.5" in text
+    assert [note for each in judge(paper(), norm="l2", chance=0.1, control=control)
+            for note in (one.note for one in each.evidence) if note] == []  # fmt: skip
+    worse = {**measured, "D_det": outcomes(0.1, {0.75: 0.0}, shifted=0.6, count=1000)}
+    found = judge(worse, norm="l2", chance=0.1, control=control)
+    text = "\n".join(each.note or "" for claim in found for each in claim.evidence)
+    assert "The model of D_det predicts shifted labels more often than original ones" in text
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_models_that_guess_confirm_nothing(seeds):
     """100 studies of models that know nothing: each difference is wrong in at most 8%."""

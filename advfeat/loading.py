@@ -116,6 +116,17 @@ class Source:
         return 128 if self.is_stream else self._batch_size
 
     @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """What makes a batch of samples, for map-style data."""
+        return self._collate
+
+    def raw_batches(self) -> Iterator[Any]:
+        """Batches of a stream as they come, not unpacked."""
+        with torch.random.fork_rng(devices=[]):
+            stream = iter(self._batches)
+        yield from stream
+
+    @property
     def batch_size(self) -> int:
         """Samples to a batch, for map-style data."""
         return self._batch_size

@@ -22,7 +22,7 @@ LEVELS = [
     {"losses"},
     {"checks", "suggestions"},
     {"seeding", "tables", "durable", "distributed"},
-    {"plots", "progress", "results"},
+    {"plots", "progress", "results", "pages"},
     {"statistics"},
     {"model", "class_correlation"},
     {"loading"},
@@ -52,6 +52,7 @@ PUBLIC = [
     "fgsm",
     "fit",
     "pgd",
+    "report",
     "robust_accuracy",
 ]
 

@@ -1,8 +1,6 @@
 """Any dataset or loader as indexed samples: each once, with its own label, in any order."""
 
-import io
 import itertools
-import sys
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from advfeat.loading import Source, unpack
-from advfeat.progress import wants_progress, with_progress
 
 CPU = torch.device("cpu")
 ROWS = 11
@@ -445,38 +442,6 @@ def test_images_that_are_no_tensors_are_refused_with_the_transform_to_add(batch)
 def test_labels_that_are_no_tensors_are_refused():
     with pytest.raises(TypeError, match="labels of a batch are list"):
         unpack((X, [0, 1]))
-
-
-# --- Progress ---
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_bar_is_drawn_where_asked_for_or_on_a_terminal(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert wants_progress(True)
-    assert not wants_progress(None)
-    assert not wants_progress(False)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert wants_progress(None)
-    assert not wants_progress(False)
-
-
-def test_without_tqdm_no_bar_is_drawn_and_asking_for_one_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert not wants_progress(None)
-    with pytest.raises(ImportError, match=r"advfeat\[progress\]"):
-        wants_progress(True)
-
-
-@pytest.mark.parametrize("progress", [False, True])
-def test_a_bar_changes_nothing_of_what_goes_by(progress):
-    bar = with_progress([1, 2, 3], total=3, label="test", progress=progress)
-    assert list(bar) == [1, 2, 3]
 
 
 def test_copies_towards_the_cpu_wait(monkeypatch):

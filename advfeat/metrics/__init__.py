@@ -5,18 +5,22 @@ from advfeat.metrics._certified import CertifiedAccuracy, certified_accuracy
 from advfeat.metrics._curve import RobustnessCurve, robustness_curve
 from advfeat.metrics._diagnose import Diagnosis, diagnose
 from advfeat.metrics._outcome import Accuracy, RobustAccuracy
+from advfeat.metrics._report import Report, Verdict, report
 from advfeat.metrics._transfer import TransferMatrix, transfer_matrix
 
 __all__ = [
     "Accuracy",
     "CertifiedAccuracy",
     "Diagnosis",
+    "Report",
     "RobustAccuracy",
     "RobustnessCurve",
     "TransferMatrix",
+    "Verdict",
     "accuracy",
     "certified_accuracy",
     "diagnose",
+    "report",
     "robust_accuracy",
     "robustness_curve",
     "transfer_matrix",

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from advfeat import checks, plots
+from advfeat import checks, pages, plots
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.results import Result
-from advfeat.study import _report
 from advfeat.study._calibrate import Calibration
 from advfeat.study._claims import Claim, claims_as_table, claims_table
 from advfeat.study._data import plain
@@ -250,8 +249,8 @@ class Study(Result):
         )
         parts = list(sections(self._found, self._draw))
         if self.calibration is not None:
-            parts += [_report.heading("Calibration"), _report.preformatted(str(self.calibration))]
-        _report.write(Path(path), summary, parts)
+            parts += [pages.heading("Calibration"), pages.preformatted(str(self.calibration))]
+        pages.write(Path(path), "Robust and non-robust features", summary, parts)
 
     def _draw(self, kind: str) -> Figure:
         """A figure of the report."""

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from advfeat import pages
 from advfeat._version import __version__
 from advfeat.metrics import Accuracy
-from advfeat.study import _report
 from advfeat.study._claims import claims_table
 from advfeat.study._data import plain
 from advfeat.study._findings import Findings, percent
@@ -29,8 +29,8 @@ def sections(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
     yield from _transfer(found)
     yield from _leakage(found)
     if found.runs[0].histories:
-        yield _report.heading("Trainings")
-        yield _report.picture("loss and accuracy", lambda: draw("curves"))
+        yield pages.heading("Trainings")
+        yield pages.picture("loss and accuracy", lambda: draw("curves"))
     yield from _provenance(found)
 
 
@@ -41,30 +41,30 @@ def _accuracies(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]
     cell = _with_interval if len(found.runs) == 1 else percent
     body = [[name, *(cell(v) for v in columns.values())] for name, columns in shares.items()]
     shown = "95% intervals" if len(found.runs) == 1 else "lowest and highest of all seeds"
-    yield _report.heading("Accuracy")
-    yield _report.rows(["trained on", *found.columns()], body)
-    yield _report.note(
+    yield pages.heading("Accuracy")
+    yield pages.rows(["trained on", *found.columns()], body)
+    yield pages.note(
         f"Percent, with {shown}. “Shifted labels” is the fraction of test samples classified as "
         "the class after their own: what robust features teach a model of D_det."
     )
-    yield _report.picture("accuracy of every model", lambda: draw("accuracy"))
+    yield pages.picture("accuracy of every model", lambda: draw("accuracy"))
 
 
 def _claims(found: Findings) -> Iterator[str]:
     if found.claims:
-        yield _report.heading("Claims of the paper")
+        yield pages.heading("Claims of the paper")
         yield claims_table(found.claims, "html")
-        yield _report.note(found.about_intervals())
+        yield pages.note(found.about_intervals())
     for text in found.notes:
-        yield _report.paragraph(text)
+        yield pages.paragraph(text)
 
 
 def _datasets(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
     if found.means():
-        yield _report.heading("Datasets")
-        yield _report.bullets(list(found.made_lines()))
+        yield pages.heading("Datasets")
+        yield pages.bullets(list(found.made_lines()))
         alternative = "images of every dataset, with their labels"
-        yield _report.picture(alternative, lambda: draw("samples"))
+        yield pages.picture(alternative, lambda: draw("samples"))
 
 
 def _transfer(found: Findings) -> Iterator[str]:
@@ -79,9 +79,9 @@ def _transfer(found: Findings) -> Iterator[str]:
         [source, *("none" if math.isnan(value) else f"{100 * value:.1f}" for value in row)]
         for source, row in zip(names, (*fooled.tolist(), errors.tolist()), strict=True)
     ]
-    yield _report.heading("Transfer")
-    yield _report.rows(["made on", *matrices[0].targets], body)
-    yield _report.note(
+    yield pages.heading("Transfer")
+    yield pages.rows(["made on", *matrices[0].targets], body)
+    yield pages.note(
         "Percent of the test samples that both models classify correctly, and that the second one "
         "gets wrong when they are attacked on the first; means over seeds."
     )
@@ -102,9 +102,9 @@ def _leakage(found: Findings) -> Iterator[str]:
         ]
         for name in names
     ]
-    yield _report.heading("Leakage")
-    yield _report.rows(["dataset", *heads], body)
-    yield _report.note(
+    yield pages.heading("Leakage")
+    yield pages.rows(["dataset", *heads], body)
+    yield pages.note(
         "Accuracy on original data of provably robust linear features alone that learned from a "
         f"dataset; chance is {found.chance:.1%}."
     )
@@ -116,15 +116,15 @@ def _provenance(found: Findings) -> Iterator[str]:
     times.append(["all", f"{sum(seconds.values()):.1f}"])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     settings = {**found.settings, "recipe": vars(found.work.recipe)}
-    yield _report.heading("Time")
-    yield _report.rows(["stage", "seconds"], times)
-    yield _report.note("Of the call that finished the stage.")
-    yield _report.heading("Settings")
-    yield _report.paragraph(
+    yield pages.heading("Time")
+    yield pages.rows(["stage", "seconds"], times)
+    yield pages.note("Of the call that finished the stage.")
+    yield pages.heading("Settings")
+    yield pages.paragraph(
         f"advfeat {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {device or platform.machine()}, {torch.get_num_threads()} threads"
     )
-    yield _report.preformatted(json.dumps(plain(settings), indent=1))
+    yield pages.preformatted(json.dumps(plain(settings), indent=1))
 
 
 def _with_interval(values: Sequence[Accuracy]) -> str:

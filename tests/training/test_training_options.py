@@ -382,6 +382,8 @@ def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch):
 
 def test_the_bar_shows_losses_accuracies_and_images(capsys, monkeypatch):
     monkeypatch.setattr("advfeat.training._progress._SECONDS", 0.0)
+    for interval in ("_ASKED", "_EVERY"):
+        monkeypatch.setattr(f"advfeat.progress.{interval}", 0.0)
     model, twin = normed(), normed()
     settings = {"eps": 0.1, "norm": "l2", "epochs": 2, "batch_size": 20, "seed": 0}
     af.adversarial_fit(model, blobs(), progress=True, **settings)

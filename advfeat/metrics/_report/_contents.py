@@ -1,0 +1,273 @@
+"""The stages of a report, the most important first, each on as many samples as time allows."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from advfeat.attacks import APGD, Attack
+from advfeat.metrics._accuracy import accuracy, robust_accuracy
+from advfeat.metrics._curve import RobustnessCurve, robustness_curve
+from advfeat.metrics._diagnose import Diagnosis, diagnose
+from advfeat.metrics._outcome import Accuracy, RobustAccuracy
+from advfeat.metrics._report._budget import Budget
+from advfeat.metrics._report._samples import Drawn
+from advfeat.metrics._transfer import TransferMatrix, transfer_matrix
+from advfeat.progress import Meter
+
+# Gradients that a sample costs at most in each stage, about.
+_FAST, _DIAGNOSE, _CURVE = 600, 700, 1000
+_FEWEST = 8  # a stage on fewer samples says nothing
+_CHECKED = 128  # samples of diagnose and transfer
+_PROBE = 3  # steps of the attack that is timed
+_SLOW = 0.05  # seconds of a gradient after which a larger batch is not tried
+_SHORT = 20  # steps of PGD where there is no time for more
+
+
+@dataclass
+class Contents:
+    """What was measured; None where there was no time, or nothing to measure on."""
+
+    clean: Accuracy
+    robust: RobustAccuracy
+    labels: dict[int, int]
+    diagnosis: Diagnosis | None = None
+    transfer: TransferMatrix | None = None
+    curve: RobustnessCurve | None = None
+    ensemble: bool = True
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def chance(self) -> float:
+        """Fraction of the commonest class."""
+        return max(Counter(self.labels.values()).values()) / len(self.labels)
+
+
+@dataclass
+class Stages:
+    """Arguments of `report`, and a method for each stage."""
+
+    model: nn.Module
+    drawn: Drawn
+    budget: Budget
+    meter: Meter
+    ball: dict[str, Any]  # eps, norm, bounds, and what else restricts a perturbation
+    attacks: tuple[Attack, ...]
+    is_default: bool  # the ensemble may be replaced where there is no time for it
+    seed: int
+    expectation: int
+    others: Mapping[str, nn.Module]
+
+    def run(self) -> Contents:
+        """All stages."""
+        heard: list[str] = []
+        with _recorded(heard):
+            clean = self._clean()
+            robust, ensemble = self._robust()
+            labels = self.drawn.labels(clean.total)
+            contents = Contents(clean, robust, labels, ensemble=ensemble, warnings=heard)
+            if not robust.standard.count:
+                text = "the model is right on no sample that could be attacked"
+                self.budget.left_out.append(f"signs of masked gradients, transfer, curve: {text}")
+                return contents
+            contents.diagnosis = self._diagnosis()
+            if self.others:
+                contents.transfer = self._transfer()
+            contents.curve = self._curve()
+        return contents
+
+    def _clean(self) -> Accuracy:
+        def part(start: int, stop: int) -> Accuracy:
+            found = accuracy(
+                self.model,
+                self.drawn.part(start, stop),
+                expectation=self.expectation,
+                progress=False,
+            )
+            self.meter.update(stop - start)
+            return found
+
+        count = len(self.drawn)
+        self.meter.stage("clean accuracy", count)
+        parts, _ = self.budget.parts(
+            "clean accuracy", count, part, fraction=0.15, first=64, required=True
+        )
+        return _joined(parts)
+
+    def _robust(self) -> tuple[RobustAccuracy, bool]:
+        settings: dict[str, Any] = {"seed": self.seed, "expectation": self.expectation}
+        attack: dict[str, Any] = {"attack": list(self.attacks), "bounds": self.ball["bounds"]}
+        self._gradient = self._seconds_of_gradient(settings)
+        limit, first = 0.5 * self.budget.left, 64
+        affordable = limit / (_FAST * self._gradient)
+        ensemble = True
+        if self.is_default and affordable < _FEWEST:
+            attack = {**self.ball, "steps": _SHORT}
+            first, ensemble = _FEWEST, False
+            self.budget.left_out.append(
+                f"the ensemble of attacks: there was time for PGD with {_SHORT} steps only"
+            )
+        else:
+            first = int(min(first, max(_FEWEST, affordable)))
+
+        def part(start: int, stop: int) -> RobustAccuracy:
+            found = robust_accuracy(
+                self.model, self.drawn.part(start, stop), **attack, **settings,
+                keep_inputs=True, progress=False,
+            )  # fmt: skip
+            self.meter.update(stop - start)
+            return found
+
+        count = len(self.drawn)
+        self.meter.stage("robust accuracy", count)
+        parts, _ = self.budget.parts(
+            "robust accuracy", count, part, fraction=0.5, first=first, required=True
+        )
+        robust = _joined_robust(parts)
+        return robust, ensemble and len(robust.attacks) > 1
+
+    def _seconds_of_gradient(self, settings: dict[str, Any]) -> float:
+        """How long one gradient of one sample takes, about; the first call warms up."""
+        ball = {**self.ball, "steps": _PROBE}
+
+        def seconds(count: int) -> float:
+            part, began = self.drawn.part(0, count), time.monotonic()
+            robust_accuracy(self.model, part, **ball, **settings, progress=False)
+            return time.monotonic() - began
+
+        few, many = (min(count, len(self.drawn)) for count in (_FEWEST // 2, 4 * _FEWEST))
+        seconds(few)  # warms up
+        small = seconds(few)
+        evaluations = _PROBE + 2  # with those that check the result
+        if small > _SLOW * few * evaluations or many == few:
+            return small / (few * evaluations)
+        large = seconds(many)
+        # What does not grow with the samples, such as the inspection of the model, is left out.
+        return max(large - small, large / 10, 1e-6) / (many * evaluations)
+
+    def _diagnosis(self) -> Diagnosis | None:
+        self.meter.stage("signs of masked gradients")
+        affordable = int(0.45 * self.budget.left / (_DIAGNOSE * self._gradient))
+        count = min(_CHECKED, len(self.drawn), affordable)
+        whole = min(_CHECKED, len(self.drawn))
+        if count < min(_FEWEST, whole):
+            self.budget.left_out.append("signs of masked gradients: all of it")
+            return None
+        if count < whole:
+            self.budget.left_out.append(f"signs of masked gradients: {count} of {whole} samples")
+
+        def run(start: int, stop: int) -> Diagnosis | None:
+            try:
+                return diagnose(
+                    self.model, self.drawn.part(0, count), samples=count, seed=self.seed,
+                    **self._plain_ball(),
+                )  # fmt: skip
+            except ValueError as error:
+                self.budget.left_out.append(f"signs of masked gradients: {error}")
+                return None
+
+        (found,), _ = self.budget.parts("signs of masked gradients", 1, run, required=True)
+        return found
+
+    def _plain_ball(self) -> dict[str, Any]:
+        return {name: self.ball[name] for name in ("eps", "norm", "bounds")}
+
+    def _transfer(self) -> TransferMatrix | None:
+        models = {"this model": self.model, **self.others}
+        attack = APGD(**self.ball, steps=25, seed=self.seed)
+        affordable = int(0.4 * self.budget.left / (30 * len(models) * self._gradient))
+        whole = min(_CHECKED, len(self.drawn))
+        count = min(whole, affordable)
+        self.meter.stage("transfer")
+        if count < min(_FEWEST, whole):
+            self.budget.left_out.append("transfer: all of it")
+            return None
+
+        def run(start: int, stop: int) -> TransferMatrix:
+            part = self.drawn.part(0, count)
+            return transfer_matrix(models, models, part, attack, progress=False)
+
+        (found,), _ = self.budget.parts("transfer", 1, run, required=True)
+        return found
+
+    def _curve(self) -> RobustnessCurve | None:
+        settings = {name: self.ball[name] for name in ("norm", "bounds")}
+        affordable = 0.8 * self.budget.left / (_CURVE * self._gradient)
+
+        def part(start: int, stop: int) -> RobustnessCurve:
+            found = robustness_curve(
+                self.model,
+                self.drawn.part(start, stop),
+                **settings,
+                seed=self.seed,
+                progress=False,
+            )
+            self.meter.update(stop - start)
+            return found
+
+        count = len(self.drawn)
+        self.meter.stage("robustness curve", count)
+        if affordable < _FEWEST and count > affordable:
+            self.budget.left_out.append("robustness curve: all of it")
+            return None
+        first = int(min(64, affordable))
+        parts, done = self.budget.parts("robustness curve", count, part, fraction=0.8, first=first)
+        if not done:
+            return None
+        index = torch.cat([each.index for each in parts])
+        order = index.argsort()
+        distance = torch.cat([each.distance for each in parts])
+        return RobustnessCurve(distance[order], index[order], parts[0].norm)
+
+
+@contextmanager
+def _recorded(heard: list[str]) -> Iterator[None]:
+    """Keep warnings for the report; a sentence that differs in its numbers alone is kept once."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    known: set[str] = set()
+    for warning in caught:
+        text = str(warning.message)
+        plain = "".join(letter for letter in text if not letter.isdigit())
+        # These two are in the report by themselves.
+        own = "may be too high" in text or "less robust than it looks" in text
+        if issubclass(warning.category, UserWarning) and plain not in known and not own:
+            heard.append(text)
+        known.add(plain)
+
+
+def _joined(parts: Sequence[Accuracy]) -> Accuracy:
+    index = torch.cat([part.index for part in parts])
+    order = index.argsort()
+    return Accuracy.of(torch.cat([part.correct for part in parts])[order], index[order])
+
+
+def _joined_robust(parts: Sequence[RobustAccuracy]) -> RobustAccuracy:
+    """One result of several, in the order of the samples' numbers."""
+    index = torch.cat([part.index for part in parts])
+    order = index.argsort()
+
+    def field_of(name: str) -> Tensor:
+        found: Tensor = torch.cat([getattr(part, name) for part in parts])[order]
+        return found
+
+    robust = RobustAccuracy.of(field_of("correct"), index[order])
+    robust.standard = _joined([part.standard for part in parts])
+    robust.attacks = parts[0].attacks
+    robust.broken_by, robust.value = field_of("broken_by"), field_of("value")
+    robust.adversarial = field_of("adversarial")
+    topics: dict[str, str] = {}
+    for part in parts:
+        for text in part.warnings:  # the last part is the largest
+            topics["".join(letter for letter in text if not letter.isdigit())] = text
+    robust.warnings = tuple(topics.values())
+    return robust

@@ -1,0 +1,99 @@
+"""Pictures without a plotting library: images as PNG, the curve as SVG."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from advfeat import pages
+from advfeat.metrics._curve import RobustnessCurve
+from advfeat.threat import Bounds
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 300, 52, 46
+_LEAST_PIXELS = 96  # smaller images are enlarged by whole factors
+
+
+def is_image(inputs: Tensor) -> bool:
+    """Whether one sample is a grey or coloured image that can be shown."""
+    grey = inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[0] == 1)
+    coloured = inputs.ndim == 3 and inputs.shape[0] == 3
+    return (grey or coloured) and min(inputs.shape[-2:]) >= 4
+
+
+def image_uri(inputs: Tensor, bounds: Bounds) -> str:
+    """One image as the source of an ``img``."""
+    low, high = bounds
+    shown = (inputs.detach().float().cpu() - low) / (high - low)
+    if shown.ndim == 3:
+        shown = shown[0] if shown.shape[0] == 1 else shown.movedim(0, -1)
+    pixels = (255 * shown.nan_to_num(0.5).clamp(0, 1)).round().to(torch.uint8).numpy()
+    factor = max(1, _LEAST_PIXELS // max(pixels.shape[:2]))
+    return pages.data_uri(pages.png(np.repeat(np.repeat(pixels, factor, 0), factor, 1)))
+
+
+def difference_uri(clean: Tensor, adversarial: Tensor, bounds: Bounds) -> tuple[str, float]:
+    """The perturbation magnified to the whole range, grey where it is zero, and the factor."""
+    low, high = bounds
+    delta = (adversarial - clean).detach().float().cpu()
+    peak = float(delta.abs().max())
+    factor = (high - low) / (2 * peak) if peak else 1.0
+    return image_uri((low + high) / 2 + factor * delta, bounds), factor
+
+
+def curve_svg(curve: RobustnessCurve, eps: Any, *, chance: float) -> str:
+    """Robust accuracy over the radius, with the radius of the report as a line."""
+    ordered = curve.distance.double().nan_to_num(nan=-1.0).sort().values
+    finite = ordered[ordered.isfinite()]
+    radius = float(eps) if isinstance(eps, (int, float)) else None
+    largest = float(finite[-1]) if len(finite) else 0.0
+    end = max(1.05 * largest, 1.2 * (radius or 0.0)) or 1.0
+    # Far beyond the radius nothing is of interest.
+    end = min(end, 4 * radius) if radius else end
+    edges = torch.linspace(0, end, 241, dtype=torch.float64)
+    above = len(ordered) - torch.searchsorted(ordered, edges, right=True)
+    shares = (100 * above.double() / max(1, len(ordered))).tolist()
+
+    def x(value: float) -> float:
+        return _LEFT + (_WIDTH - _LEFT - 12) * value / end
+
+    def y(percent: float) -> float:
+        return 12 + (_HEIGHT - _BOTTOM - 12) * (1 - percent / 100)
+
+    points = " ".join(f"{x(e):.1f},{y(s):.1f}" for e, s in zip(edges.tolist(), shares, strict=True))
+    parts = [_text(_LEFT - 8, y(p) + 5, f"{p:d}", "end") for p in (0, 25, 50, 75, 100)]
+    parts += [_line(_LEFT, y(p), _WIDTH - 12, y(p), "var(--line)") for p in (0, 25, 50, 75, 100)]
+    for place in range(5):
+        value = end * place / 4
+        parts.append(_text(x(value), _HEIGHT - _BOTTOM + 20, f"{value:.3g}", "middle"))
+    parts.append(_text(_WIDTH / 2, _HEIGHT - 6, f"{curve.norm} size of the perturbation", "middle"))
+    parts.append(_line(_LEFT, y(100 * chance), _WIDTH - 12, y(100 * chance), "var(--grey)", "2 4"))
+    parts.append(_text(_WIDTH - 14, y(100 * chance) - 5, "commonest class", "end"))
+    if radius is not None:
+        parts.append(_line(x(radius), y(0), x(radius), y(100), "var(--bad)", "6 4"))
+        parts.append(_text(x(radius) + 5, y(94), "eps", "start"))
+    parts.append(
+        f'<polyline points="{points}" fill="none" stroke="var(--curve)" stroke-width="2.5"/>'
+    )
+    return (
+        f'<div class="wide"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" style="width:100%;'
+        f'min-width:22rem;max-width:{_WIDTH}px" aria-label="percent of samples that are still '
+        f'robust, over the size of the perturbation"><title>Robust accuracy (%)</title>'
+        f"{''.join(parts)}</svg></div>"
+    )
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, color: str, dash: str = "") -> str:
+    dashes = f' stroke-dasharray="{dash}"' if dash else ""
+    return (
+        f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" stroke="{color}"{dashes}/>'
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="14" '
+        f'fill="currentColor">{text}</text>'
+    )

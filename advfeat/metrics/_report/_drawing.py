@@ -39,7 +39,7 @@ def difference_uri(clean: Tensor, adversarial: Tensor, bounds: Bounds) -> tuple[
     low, high = bounds
     delta = (adversarial - clean).detach().float().cpu()
     peak = float(delta.abs().max())
-    factor = (high - low) / (2 * peak) if peak else 1.0
+    factor = max(1.0, (high - low) / (2 * peak)) if peak else 1.0
     return image_uri((low + high) / 2 + factor * delta, bounds), factor
 
 

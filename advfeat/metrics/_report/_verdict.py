@@ -42,12 +42,15 @@ class Verdict(Result):
         The result in one or two sentences.
     reasons
         ``(light, sentence)`` for everything that was found.
+    unconfirmed
+        Whether ``robustness`` would be green if the number were reliable.
     """
 
     robustness: Light
     reliability: Light
     summary: str
     reasons: tuple[tuple[Light, str], ...]
+    unconfirmed: bool = False
 
     @property
     def light(self) -> Light:
@@ -56,6 +59,8 @@ class Verdict(Result):
 
     def word(self, which: str) -> str:
         """What the light of ``"robustness"`` or ``"reliability"`` says."""
+        if which == "robustness" and self.unconfirmed:
+            return "robust, but unconfirmed"
         return _WORDS[which][getattr(self, which)]
 
     def _summary(self) -> str:
@@ -111,7 +116,9 @@ def judge(
         *(("yellow", text) for text in dict.fromkeys((*robust.warnings, *warnings))),
     ]
     reasons.sort(key=lambda reason: -ORDER.index(reason[0]))
-    reliability: Light = max((light for light, _ in reasons), key=ORDER.index, default=ORDER[0])
+    trusted: Light = max((light for light, _ in reasons), key=ORDER.index, default=ORDER[0])
+    unconfirmed = robustness == "green" and trusted != "green"
+    robustness = "yellow" if unconfirmed else robustness
     low, high = robust.interval
     summary = (
         f"Under attack in {ball}, {100 * robust:.1f}% of the samples are classified correctly "
@@ -119,9 +126,9 @@ def judge(
         f"{100 * standard:.1f}% without an attack"
     )
     summary += f": {100 * kept:.0f}% of what was right stays right." if standard.count else "."
-    if reliability != "green":
+    if trusted != "green":
         summary += " The true number may be lower: see the reasons below."
-    return Verdict(robustness, reliability, summary, tuple(reasons))
+    return Verdict(robustness, trusted, summary, tuple(reasons), unconfirmed)
 
 
 def _of_models(

@@ -9,8 +9,8 @@ from typing import TypeVar
 T = TypeVar("T")
 # A part is planned to need at most this fraction of the time that is left.
 _PLANNED = 0.8
-_PART = 5.0  # seconds of a part at least, if they are left: fewer cost more for each sample
-_GROWTH = 1.2
+_GROWTH = 1.4
+_UNLIMITED = 1e9
 
 
 class Budget:
@@ -35,8 +35,8 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds that are left; infinite without a limit."""
-        return float("inf") if self.seconds is None else self.seconds - self.elapsed
+        """Seconds that are left; very many without a limit."""
+        return _UNLIMITED if self.seconds is None else self.seconds - self.elapsed
 
     def parts(
         self,
@@ -81,11 +81,11 @@ class Budget:
             at += size
             if left <= 0:
                 break
-            # A part of twice the size takes less than twice the time.
-            affordable = size * (min(left, _PART + 0.2 * left) / took) ** _GROWTH
-            size = int(min(4 * size, count - at, affordable))
-            if size < 1:
+            # A part of twice the size takes less than twice the time, and a small one is wasteful.
+            affordable = int(size * (left / took) ** _GROWTH)
+            if affordable < min(size, count - at) / 2:
                 break
+            size = min(4 * size, count - at, affordable)
         self.spent[name] = time.monotonic() - began
         if at < count:
             self.left_out.append(f"{name}: {at} of {count} samples" if at else f"{name}: all of it")

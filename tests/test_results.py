@@ -98,6 +98,10 @@ def test_no_kind_is_left_out():
             importlib.import_module(module.name)
     elsewhere = {
         "Calibration", "Claim", "Evidence", "FeatureUsefulness", "Study", "Report",
+        "ReportFields",
+        "ClassAccuracy",
+        "Example",
+        "Verdict",
     }  # fmt: skip
     assert {kind.__name__ for kind in all_kinds()} - elsewhere == set(NAMES)
 

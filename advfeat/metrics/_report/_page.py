@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from html import escape
-from typing import TYPE_CHECKING
 
 from advfeat import pages
 from advfeat.metrics._diagnose import Finding
 from advfeat.metrics._outcome import accuracy_row
 from advfeat.metrics._report import _drawing
 from advfeat.metrics._report._examples import Example
+from advfeat.metrics._report._fields import ReportFields
 from advfeat.metrics._report._verdict import Verdict
-
-if TYPE_CHECKING:
-    from advfeat.metrics._report._result import Report
 
 SYMBOLS = {"green": "\N{HEAVY CHECK MARK}", "yellow": "!", "red": "\N{HEAVY BALLOT X}"}
 _CLASSES = {"green": "good", "yellow": "warn", "red": "bad"}
@@ -36,7 +33,7 @@ STYLE = """
 """
 
 
-def sections(report: Report) -> Iterator[str]:
+def sections(report: ReportFields) -> Iterator[str]:
     """All sections, in order."""
     yield from _verdict(report.verdict)
     yield pages.heading("Accuracy")
@@ -108,12 +105,12 @@ def _findings(found: list[Finding]) -> str:
     return f'<ul class="reasons">{"".join(items)}</ul>'
 
 
-def _classes(report: Report) -> Iterator[str]:
+def _classes(report: ReportFields) -> Iterator[str]:
     if len(report.classes) < 2:
         return
     shown = report.shown_classes()
     yield pages.heading("Accuracy of each class")
-    head = ["class", "samples", "without an attack (%)", "under attack (%)", "95% interval"]
+    head = ["class", "samples", "clean (%)", "attacked (%)", "95% interval"]
     yield pages.rows(head, [each.row() for each in shown])
     if len(shown) < len(report.classes):
         yield pages.note(
@@ -122,7 +119,7 @@ def _classes(report: Report) -> Iterator[str]:
         )
 
 
-def _samples(report: Report) -> Iterator[str]:
+def _samples(report: ReportFields) -> Iterator[str]:
     for kind, title in (("fragile", "Most fragile samples"), ("robust", "Most robust samples")):
         chosen = [each for each in report.examples if each.kind == kind]
         if not chosen:
@@ -137,7 +134,7 @@ def _samples(report: Report) -> Iterator[str]:
             yield pages.rows(head, [_line(report, each) for each in chosen])
 
 
-def _figure(report: Report, example: Example) -> str:
+def _figure(report: ReportFields, example: Example) -> str:
     assert example.clean is not None
     assert example.adversarial is not None
     delta, factor = _drawing.difference_uri(example.clean, example.adversarial, report.bounds)
@@ -155,13 +152,13 @@ def _figure(report: Report, example: Example) -> str:
     return f"<figure>{shown}<figcaption>{escape(text)}</figcaption></figure>"
 
 
-def _line(report: Report, example: Example) -> list[str]:
+def _line(report: ReportFields, example: Example) -> list[str]:
     distance = "" if example.distance is None else f"{example.distance:.4g}"
     label, predicted = report.class_name(example.label), report.class_name(example.predicted)
     return [str(example.index), label, predicted, distance, example.broken_by or ""]
 
 
-def _paper(report: Report) -> Iterator[str]:
+def _paper(report: ReportFields) -> Iterator[str]:
     yield pages.heading("For a paper")
     yield pages.paragraph(report.paper)
     yield pages.paragraph(

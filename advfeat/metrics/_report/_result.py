@@ -10,25 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from advfeat import checks, pages, seeding
 from advfeat.attacks import Attack, AutoAttack
 from advfeat.loading import Data
 from advfeat.metrics._choice import choose_attacks
-from advfeat.metrics._curve import RobustnessCurve
-from advfeat.metrics._diagnose import Diagnosis
-from advfeat.metrics._outcome import Accuracy, RobustAccuracy, accuracy_row, attack_name
+from advfeat.metrics._outcome import Accuracy, accuracy_row, attack_name
 from advfeat.metrics._report import _page
 from advfeat.metrics._report._budget import Budget
 from advfeat.metrics._report._contents import Contents, Stages
 from advfeat.metrics._report._examples import Example, examples
+from advfeat.metrics._report._fields import ClassAccuracy, ReportFields
 from advfeat.metrics._report._provenance import citations, paper_text, provenance, size_text
 from advfeat.metrics._report._samples import Drawn
-from advfeat.metrics._report._verdict import Verdict, judge
-from advfeat.metrics._transfer import TransferMatrix
+from advfeat.metrics._report._verdict import judge
 from advfeat.progress import Meter
-from advfeat.results import Result
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
@@ -36,30 +33,9 @@ from advfeat.threat import Bounds, Norm
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SHOWN_CLASSES = 10  # of each end, where there are more than twice as many
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ClassAccuracy(Result):
-    """Clean and robust accuracy of one class."""
-
-    name: str
-    clean: Accuracy
-    robust: Accuracy
-
-    def _summary(self) -> str:
-        return f"{self.name}, {self.clean:.1%} clean, {self.robust:.1%} under attack"
-
-    def row(self) -> list[str]:
-        """A line of a table: name, samples, percentages, interval of the robust accuracy."""
-        low, high = self.robust.interval
-        interval = f"{100 * low:.0f} to {100 * high:.0f}"
-        percentages = [f"{100 * self.clean:.1f}", f"{100 * self.robust:.1f}"]
-        return [self.name, str(self.robust.total), *percentages, interval]
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Report(Result):
+class Report(ReportFields):
     """What `report` found.
 
     ``print`` it, show it in a notebook, or `save` it as a page.
@@ -97,43 +73,6 @@ class Report(Result):
     class_names
         By label.
     """
-
-    verdict: Verdict
-    clean: Accuracy
-    robust: RobustAccuracy
-    curve: RobustnessCurve | None
-    diagnosis: Diagnosis | None
-    transfer: TransferMatrix | None
-    classes: tuple[ClassAccuracy, ...]
-    examples: tuple[Example, ...]
-    eps: float | Tensor
-    norm: Norm
-    bounds: Bounds
-    chance: float
-    left_out: tuple[str, ...]
-    seconds: Mapping[str, float]
-    provenance: Mapping[str, Any]
-    paper: str
-    citations: tuple[str, ...]
-    class_names: tuple[str, ...] | None = None
-
-    @property
-    def title(self) -> str:
-        """Of the page."""
-        ball = f"{self.norm} {size_text(self.eps, self.bounds)}"
-        return f"How robust is {self.provenance['model']} in {ball}?"
-
-    def class_name(self, label: int) -> str:
-        """Name of a class, or its number."""
-        names = self.class_names
-        return names[label] if names is not None and 0 <= label < len(names) else str(label)
-
-    def shown_classes(self) -> tuple[ClassAccuracy, ...]:
-        """All classes; of very many, those of the lowest and of the highest robust accuracy."""
-        if len(self.classes) <= 2 * _SHOWN_CLASSES:
-            return self.classes
-        ordered = sorted(self.classes, key=lambda each: float(each.robust))
-        return (*ordered[:_SHOWN_CLASSES], *ordered[-_SHOWN_CLASSES:])
 
     def _summary(self) -> str:
         return f"{self.clean:.1%} clean, {self.robust:.1%} under attack; {self.verdict._summary()}"

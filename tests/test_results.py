@@ -41,6 +41,7 @@ def some_results():
     yield robust
     yield accuracy()
     yield metrics.robustness_curve(MODEL, DATA, norm="l2")
+    yield metrics.corruption_accuracy(MODEL, DATA, severities=[1, 5])
     yield metrics.certified_accuracy(MODEL, DATA, sigma=0.05, n=50)
     models = {"a": MODEL, "b": MODEL}
     yield metrics.transfer_matrix(models, models, DATA, PGD(**BALL))

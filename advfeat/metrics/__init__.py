@@ -2,6 +2,7 @@
 
 from advfeat.metrics._accuracy import accuracy, robust_accuracy
 from advfeat.metrics._certified import CertifiedAccuracy, certified_accuracy
+from advfeat.metrics._corruption_accuracy import CorruptionAccuracy, corruption_accuracy
 from advfeat.metrics._curve import RobustnessCurve, robustness_curve
 from advfeat.metrics._diagnose import Diagnosis, diagnose
 from advfeat.metrics._outcome import Accuracy, RobustAccuracy
@@ -11,6 +12,7 @@ from advfeat.metrics._transfer import TransferMatrix, transfer_matrix
 __all__ = [
     "Accuracy",
     "CertifiedAccuracy",
+    "CorruptionAccuracy",
     "Diagnosis",
     "Report",
     "RobustAccuracy",
@@ -19,6 +21,7 @@ __all__ = [
     "Verdict",
     "accuracy",
     "certified_accuracy",
+    "corruption_accuracy",
     "diagnose",
     "report",
     "robust_accuracy",

@@ -162,7 +162,7 @@ class BatchReader:
         if inputs.shape[:1] != ids.shape:
             checks.fail("data", tuple(inputs.shape), f"a batch of {len(ids)}; collate_fn?")
         self._checked.batch(inputs, labels, ids, names)
-        weights = None if self._weight_field is None else self._weights(raw, inputs)
+        weights = None if self._weight_field is None else self._weights(raw, inputs, ids, names)
         targets = None
         if labels.is_floating_point():
             targets = self._moved(labels.to(torch.get_default_dtype()))
@@ -179,7 +179,9 @@ class BatchReader:
             self._choose_extras(entries_of(raw), inputs),
         )
 
-    def _weights(self, raw: Any, inputs: Tensor) -> Tensor:
+    def _weights(
+        self, raw: Any, inputs: Tensor, ids: Tensor, names: Callable[[int, int], str]
+    ) -> Tensor:
         field: Any = self._weight_field
         try:
             weights: Any = raw[field]
@@ -190,7 +192,12 @@ class BatchReader:
         if not isinstance(weights, Tensor) or weights.shape != inputs.shape[:1]:
             shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             checks.fail("sample_weight", shape, f"expected one weight a sample, ({len(inputs)},)")
-        return self._moved(weights.to(torch.get_default_dtype()))
+        weights = weights.to(torch.get_default_dtype())
+        wrong = ~(weights.isfinite() & (weights >= 0))
+        for position in wrong.nonzero().flatten()[:1].tolist():
+            name = f"sample_weight{names(int(ids[position]), position)}"
+            checks.fail(name, float(weights[position]), "expected finite numbers of at least 0")
+        return self._moved(weights)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         # Towards the CPU a copy that does not wait is read before it is there.

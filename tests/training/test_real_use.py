@@ -457,6 +457,27 @@ def test_sample_weights_are_a_field_of_the_batch(kind):
         af.fit(linear(), given, epochs=1, options=Options(sample_weight="v"))
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+def test_a_bad_weight_is_named_by_its_sample(wrong):
+    x, y = blobs().tensors
+    weights = torch.ones(len(x))
+    weights[7] = wrong
+
+    class Weighted(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, index):
+            return x[index], y[index], weights[index]
+
+    options = Options(sample_weight=2)
+    with pytest.raises(ValueError, match=r"sample_weight\[7\]="):
+        af.fit(normed(), Weighted(), epochs=1, seed=0, options=options)
+    batches = [(x[:8], y[:8], weights[:8])]
+    with pytest.raises(ValueError, match=r"sample_weight \(batch 1\)\[7\]="):
+        af.fit(normed(), batches, epochs=1, seed=0, options=options)
+
+
 def test_a_sample_without_weight_is_as_if_it_were_not_there():
     (x, y) = blobs().tensors
     w = (torch.arange(60) % 2).float()

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from advfeat.losses import LOSS_NAMES
-from advfeat.threat import NORMS, Bounds, Norm
+from advfeat.threat import NORMS, Bounds, FeatureBounds, Norm
 
 T = TypeVar("T")
 # Inputs this far outside the bounds are rounding (of a resize, of float16) and are clipped.
@@ -119,13 +119,6 @@ def scalar(argument: str, value: T) -> T | float:
     return value
 
 
-def canonical(attack: Any) -> None:
-    """Spell norm, bounds and eps of a frozen attack as this library does, or refuse them."""
-    object.__setattr__(attack, "norm", norm(attack.norm))
-    object.__setattr__(attack, "bounds", bounds(attack.bounds))
-    object.__setattr__(attack, "eps", scalar("eps", attack.eps))
-
-
 def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:
     """Refuse a name that is not among the choices."""
     if value not in choices:
@@ -209,28 +202,6 @@ def bounds(value: object) -> Bounds:
     return low, high
 
 
-def own_bounds(given: Bounds, own: Bounds) -> None:
-    """Refuse bounds beside an attack that has others; the default says nothing."""
-    if given not in ((0.0, 1.0), own):
-        fail("bounds", given, f"the attack has its own, {own}; pass them to the attack")
-
-
-def eps(value: object) -> None:
-    """Refuse a radius that is negative, not finite or not a number (or one number per sample)."""
-    if isinstance(value, Tensor):
-        if value.ndim != 1 or not value.is_floating_point():
-            raise TypeError(
-                f"eps: expected a float or a floating tensor (N,), one radius for each sample, got "
-                f"{value.dtype} of shape {tuple(value.shape)}. A radius for each channel is no "
-                "norm: attack inputs in [0, 1], with advfeat.Normalize(model, mean, std)"
-            )
-        # NaN fails this comparison too.
-        if not bool((value >= 0).all()) or not bool(torch.isfinite(value).all()):
-            fail("eps", value, "every radius must be finite and at least 0")
-        return
-    number("eps", value, low=0.0)
-
-
 def linf_in_bounds(eps: object, norm: str, bounds: Bounds) -> None:
     """Refuse an l_inf radius wider than the bounds: 8 was meant to be 8/255."""
     width = bounds[1] - bounds[0]
@@ -250,7 +221,7 @@ def seed(value: object) -> None:
         )
 
 
-def inputs(value: object, bounds: Bounds, name: str = "inputs") -> None:
+def inputs(value: object, bounds: FeatureBounds, name: str = "inputs") -> None:
     """Refuse inputs that are not a batch of finite floating-point numbers within the bounds."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
@@ -269,7 +240,9 @@ def inputs(value: object, bounds: Bounds, name: str = "inputs") -> None:
     if not (math.isfinite(smallest) and math.isfinite(largest)):
         fail(name, "NaN or infinity", "every value must be finite; look at the loader")
     low, high = bounds
-    if smallest < low - CLIPPED or largest > high + CLIPPED:
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        _inputs_by_feature(value.detach(), low, high, name)
+    elif smallest < low - CLIPPED or largest > high + CLIPPED:
         cause = "the normalisation is outside the model: move it inside, as its first layer"
         if smallest >= 0 and largest > 2 and high == 1:
             pixel = 255 if largest <= 255 else 65535
@@ -279,6 +252,23 @@ def inputs(value: object, bounds: Bounds, name: str = "inputs") -> None:
             f"[{smallest:.4g}, {largest:.4g}]",
             f"outside bounds={bounds}; usually {cause}. Otherwise pass bounds=(low, high)",
         )
+
+
+def _inputs_by_feature(value: Tensor, low: Tensor, high: Tensor, name: str) -> None:
+    """Raise an error for inputs outside bounds that broadcast against one sample."""
+    try:
+        low, high = (end.to(value).broadcast_to(value.shape[1:]) for end in (low, high))
+    except RuntimeError:
+        shape = tuple(value.shape[1:])
+        fail("bounds.shape", tuple(low.shape), f"expected tensors that broadcast against {shape}")
+    slack = CLIPPED * (high - low)
+    outside = ((value < low - slack) | (value > high + slack)).nonzero()
+    if len(outside):
+        sample, *feature = outside[0].tolist()
+        place = tuple(feature) if len(feature) > 1 else feature[0]
+        ends = float(low[tuple(feature)]), float(high[tuple(feature)])
+        cause = f"outside its bounds {ends}; are inputs and bounds in the same units?"
+        fail(f"{name}[{sample}], feature {place}", float(value[(sample, *feature)]), cause)
 
 
 def index(value: object, inputs: Tensor) -> None:

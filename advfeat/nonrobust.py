@@ -14,7 +14,7 @@ from advfeat.durable import Folder
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, Precision
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 __all__ = ["construct_det_dataset", "construct_nonrobust_dataset", "construct_rand_dataset"]
 
@@ -30,7 +30,7 @@ def construct_nonrobust_dataset(
     steps: int = 1000,
     step_size: float = 0.1,
     momentum: float = 0.0,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     patience: int | None = None,
     straight_through: bool = False,
@@ -79,12 +79,13 @@ def construct_det_dataset(
     model: nn.Module,
     data: Data,
     *,
-    eps: float = 0.5,
+    eps: float | Tensor = 0.5,
     norm: Norm = "l2",
     shift: int = 1,
     steps: int = 100,
     step_size: float | None = None,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     patience: int | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
@@ -107,7 +108,8 @@ def construct_det_dataset(
         A map-style dataset, or a loader of one (its order does not matter).
     eps, norm
         The ball, in the units of the inputs. Default l2 0.5, the paper's for CIFAR-10; Restricted
-        ImageNet used 3.
+        ImageNet used 3. ``eps`` may be a tensor that broadcasts against one sample, the radius of
+        each feature, as in `advfeat.pgd`; ``size`` is then in multiples of it.
     shift
         The target is (label + shift) mod classes; the paper's is 1.
     steps, step_size
@@ -117,6 +119,9 @@ def construct_det_dataset(
         Leave a sample where it is once its loss has not fallen by a thousandth of itself in so many
         steps, and continue with another in its place; by default every sample takes all steps, as
         in the paper.
+    mask
+        Features that may change: a bool tensor that broadcasts against one sample, or one for each
+        sample of the data, by its number.
     bounds, batch_size, precision, compile, expectation, progress, out, dtype
         As in `advfeat.construct_robust_dataset`.
 
@@ -160,6 +165,7 @@ def construct_det_dataset(
         steps=steps,
         step_size=step_size,
         bounds=bounds,
+        mask=mask,
         patience=patience,
         options=BuildOptions(batch_size, precision, progress, out, dtype, compile, expectation),
     )
@@ -170,12 +176,13 @@ def construct_rand_dataset(
     model: nn.Module,
     data: Data,
     *,
-    eps: float = 0.5,
+    eps: float | Tensor = 0.5,
     norm: Norm = "l2",
     exclude_label: bool = False,
     steps: int = 100,
     step_size: float | None = None,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     patience: int | None = None,
     batch_size: int | None = None,
@@ -193,7 +200,7 @@ def construct_rand_dataset(
 
     Parameters
     ----------
-    model, data, eps, norm, steps, step_size, bounds, patience, batch_size, precision, \
+    model, data, eps, norm, steps, step_size, bounds, mask, patience, batch_size, precision, \
 compile, expectation, progress, out, dtype
         As in `construct_det_dataset`.
     exclude_label
@@ -238,6 +245,7 @@ compile, expectation, progress, out, dtype
         steps=steps,
         step_size=step_size,
         bounds=bounds,
+        mask=mask,
         patience=patience,
         options=options,
     )

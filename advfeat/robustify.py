@@ -12,7 +12,7 @@ from advfeat.durable import Folder
 from advfeat.loading import Data
 from advfeat.model import Layer, Precision
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds
+from advfeat.threat import FeatureBounds
 
 __all__ = ["construct_robust_dataset"]
 
@@ -28,7 +28,7 @@ def construct_robust_dataset(
     steps: int = 1000,
     step_size: float = 0.1,
     momentum: float = 0.0,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     patience: int | None = None,
     straight_through: bool = False,
@@ -74,7 +74,8 @@ def construct_robust_dataset(
         0.9 comes as near in fewer steps, 27 for 100 in docs/benchmarks.md: moves grow from
         ``step_size`` to at most 1 / (1 - momentum) times that.
     bounds
-        The box ``(low, high)`` of valid inputs.
+        The range ``(low, high)`` of valid inputs, numbers or tensors that broadcast against one
+        sample.
     seed
         Of the starts; None draws one number from torch's default generator.
     patience

@@ -15,11 +15,49 @@ from torch import Tensor
 
 Norm: TypeAlias = Literal["l1", "l2", "linf"]
 Bounds: TypeAlias = tuple[float, float]
+# Bounds of each feature: tensors that broadcast against one sample.
+FeatureBounds: TypeAlias = tuple[float, float] | tuple[Tensor, Tensor]
 
 NORMS: tuple[Norm, ...] = ("l1", "l2", "linf")
 _ORDER = {"l1": 1.0, "l2": 2.0}
 # Of a gradient of this l2 size the squares of all entries that matter are numbers in float32.
 _SQUARES_IN_RANGE = 1e-12
+
+
+def bounds_of(box: Tensor | None, bounds: FeatureBounds) -> FeatureBounds:
+    """Bounds of each sample, from ``(N, 2, ...)``; where that is empty or None, those of all."""
+    return bounds if box is None or not box.numel() else (box[:, 0], box[:, 1])
+
+
+def free_of(box: Tensor) -> Tensor | None:
+    """Features that may change, bool ``(N, ...)``; None for all."""
+    return box[:, 0] != box[:, 1] if box.numel() else None
+
+
+def clip(points: Tensor, bounds: FeatureBounds, inplace: bool = False) -> Tensor:
+    """The points moved into the bounds, numbers or tensors that broadcast against a sample."""
+    low, high = bounds
+    if isinstance(low, Tensor):
+        low, high = low.to(points), high.to(points)  # type: ignore[union-attr]
+    return points.clamp_(low, high) if inplace else points.clamp(low, high)  # type: ignore[arg-type]
+
+
+def same_bounds(first: FeatureBounds, second: FeatureBounds) -> bool:
+    """Whether these are the same bounds."""
+    pairs = zip(first, second, strict=True)
+    return all(
+        isinstance(one, Tensor) == isinstance(other, Tensor)
+        and (torch.equal(one, other) if isinstance(one, Tensor) else one == other)  # type: ignore[arg-type]
+        for one, other in pairs
+    )
+
+
+def hull(bounds: FeatureBounds) -> Bounds:
+    """The smallest and the largest bound of any feature."""
+    low, high = bounds
+    if isinstance(low, Tensor):
+        return float(low.min()), float(high.max())  # type: ignore[union-attr]
+    return low, high  # type: ignore[return-value]
 
 
 def feature_axes(tensor: Tensor) -> tuple[int, ...]:
@@ -49,6 +87,21 @@ def size(delta: Tensor, norm: Norm, keepdim: bool = False) -> Tensor:
         return delta.abs().amax(axes, keepdim=keepdim)
     found: Tensor = torch.linalg.vector_norm(delta, _ORDER[norm], dim=axes, keepdim=keepdim)
     return found
+
+
+def weighted_size(delta: Tensor, norm: Norm, scale: Tensor) -> Tensor:
+    """Norm of ``delta / scale`` of each sample, ``(N,)``; features of scale 0 are left out.
+
+    ``scale`` broadcasts against one sample.
+
+    Examples
+    --------
+    >>> weighted_size(torch.tensor([[3.0, -8.0]]), "l2", torch.tensor([1.0, 2.0]))
+    tensor([5.])
+    """
+    scale = scale.to(delta)
+    fixed = scale == 0
+    return size((delta / scale.masked_fill(fixed, 1.0)).masked_fill(fixed, 0.0), norm)
 
 
 def known_none(values: Tensor) -> bool:
@@ -163,7 +216,7 @@ def finite(gradient: Tensor) -> Tensor:
     return torch.where(is_finite, gradient, replaced)
 
 
-def unblocked(gradient: Tensor, points: Tensor, bounds: Bounds) -> Tensor:
+def unblocked(gradient: Tensor, points: Tensor, bounds: FeatureBounds) -> Tensor:
     """The gradient without the entries that push a point on the bounds's wall against it.
 
     What is left is the gradient by which a step can still climb. In l1 that matters: a step goes
@@ -180,7 +233,7 @@ def project(
     center: Tensor,
     eps: float | Tensor | None,
     norm: Norm,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
     limits: tuple[Tensor, Tensor] | None = None,
     inplace: bool = False,
 ) -> Tensor:
@@ -193,7 +246,7 @@ def project(
     eps
         Radius, a float or ``(N,)``; ``None`` leaves the bounds alone.
     norm, bounds
-        The ball's norm and the bounds ``(low, high)``.
+        The ball's norm and the bounds ``(low, high)``, numbers or tensors that broadcast.
     limits
         `limits_of` the same center, radius and bounds, for a loop that has them.
     inplace
@@ -204,9 +257,8 @@ def project(
     >>> project(torch.tensor([[2.0, 1.4]]), torch.tensor([[0.9, 0.5]]), 0.5, "l2")
     tensor([[1.0000, 0.9899]])
     """
-    low, high = bounds
     if eps is None:
-        return points.clamp(low, high)
+        return clip(points, bounds)
     limits = limits_of(center, eps, norm, bounds) if limits is None else limits
     if norm == "linf":
         return points.clamp_(*limits) if inplace else points.clamp(*limits)
@@ -215,27 +267,29 @@ def project(
     if norm == "l2":
         length = size(delta, "l2", keepdim=True)
         if not inplace and known_none(length > radius):
-            return points.clamp(low, high)
-        return _scale_into_ball(delta, length, radius, limits).add_(center).clamp_(low, high)
+            return clip(points, bounds)
+        inside = _scale_into_ball(delta, length, radius, limits).add_(center)
+        return clip(inside, bounds, inplace=True)
     kept = _shrink_l1(delta.abs(), torch.where(delta > 0, limits[1], limits[0]).abs_(), radius)
     nearest = center + torch.copysign(kept, delta)
     # Rounded towards the center: roundings of one sign in many entries would leave the ball.
     outside = (nearest - center).abs() > kept
     nearest = torch.where(outside, torch.nextafter(nearest, center), nearest)
-    return nearest.clamp(low, high)
+    return clip(nearest, bounds)
 
 
 def limits_of(
-    center: Tensor, eps: float | Tensor, norm: Norm, bounds: Bounds
+    center: Tensor, eps: float | Tensor, norm: Norm, bounds: FeatureBounds
 ) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each entry: in linf of the point, in ball and bounds together.
 
     In l1 and l2 of the perturbation, in the bounds alone.
     """
+    low, high = bounds
     if norm != "linf":
-        return torch.rsub(center, bounds[0]), torch.rsub(center, bounds[1])
+        return torch.rsub(center, low), torch.rsub(center, high)
     radius = per_sample(eps, center)
-    return (center - radius).clamp_min_(bounds[0]), (center + radius).clamp_max_(bounds[1])
+    return (center - radius).clamp_min_(low), (center + radius).clamp_max_(high)
 
 
 def _scale_into_ball(
@@ -300,7 +354,9 @@ def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 40
     return kept * (safe / _nonzero(kept.sum(axes, keepdim=True))).clamp_max(1.0)
 
 
-def point_in_ball(uniform: Tensor, eps: float | Tensor, norm: Norm) -> Tensor:
+def point_in_ball(
+    uniform: Tensor, eps: float | Tensor, norm: Norm, free: Tensor | None = None
+) -> Tensor:
     """Map uniform numbers to points uniform in the ball of radius ``eps``.
 
     Parameters
@@ -310,19 +366,26 @@ def point_in_ball(uniform: Tensor, eps: float | Tensor, norm: Norm) -> Tensor:
         coordinates and one for the radius.
     eps, norm
         Radius (a float or ``(N,)``) and norm.
+    free
+        Features that may change, bool ``(N, d)``: the ball is that of these alone. None for all.
 
     Returns
     -------
     Tensor
-        Shape ``(N, d)``.
+        Shape ``(N, d)``, zero where a feature is not free.
     """
     coordinates, last = uniform[:, :-1], uniform[:, -1:]
     radius = per_sample(eps, uniform)
+    count: float | Tensor = coordinates.shape[1]
+    if free is not None:
+        # Of the middle of its range each coordinate is zero.
+        coordinates = torch.where(free, coordinates, 0.5)
+        count = free.sum(1, keepdim=True).clamp_min(1)
     if norm == "linf":
         return radius * (2 * coordinates - 1)
     if norm == "l2":
         normal: Tensor = torch.special.ndtri(coordinates)
-        return radius * last.pow(1 / coordinates.shape[1]) * steepest(normal, "l2")
+        return radius * last.pow(1 / count) * steepest(normal, "l2")
     # d exponentials with signs, divided by the sum of d + 1: uniform in the l1 ball.
     centred = 2 * coordinates - 1
     laplace = -torch.copysign(torch.log1p(-centred.abs()), centred)

@@ -14,12 +14,14 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks._apgd_schedule import Schedule, phases, schedule_of
-from advfeat.attacks.base import Attack, per_sample_eps
+from advfeat.attacks.base import Attack, per_sample_eps, random_points
+from advfeat.attacks.restricted import refuse_restricted
 from advfeat.attacks.samples import Batch
+from advfeat.attacks.settings import canonical
 from advfeat.losses import LossName, is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # In l1: first step's fraction of entries, what a checkpoint divides entries and step by, and the
 # smallest step as a fraction of the radius.
@@ -52,6 +54,7 @@ class APGDState(NamedTuple):
     x_best: Tensor  # (N, ...) what is returned
     value: Tensor  # (N,) objective there
     success: Tensor  # (N,) bool
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
 @suggests
@@ -75,16 +78,15 @@ class APGD(Attack):
     targets: int = 0
     restarts: int = 1
     returns: Literal["best", "first"] = "best"
-    bounds: Bounds = (0.0, 1.0)
+    bounds: FeatureBounds = (0.0, 1.0)
+    mask: Tensor | None = None
     seed: int | torch.Generator | None = None
 
     targeted = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        checks.canonical(self)
-        checks.eps(self.eps)
-        checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        canonical(self)
         checks.count("steps", self.steps, low=1)
         checks.loss(self.loss)
         checks.count("targets", self.targets, low=0)
@@ -94,10 +96,13 @@ class APGD(Attack):
 
     def init(self, net: Network, batch: Batch) -> APGDState:
         """Choose each sample's targets and put it at a random point of the ball."""
+        refuse_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         eps = per_sample_eps(self.eps, inputs)
-        low, high = threat.limits_of(inputs, eps, self.norm, self.bounds)
+        low, high = threat.limits_of(
+            inputs, eps, self.norm, threat.bounds_of(batch.box, self.bounds)
+        )
         lowest = inputs.new_full((count,), -torch.inf)
         state = APGDState(
             inputs=inputs,
@@ -123,6 +128,7 @@ class APGD(Attack):
             x_best=inputs,
             value=lowest,
             success=torch.zeros_like(labels, dtype=torch.bool),
+            box=batch.state_box,
         )
         return self._start_round(state, torch.ones_like(state.success))
 
@@ -263,12 +269,12 @@ class APGD(Attack):
             moved = torch.addcmul(current, direction, size)
         else:
             moved = threat.ascend_scaled_l2(current, direction, size)
-        limits = state.low, state.high
+        limits, bounds = (state.low, state.high), threat.bounds_of(state.box, self.bounds)
         project = partial(threat.project, limits=limits, inplace=True)
-        moved = project(moved, inputs, state.eps, self.norm, self.bounds)
+        moved = project(moved, inputs, state.eps, self.norm, bounds)
         moved = torch.addcmul(current, moved.sub_(current), alpha, out=moved)
         moved.addcmul_(current - state.previous, torch.rsub(alpha, 1.0))  # momentum
-        moved = project(moved, inputs, state.eps, self.norm, self.bounds)
+        moved = project(moved, inputs, state.eps, self.norm, bounds)
         return state._replace(current=moved, previous=current, step=state.step + 1)
 
     def _move_l1(
@@ -281,7 +287,8 @@ class APGD(Attack):
         moved = torch.addcmul(state.current, self._sparse_step(state, direction), size)
         moved = threat.choose(starting, state.x_max, moved)
         limits = state.low, state.high
-        moved = threat.project(moved, state.inputs, radius, "l1", self.bounds, limits)
+        bounds = threat.bounds_of(state.box, self.bounds)
+        moved = threat.project(moved, state.inputs, radius, "l1", bounds, limits)
         state = state._replace(current=moved, previous=moved, step=state.step + 1)
         if threat.known_none(starting):
             return state
@@ -308,8 +315,7 @@ class APGD(Attack):
         width = state.inputs[0].numel()
         radius = state.eps * phases(self.norm, self.steps)[0][0]
         numbers = seeding.uniform(state.keys, state.step // self._round, width + 1)
-        delta = threat.point_in_ball(numbers, radius, self.norm).view(state.inputs.shape)
-        start = threat.project(state.inputs + delta, state.inputs, radius, self.norm, self.bounds)
+        start = random_points(state, radius, self.norm, self.bounds, numbers)
         size = radius if self.norm == "l1" else 2 * radius
         density, support = (torch.full_like(radius, x) for x in (_L1_DENSITY, float(width)))
         state = state._replace(
@@ -358,7 +364,8 @@ def apgd(
     loss: LossName = "cross_entropy",
     targets: int = 0,
     restarts: int = 1,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
     expectation: int = 1,
@@ -372,7 +379,7 @@ def apgd(
 
     Parameters
     ----------
-    model, inputs, labels, eps, norm, bounds, precision, expectation, extras
+    model, inputs, labels, eps, norm, bounds, mask, precision, expectation, extras
         As in `pgd`; ``labels`` are the true ones.
     steps
         Gradients of a round; default 100, the paper's.
@@ -408,6 +415,7 @@ def apgd(
         targets=targets,
         restarts=restarts,
         bounds=bounds,
+        mask=mask,
         seed=seed,
     )
     return attack(

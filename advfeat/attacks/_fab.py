@@ -14,6 +14,7 @@ from advfeat.attacks.base import verified_logits
 from advfeat.attacks.minimum_norm import (
     MinimumNorm,
     evaluated,
+    flat_bounds,
     lead_of,
     likely_others,
     to_hyperplane,
@@ -22,7 +23,7 @@ from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # The paper's: the largest pull towards the clean input, the overshoot across the boundary, and
 # what is left of a perturbation after the step back from an input that fools the model.
@@ -43,6 +44,7 @@ class FABState(NamedTuple):
     distance: Tensor  # (N,) of x_best; infinite where nothing fools the model
     value: Tensor  # (N,) its negative
     success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
 @suggests
@@ -81,7 +83,7 @@ class FAB(MinimumNorm):
             targets=likely_others(logits, labels, self.targets),
             step=torch.zeros_like(labels),
             current=inputs,
-            **self._nothing_kept(inputs),
+            **self._nothing_kept(batch),
         )
         state = self._keep(state, inputs, is_success(logits, labels, False))
         kept: FABState = self._keep_start(net, state, batch.start)
@@ -112,7 +114,8 @@ class FAB(MinimumNorm):
         share = torch.ones_like(state.distance).masked_fill(hits, _BETA)
         share = share.masked_fill(taken % self.steps == 0, 0.0)
         current = state.inputs + threat.per_sample(share, current) * (current - state.inputs)
-        return state._replace(current=current.clamp(*self.bounds), step=taken)
+        current = threat.clip(current, threat.bounds_of(state.box, self.bounds))
+        return state._replace(current=current, step=taken)
 
     @property
     def max_evaluations(self) -> int:
@@ -130,11 +133,12 @@ class FAB(MinimumNorm):
         missing = -found.value.to(weight.dtype)
         gap = torch.stack([missing, missing + (weight * delta).sum(1)], 1)
         points = torch.stack([current.flatten(1), inputs.flatten(1)], 1)
-        moves = to_hyperplane(points, weight, gap, self.norm, self.bounds)
+        bounds = threat.bounds_of(state.box, self.bounds)
+        moves = to_hyperplane(points, weight, gap, self.norm, flat_bounds(bounds))
         lengths = threat.size(moves.flatten(0, 1), self.norm).view(-1, 2).clamp_min(1e-8)
         alpha = (lengths[:, 0] / lengths.sum(1)).clamp_max(_ALPHA_MAX)[:, None]
         step = _ETA * moves[:, 0] * (1 - alpha) + alpha * (_ETA * moves[:, 1] - delta)
-        return (current + step.view(current.shape)).clamp(*self.bounds)
+        return threat.clip(current + step.view(current.shape), bounds)
 
 
 @suggests
@@ -146,7 +150,9 @@ def fab(
     norm: Norm,
     steps: int = 100,
     targets: int = 9,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
     precision: Precision = "float32",
     expectation: int = 1,
     extras: Mapping[str, Tensor] | None = None,
@@ -171,8 +177,11 @@ def fab(
         Steps towards each target; a step takes one gradient and one forward pass.
     targets
         How many other classes to aim at in turn, the most likely first; at most all of them.
-    bounds
-        ``(low, high)``, within which every result lies.
+    bounds, mask
+        As in `advfeat.pgd`.
+    scale
+        Change of each feature that counts as 1, a tensor that broadcasts against one sample:
+        ``||delta / scale||`` is minimised. A feature of scale 0 is fixed. None for the norm.
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
         model is settled in float32.
@@ -203,7 +212,7 @@ def fab(
     >>> round(float((x_adv - x).norm()), 2)  # (3 * 0.8 - 4 * 0.3) / 5
     0.24
     """
-    attack = FAB(norm=norm, steps=steps, targets=targets, bounds=bounds)
+    attack = FAB(norm=norm, steps=steps, targets=targets, bounds=bounds, mask=mask, scale=scale)
     return attack(
         model, inputs, labels, precision=precision, expectation=expectation, extras=extras
     )

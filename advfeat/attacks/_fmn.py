@@ -25,7 +25,7 @@ from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # The paper's: by which fraction the radius grows or shrinks, at first and at last; and the last
 # step's size as a fraction of the first's.
@@ -49,6 +49,7 @@ class FMNState(NamedTuple):
     distance: Tensor  # (N,) of x_best; infinite where nothing fools the model
     value: Tensor  # (N,) its negative
     success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
 @lru_cache(maxsize=16)
@@ -102,7 +103,8 @@ class FMN(MinimumNorm):
         """Put every sample at its clean input; a sample that is wrong already has its result."""
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
-        low, high = threat.limits_of(inputs, 0.0, "l2", self.bounds)
+        bounds = threat.bounds_of(batch.box, self.bounds)
+        low, high = threat.limits_of(inputs, 0.0, "l2", bounds)
         farthest = threat.size(torch.maximum(high, -low), self.norm)
         if self.norm == "linf":
             low = high = inputs.new_empty(len(labels), 0)
@@ -116,7 +118,7 @@ class FMN(MinimumNorm):
             step=torch.zeros_like(labels),
             current=inputs,
             radius=inputs.new_zeros(inputs.shape[0]),
-            **self._nothing_kept(inputs),
+            **self._nothing_kept(batch),
         )
         state = self._keep(state, inputs, is_success(logits, labels, self.targeted))
         kept: FMNState = self._keep_start(net, state, batch.start)
@@ -146,7 +148,8 @@ class FMN(MinimumNorm):
     def _nearest(self, net: Network, batch: Batch, logits: Tensor) -> Tensor:
         """Of the likely classes, the one whose linearised boundary is nearest within the bounds."""
         likely = likely_others(logits, batch.labels, self.targets)
-        return nearest_class(net, batch, likely, self.norm, self.bounds)
+        bounds = threat.bounds_of(batch.box, self.bounds)
+        return nearest_class(net, batch, likely, self.norm, bounds)
 
     def _objective(self, state: FMNState) -> Callable[[Tensor], Tensor]:
         if not self.targeted:
@@ -174,8 +177,9 @@ class FMN(MinimumNorm):
             known = slope if self.norm == "l2" else None
             moved = threat.ascend_l2(current, gradient, length, known)
         limits = None if self.norm == "linf" else (state.low, state.high)
+        bounds = threat.bounds_of(state.box, self.bounds)
         current = threat.project(
-            moved, state.inputs, radius, self.norm, self.bounds, limits, inplace=True
+            moved, state.inputs, radius, self.norm, bounds, limits, inplace=True
         )
         return state._replace(current=current, radius=radius, step=state.step + 1)
 
@@ -191,7 +195,9 @@ def fmn(
     step_size: float | None = None,
     targets: int = 9,
     targeted: bool = False,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
     precision: Precision = "float32",
     expectation: int = 1,
     extras: Mapping[str, Tensor] | None = None,
@@ -228,8 +234,11 @@ def fmn(
         before the first step.
     targeted
         Look for inputs that the model classifies as ``labels``.
-    bounds
-        ``(low, high)``, within which every result lies.
+    bounds, mask
+        As in `advfeat.pgd`.
+    scale
+        Change of each feature that counts as 1, a tensor that broadcasts against one sample:
+        ``||delta / scale||`` is minimised. A feature of scale 0 is fixed. None for the norm.
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it; what fools the
         model is settled in float32.
@@ -267,6 +276,8 @@ def fmn(
         targets=targets,
         targeted=targeted,
         bounds=bounds,
+        mask=mask,
+        scale=scale,
     )
     return attack(
         model, inputs, labels, precision=precision, expectation=expectation, extras=extras

@@ -23,7 +23,7 @@ from advfeat.attacks.minimum_norm import (
 from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
 from advfeat.model import Network, Precision
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # By which factor the radius shrinks or grows, at first and at last. Measured in docs/benchmarks.md.
 _GAMMA_FIRST: dict[Norm, float] = {"l1": 0.3, "l2": 0.15, "linf": 0.15}
@@ -56,6 +56,7 @@ class MinimumPGDState(NamedTuple):
     distance: Tensor  # (N,) of x_best; infinite where nothing fools the model
     value: Tensor  # (N,) its negative
     success: Tensor  # (N,) bool, whether x_best fools the model (within eps)
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +112,9 @@ class MinimumPGD(MinimumNorm):
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
         classes = likely_others(logits, labels, self.targets)
-        distances, gaps = linearised_distances(net, batch, classes, self.norm, self.bounds)
+        low, high = bounds = threat.bounds_of(batch.box, self.bounds)
+        distances, gaps = linearised_distances(net, batch, classes, self.norm, bounds)
         nearest = distances.argmin(1, keepdim=True)
-        low, high = self.bounds
         farthest = threat.size(torch.maximum(high - inputs, inputs - low), self.norm)
         radius = distances.amin(1).minimum(_FIRST_RADIUS * farthest)
         seeded = self.is_random
@@ -129,7 +130,7 @@ class MinimumPGD(MinimumNorm):
             velocity=torch.zeros_like(inputs),
             radius=radius,
             farthest=farthest,
-            **self._nothing_kept(inputs),
+            **self._nothing_kept(batch),
         )
         state = self._keep(state, inputs, is_success(logits, labels, False))
         kept: MinimumPGDState = self._keep_start(net, state, batch.start)
@@ -194,7 +195,8 @@ class MinimumPGD(MinimumNorm):
         length = (last + (scale * first - last) * fresh) * radius
         velocity = _MOMENTUM * state.velocity + step_direction(gradient, self.norm)
         moved = state.current + threat.per_sample(length, velocity) * velocity
-        current = threat.project(moved, state.inputs, radius, self.norm, self.bounds)
+        bounds = threat.bounds_of(state.box, self.bounds)
+        current = threat.project(moved, state.inputs, radius, self.norm, bounds)
         return state._replace(
             current=current, velocity=velocity, radius=radius, step=state.step + 1
         )
@@ -221,7 +223,9 @@ def minimum_pgd(
     step_size: float | None = None,
     noise: float = 6.0,
     targets: int = 4,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
     expectation: int = 1,
@@ -262,8 +266,11 @@ def minimum_pgd(
     targets
         Among how many other classes to find the nearest, the most likely first: a gradient each,
         before the first step.
-    bounds
-        The valid range ``(low, high)`` that every result lies in.
+    bounds, mask
+        As in `advfeat.pgd`.
+    scale
+        Change of each feature that counts as 1, a tensor that broadcasts against one sample:
+        ``||delta / scale||`` is minimised. A feature of scale 0 is fixed. None for the norm.
     seed
         Seed of the noise; None draws one from torch's default generator.
     precision
@@ -304,6 +311,8 @@ def minimum_pgd(
         noise=noise,
         targets=targets,
         bounds=bounds,
+        mask=mask,
+        scale=scale,
         seed=seed,
     )
     return attack(

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
-from advfeat.attacks.base import Attack, per_sample_eps, track_patience
+from advfeat.attacks.base import Attack, per_sample_eps, random_points, track_patience
+from advfeat.attacks.restricted import refuse_restricted
 from advfeat.attacks.samples import Batch
+from advfeat.attacks.settings import canonical
 from advfeat.losses import LossName, Objective, is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 Returns: TypeAlias = Literal["last", "best", "first"]
 
@@ -39,6 +41,7 @@ class PGDState(NamedTuple):
     x_best: Tensor  # (N, ...), the best iterate so far
     value: Tensor  # (N,) objective there
     success: Tensor  # (N,) bool, whether it fools the model
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
 @suggests
@@ -69,14 +72,13 @@ class PGD(Attack):
     patience: int | None = None
     loss: LossName | Objective = "cross_entropy"
     returns: Returns = "last"
-    bounds: Bounds = (0.0, 1.0)
+    bounds: FeatureBounds = (0.0, 1.0)
+    mask: Tensor | None = None
     seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        checks.canonical(self)
-        checks.eps(self.eps)
-        checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        canonical(self)
         checks.count("steps", self.steps, low=1)
         if self.step_size is not None:
             checks.number("step_size", self.step_size, low=0.0, strict=True)
@@ -94,6 +96,7 @@ class PGD(Attack):
 
     def init(self, net: Network, batch: Batch) -> PGDState:
         """Put every sample at its start: the clean input, or a random point of the ball."""
+        refuse_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         random = self.random_start or self.restarts > 1
@@ -102,7 +105,8 @@ class PGD(Attack):
             keys = seeding.keys(seeding.resolve(self.seed), batch.ids)
         eps = per_sample_eps(self.eps, inputs)
         size = eps * self._default_step
-        low, high = threat.limits_of(inputs, eps, self.norm, self.bounds)
+        bounds = threat.bounds_of(batch.box, self.bounds)
+        low, high = threat.limits_of(inputs, eps, self.norm, bounds)
         state = PGDState(
             inputs=inputs,
             labels=labels,
@@ -119,6 +123,7 @@ class PGD(Attack):
             x_best=inputs if self._keeps else inputs.new_empty(count, 0),
             value=inputs.new_full((count,), -torch.inf),
             success=torch.zeros_like(labels, dtype=torch.bool),
+            box=batch.state_box,
         )
         return state._replace(current=self._random_starts(state)) if random else state
 
@@ -226,12 +231,20 @@ class PGD(Attack):
             moved = threat.ascend_l2(state.current, gradient, size)
         else:
             if self.norm == "l1":
-                gradient = threat.unblocked(gradient, state.current, self.bounds)
+                gradient = threat.unblocked(
+                    gradient, state.current, threat.bounds_of(state.box, self.bounds)
+                )
             moved = torch.addcmul(state.current, threat.steepest(gradient, self.norm), size)
         limits = state.low, state.high
         own = self.norm == "linf"  # in l2 a point in the ball is to stay as it is
         moved = threat.project(
-            moved, state.inputs, state.eps, self.norm, self.bounds, limits, inplace=own
+            moved,
+            state.inputs,
+            state.eps,
+            self.norm,
+            threat.bounds_of(state.box, self.bounds),
+            limits,
+            inplace=own,
         )
         return state._replace(current=moved, velocity=velocity, step=state.step + 1)
 
@@ -248,9 +261,7 @@ class PGD(Attack):
         numbers = seeding.uniform(
             state.keys, state.step // self._round, state.inputs[0].numel() + 1
         )
-        delta = threat.point_in_ball(numbers, state.eps, self.norm)
-        start = state.inputs + delta.view(state.inputs.shape)
-        return threat.project(start, state.inputs, state.eps, self.norm, self.bounds)
+        return random_points(state, state.eps, self.norm, self.bounds, numbers)
 
 
 @suggests
@@ -284,7 +295,8 @@ def pgd(
     patience: int | None = None,
     loss: LossName | Objective = "cross_entropy",
     returns: Returns = "last",
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
     expectation: int = 1,
@@ -305,8 +317,12 @@ def pgd(
     labels
         Class indices ``(N,)``: true labels, or the targets when ``targeted``.
     eps
-        Radius of the ball in the units of ``inputs`` (so 8/255, not 8), a float or one for
-        each sample, ``(N,)``.
+        Radius of the ball in the units of ``inputs`` (so 8/255, not 8): a float; one for each
+        sample, ``(N,)`` or ``(N, 1, ...)``; or a radius for each feature or channel, a tensor that
+        broadcasts against one sample (``(1, d)``, ``(C, 1, 1)``). The ball is then that of
+        ``||delta / eps||_p <= 1``: in linf ``|delta_i| <= eps_i``, in l2 and l1 an ellipsoid and a
+        weighted cross-polytope. A feature of radius 0 is fixed, and ``step_size`` is in multiples
+        of ``eps``.
     norm
         ``"l1"``, ``"l2"`` or ``"linf"``.
     steps
@@ -335,7 +351,12 @@ def pgd(
         largest objective. ``"first"``: the first that fools the model, else the best. A failed
         attack returns a perturbed input in each case.
     bounds
-        ``(low, high)``, within which every result lies.
+        Lowest and highest valid input, ``(low, high)``, for every result: numbers, or tensors that
+        broadcast against one sample.
+    mask
+        Features that may change, None for all: a bool (or 0-1) tensor that broadcasts against one
+        sample, or one for each sample, ``(N, ...)``. In a call with ``index``, and for a dataset,
+        ``mask[i]`` is that of sample number ``i``.
     seed
         An integer, a generator, or None for one draw from torch's default generator (only where
         a start is random).
@@ -383,6 +404,7 @@ def pgd(
         loss=loss,
         returns=returns,
         bounds=bounds,
+        mask=mask,
         seed=seed,
     )
     return attack(
@@ -402,7 +424,8 @@ def fgsm(
     targeted: bool = False,
     random_start: bool = False,
     loss: LossName | Objective = "cross_entropy",
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
     expectation: int = 1,
@@ -428,6 +451,7 @@ def fgsm(
         random_start=random_start,
         loss=loss,
         bounds=bounds,
+        mask=mask,
         seed=seed,
     )
     return attack(

@@ -13,10 +13,12 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
+from advfeat.attacks.restricted import refuse_restricted
 from advfeat.attacks.samples import Batch
+from advfeat.attacks.settings import canonical
 from advfeat.losses import LossName, is_success
 from advfeat.model import Network, Precision
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 StraightThroughUse: TypeAlias = Literal["auto", "always", "never"]
 
@@ -41,6 +43,7 @@ class SmoothedPGDState(NamedTuple):
     x_best: Tensor  # (N, ...) what is returned
     value: Tensor  # (N,) objective there
     success: Tensor  # (N,) bool, whether it fools the model
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +67,15 @@ class SmoothedPGD(Attack):
     straight_through: StraightThroughUse = "auto"
     loss: LossName = "margin"
     returns: Literal["best", "first"] = "best"
-    bounds: Bounds = (0.0, 1.0)
+    bounds: FeatureBounds = (0.0, 1.0)
+    mask: Tensor | None = None
     seed: int | torch.Generator | None = None
 
     targeted = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        checks.canonical(self)
-        checks.eps(self.eps)
-        checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        canonical(self)
         checks.count("steps", self.steps, low=1)
         if not isinstance(self.scales, tuple) or not self.scales:
             checks.fail("scales", self.scales, "a tuple of noise scales, one for each run")
@@ -87,6 +89,7 @@ class SmoothedPGD(Attack):
 
     def init(self, net: Network, batch: Batch) -> SmoothedPGDState:
         """Start every sample at its input; with `masking_ratio`, evaluate the gradient there."""
+        refuse_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         eps = per_sample_eps(self.eps, inputs)
         expected = torch.full_like(eps, -torch.inf)
@@ -108,6 +111,7 @@ class SmoothedPGD(Attack):
             x_best=inputs,
             value=torch.full_like(eps, -torch.inf),
             success=torch.zeros_like(labels, dtype=torch.bool),
+            box=batch.state_box,
         )
 
     def step(self, net: Network, state: SmoothedPGDState) -> SmoothedPGDState:
@@ -173,13 +177,14 @@ class SmoothedPGD(Attack):
         return gradient
 
     def _moved(self, state: SmoothedPGDState, direction: Tensor) -> Tensor:
+        bounds = threat.bounds_of(state.box, self.bounds)
         size = state.eps * (_FIRST_STEP * self._remaining(state) + _LAST_STEP)
         if self.norm == "l1":
-            unit = _sparse_step(threat.unblocked(direction, state.current, self.bounds))
+            unit = _sparse_step(threat.unblocked(direction, state.current, bounds))
         else:
             unit = threat.steepest(direction, self.norm)
         moved = state.current + threat.per_sample(size, unit) * unit
-        return threat.project(moved, state.inputs, state.eps, self.norm, self.bounds)
+        return threat.project(moved, state.inputs, state.eps, self.norm, bounds)
 
     def _keep(self, net: Network, state: SmoothedPGDState) -> SmoothedPGDState:
         """Keep each sample's iterate if it is a first success, or the best of the failures."""
@@ -239,7 +244,8 @@ def smoothed_pgd(
     masking_ratio: float = 0.0,
     straight_through: StraightThroughUse = "auto",
     loss: LossName = "margin",
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     precision: Precision = "float32",
     expectation: int = 1,
@@ -254,7 +260,7 @@ def smoothed_pgd(
 
     Parameters
     ----------
-    model, inputs, labels, eps, norm, bounds, precision, expectation, extras
+    model, inputs, labels, eps, norm, bounds, mask, precision, expectation, extras
         As in `pgd`; ``labels`` are the true ones.
     steps
         Gradients of a run; each step also evaluates the iterate without noise.
@@ -305,6 +311,7 @@ def smoothed_pgd(
         straight_through=straight_through,
         loss=loss,
         bounds=bounds,
+        mask=mask,
         seed=seed,
     )
     return attack(

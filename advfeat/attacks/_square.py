@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
+from advfeat.attacks.restricted import refuse_restricted
 from advfeat.attacks.samples import Batch
+from advfeat.attacks.settings import canonical
 from advfeat.losses import is_success
 from advfeat.model import Network
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # Of 10,000 proposals, those after which the area of the window is halved.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -37,6 +39,7 @@ class SquareState(NamedTuple):
     current: Tensor  # (N, ...), the best iterate so far
     value: Tensor  # (N,) margin there
     success: Tensor  # (N,) bool, whether it fools the model
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
 @suggests
@@ -60,14 +63,13 @@ class Square(Attack):
     queries: int = 5000
     p_init: float = 0.8
     targeted: bool = False
-    bounds: Bounds = (0.0, 1.0)
+    bounds: FeatureBounds = (0.0, 1.0)
+    mask: Tensor | None = None
     seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        checks.canonical(self)
-        checks.eps(self.eps)
-        checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        canonical(self)
         checks.count("queries", self.queries, low=1)
         checks.number("p_init", self.p_init, low=0.0, strict=True)
         checks.fraction("p_init", self.p_init)
@@ -75,6 +77,7 @@ class Square(Attack):
 
     def init(self, net: Network, batch: Batch) -> SquareState:
         """Put every sample at its start: stripes (linf) or a grid of bumps (l1, l2) of its own."""
+        refuse_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         state = SquareState(
@@ -86,9 +89,11 @@ class Square(Attack):
             current=inputs,
             value=inputs.new_full((count,), -torch.inf),
             success=torch.zeros_like(labels, dtype=torch.bool),
+            box=batch.state_box,
         )
         if batch.start is not None:
-            start = threat.project(batch.start, inputs, state.eps, self.norm, self.bounds)
+            bounds = threat.bounds_of(batch.box, self.bounds)
+            start = threat.project(batch.start, inputs, state.eps, self.norm, bounds)
         else:
             start = self._stripes(state) if self.norm == "linf" else self._grid(state)
         return state._replace(current=start.view(inputs.shape))
@@ -128,7 +133,7 @@ class Square(Attack):
         inputs = _image(state.inputs)
         count, channels, _, width = inputs.shape
         numbers = seeding.uniform(state.keys, 0, channels * width)
-        return self._face(inputs, state.eps, _signs(numbers.view(count, channels, 1, width)))
+        return self._face(state, inputs, _signs(numbers.view(count, channels, 1, width)))
 
     def _squares(self, state: SquareState) -> Tensor:
         """Proposal of linf: a window in which each channel is moved to one of the two faces."""
@@ -136,17 +141,34 @@ class Square(Attack):
         count, channels, height, width = inputs.shape
         numbers = seeding.uniform(state.keys, state.step, 2 + channels)
         sides = self._sides(state.step, height, width)
-        inside = _anywhere(numbers[:, :2], sides, height, width).mask
+        inside = self._place(numbers[:, :2], sides, state).mask
         signs = _signs(numbers[:, 2:]).view(count, channels, 1, 1)
-        face = self._face(inputs, state.eps, signs)
+        face = self._face(state, inputs, signs)
         # A window that is at these faces already goes to the opposite ones: no query is spent on
         # the current iterate, as half of them would be in small windows of one channel.
         known = ~((face != current) & inside).any(dim=(1, 2, 3), keepdim=True)
-        face = self._face(inputs, state.eps, torch.where(known, -signs, signs))
+        face = self._face(state, inputs, torch.where(known, -signs, signs))
         return torch.where(inside, face, current)
 
-    def _face(self, inputs: Tensor, eps: Tensor, signs: Tensor) -> Tensor:
-        return (inputs + threat.per_sample(eps, inputs) * signs).clamp_(*self.bounds)
+    def _face(self, state: SquareState, inputs: Tensor, signs: Tensor) -> Tensor:
+        moved = inputs + threat.per_sample(state.eps, inputs) * signs
+        return threat.clip(moved, self._image_bounds(state), inplace=True)
+
+    def _image_bounds(self, state: SquareState) -> FeatureBounds:
+        low, high = threat.bounds_of(state.box, self.bounds)
+        if isinstance(low, Tensor) and isinstance(high, Tensor):
+            return _image(low), _image(high)
+        return self.bounds
+
+    @staticmethod
+    def _place(numbers: Tensor, sides: Tensor, state: SquareState) -> _Window:
+        """Windows anywhere, or around a feature that may change where some may not."""
+        height, width = _image(state.inputs).shape[2:]
+        free = threat.free_of(state.box)
+        if free is None:
+            return _anywhere(numbers, sides, height, width)
+        chosen = _drawn(numbers[:, :1], _image(free).to(state.inputs.dtype))
+        return _around(chosen, sides, height, width)
 
     def _grid(self, state: SquareState) -> Tensor:
         """Start of l1 and l2: bumps of random signs and directions side by side, 5 x 5 or so."""
@@ -165,6 +187,9 @@ class Square(Attack):
         top, left = (height - down * tall) // 2, (width - across * wide) // 2
         bottom, right = height - down * tall - top, width - across * wide - left
         delta = F.pad(delta, (left, right, top, bottom)).to(inputs.dtype)
+        free = threat.free_of(state.box)
+        if free is not None:
+            delta = delta * _image(free)
         scale = threat.per_sample(state.eps, delta) / _sizes(delta, self._order, (1, 2, 3))
         return self._within(inputs, delta * scale * self._surplus, state)
 
@@ -175,7 +200,7 @@ class Square(Attack):
         count, channels, height, width = inputs.shape
         numbers = seeding.uniform(state.keys, state.step, 5 + channels)
         sides = self._sides(state.step, height, width)
-        window = _anywhere(numbers[:, :2], sides, height, width)
+        window = self._place(numbers[:, :2], sides, state)
         if self.norm == "l1":
             # The published one is anywhere: on a perturbation as sparse as those of l1 it would
             # hold nothing, and the query be wasted, three times of four.
@@ -194,6 +219,9 @@ class Square(Attack):
         fresh = delta.masked_fill(~inside, 0.0)
         fresh /= _sizes(fresh, order)
         fresh += bump * _signs(numbers[:, 5:]).view(count, channels, 1, 1)
+        free = threat.free_of(state.box)
+        if free is not None:
+            fresh *= _image(free)
         fresh *= budget * self._surplus / _sizes(fresh, order)
         proposed = torch.where(inside, fresh, delta.masked_fill(touched, 0.0))
         return self._within(inputs, proposed, state)
@@ -201,10 +229,11 @@ class Square(Attack):
     def _within(self, inputs: Tensor, delta: Tensor, state: SquareState) -> Tensor:
         """Into ball and bounds: pruned to the largest entries in l1, scaled to the sphere in l2."""
         if self.norm == "l1":
-            return threat.project(inputs + delta, inputs, state.eps, "l1", self.bounds)
+            bounds = self._image_bounds(state)
+            return threat.project(inputs + delta, inputs, state.eps, "l1", bounds)
         scale = threat.per_sample(state.eps, delta) / _sizes(delta, 2.0, (1, 2, 3))
         # What the bounds cuts off here is left over for the next window.
-        return (inputs + delta * scale).clamp_(*self.bounds)
+        return threat.clip(inputs + delta * scale, self._image_bounds(state), inplace=True)
 
     @property
     def _order(self) -> float:
@@ -360,7 +389,8 @@ def square(
     queries: int = 5000,
     p_init: float = 0.8,
     targeted: bool = False,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     expectation: int = 1,
     extras: Mapping[str, Tensor] | None = None,
@@ -396,8 +426,8 @@ def square(
         20, 40, 60 and 80 percent of the queries, as in the paper.
     targeted
         Search for inputs classified as ``labels`` instead of away from them.
-    bounds
-        ``(low, high)``, within which every result lies.
+    bounds, mask
+        As in `advfeat.pgd`. Windows lie around features that may change.
     seed
         An integer, a generator, or None for one draw from torch's default generator.
     expectation, extras
@@ -433,6 +463,7 @@ def square(
         p_init=p_init,
         targeted=targeted,
         bounds=bounds,
+        mask=mask,
         seed=seed,
     )
     return attack(model, inputs, labels, expectation=expectation, extras=extras)

@@ -94,6 +94,9 @@ class DIFGSM(MIFGSM):
         if batch.inputs.ndim != 4:
             shape = tuple(batch.inputs.shape)
             checks.fail("inputs.shape", shape, "DIFGSM resizes images, (N, C, H, W)")
+        if batch.box is not None:
+            cause = "DIFGSM resizes whole images; use MIFGSM for some features, or radii by feature"
+            checks.fail("mask, eps, bounds", "tensors", cause)
         return super().init(net, batch)
 
     def _evaluate(self, net: Network, state: PGDState) -> Evaluation:

@@ -13,10 +13,11 @@ from typing_extensions import Self
 
 from advfeat import checks, threat
 from advfeat.attacks.pool import attack_batch
+from advfeat.attacks.restricted import is_by_feature, restricted
 from advfeat.attacks.samples import Batch
 from advfeat.losses import is_success
 from advfeat.model import Network, Precision, attackable
-from advfeat.threat import Bounds
+from advfeat.threat import FeatureBounds, Norm
 
 # A rise by less than this fraction of the objective is none: fixed steps around an optimum find
 # slightly better values for ever.
@@ -52,7 +53,7 @@ class Attack(ABC):
     ``result`` fools the model) and ``value`` (its own objective there).
     """
 
-    bounds: Bounds
+    bounds: FeatureBounds
     targeted: bool
 
     @abstractmethod
@@ -131,7 +132,8 @@ class Attack(ABC):
         with attackable(model, expectation=expectation, **settings) as net:
             net.expect_extras(extras)
             batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted, extras)
-            adversarial = self.result(attack_batch(self, net, batch))
+            attack = restricted(self, batch.inputs)
+            adversarial: Tensor = attack.result(attack_batch(attack, net, batch))
             _warn_of_unmoved(self, net, batch, adversarial)
         return adversarial.contiguous()
 
@@ -140,7 +142,8 @@ def _warn_of_unmoved(attack: Any, net: Network, batch: Batch, adversarial: Tenso
     """Warn where the clean input is returned though the model is right on it."""
     eps = getattr(attack, "eps", None)
     same = is_unmoved(adversarial, batch.inputs)
-    same = same if eps is None else same & (per_sample_eps(eps, batch.inputs) > 0)
+    if not (eps is None or is_by_feature(eps, batch.inputs)):
+        same &= per_sample_eps(eps, batch.inputs) > 0
     if not bool(same.any()):
         return
     # Of the whole batch, for a random model's numbers belong to places in it.
@@ -171,7 +174,7 @@ def prepare_batch(
     inputs: Tensor,
     labels: Tensor,
     index: Tensor | None,
-    bounds: Bounds,
+    bounds: FeatureBounds,
     targeted: bool = False,
     extras: Mapping[str, Any] | None = None,
 ) -> Batch:
@@ -185,7 +188,7 @@ def prepare_batch(
     checks.index(index, inputs)
     # Copied, for labels made in inference mode could not enter a gradient.
     labels = labels.to(torch.int64, copy=True)
-    prepared = net.prepare(inputs).clamp_(*bounds)
+    prepared = threat.clip(net.prepare(inputs), bounds, inplace=True)
     named = net.choose_extras(extras, prepared)
     with net.given(named):
         net.inspect(prepared, bounds)
@@ -196,9 +199,27 @@ def per_sample_eps(eps: float | Tensor, inputs: Tensor) -> Tensor:
     """One radius for each sample, ``(N,)``."""
     count = inputs.shape[0]
     found = torch.as_tensor(eps, dtype=inputs.dtype, device=inputs.device)
-    if found.ndim and found.shape[0] != count:
-        checks.fail("eps.shape", tuple(found.shape), f"expected a float or ({count},)")
+    if found.ndim > 1 and found.numel() == count:
+        found = found.flatten()
+    if found.ndim > 1 or (found.ndim and found.shape[0] != count):
+        cause = (
+            f"expected a float, ({count},) for each sample, or for each feature a tensor that "
+            f"broadcasts against one sample, {tuple(inputs.shape[1:])}: (1, ...) is never taken "
+            "for samples"
+        )
+        checks.fail("eps.shape", tuple(found.shape), cause)
     return found.expand(count)
+
+
+def random_points(
+    state: Any, eps: Tensor, norm: Norm, bounds: FeatureBounds, uniform: Tensor
+) -> Tensor:
+    """Points of the balls around a state's inputs, in the bounds, by uniform numbers."""
+    inputs = state.inputs
+    free = threat.free_of(state.box)
+    free = None if free is None else free.flatten(1)
+    delta = threat.point_in_ball(uniform, eps, norm, free).view(inputs.shape)
+    return threat.project(inputs + delta, inputs, eps, norm, threat.bounds_of(state.box, bounds))
 
 
 def check_attack(attack: object, eps: object, norm: object) -> None:
@@ -209,10 +230,14 @@ def check_attack(attack: object, eps: object, norm: object) -> None:
         checks.fail("eps, norm", (eps, norm), "the attack has its own; pass one or the other")
     if attack.targeted:
         checks.fail("attack", attack, "targeted, but the data give labels and no targets")
-    if isinstance(attack.eps, Tensor):
-        checks.fail("attack.eps", attack.eps, "one radius for each sample of a batch; pass a float")
     if attack.eps is None:
         checks.fail("attack.eps", None, "it looks for the smallest perturbation; give it an eps")
+
+
+def can_move(attack: object) -> bool:
+    """Whether the radius is above 0 for some feature."""
+    eps = getattr(attack, "eps", None)
+    return bool((eps > 0).any()) if isinstance(eps, Tensor) else eps != 0
 
 
 def verified_logits(

@@ -19,9 +19,10 @@ from advfeat.attacks._zero_gradient import SquareOnZeroGradients
 from advfeat.attacks.base import Attack, prepare_batch
 from advfeat.attacks.pool import worst_case
 from advfeat.attacks.samples import select_samples
+from advfeat.attacks.settings import canonical
 from advfeat.losses import is_success
 from advfeat.model import Precision, attackable
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # How the smoothed stage of "fast" was chosen is in docs/benchmarks.md: noise of each run, and the
 # ratio above which a sample gets all runs. In l1 a step reaches less of what the gradient predicts.
@@ -37,7 +38,8 @@ class AutoAttack:
     Parameters
     ----------
     eps, norm
-        The ball, in the units of the inputs.
+        The ball, in the units of the inputs; ``eps`` is a float, or a tensor that broadcasts
+        against one sample, as in `advfeat.pgd`.
     version
         ``"fast"``, the default of `advfeat.robust_accuracy`: short runs of APGD away from the label
         and towards 9 classes, with restarts; Square where the gradient is zero; and
@@ -49,8 +51,8 @@ class AutoAttack:
         are masked.
         ``"strong"``: the stages of both, then longer runs of `SmoothedPGD`, with and without
         straight-through gradients: never above either, at more than their cost.
-    bounds
-        Lowest and highest valid input, ``(low, high)``.
+    bounds, mask
+        As in `advfeat.pgd`.
     seed
         Of all random numbers; None draws one number from torch's default generator at each call.
 
@@ -60,16 +62,16 @@ class AutoAttack:
     ['APGD', 'APGD', 'FAB', 'Square']
     """
 
-    eps: float
+    eps: float | Tensor
     norm: Norm
     version: Literal["fast", "standard", "strong"] = "standard"
-    bounds: Bounds = (0.0, 1.0)
+    bounds: FeatureBounds = (0.0, 1.0)
+    mask: Tensor | None = None
     seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        checks.canonical(self)
-        checks.number("eps", self.eps, low=0.0)
+        canonical(self)
         checks.one_of("version", self.version, ("fast", "standard", "strong"))
         checks.seed(self.seed)
         _ = self.attacks
@@ -85,7 +87,7 @@ class AutoAttack:
 
     @property
     def _ball(self) -> dict[str, Any]:
-        return {"eps": self.eps, "norm": self.norm, "bounds": self.bounds}
+        return {"eps": self.eps, "norm": self.norm, "bounds": self.bounds, "mask": self.mask}
 
     def _fast(self) -> tuple[Attack, ...]:
         # What a long run leaves, several short ones from other starts break sooner. In a large

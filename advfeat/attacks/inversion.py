@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, threat
+from advfeat.attacks import settings
 from advfeat.attacks.base import Attack, prepare_batch, track_patience
 from advfeat.attacks.pool import attack_batch
 from advfeat.attacks.samples import Batch
 from advfeat.model import Layer, Network, Precision, attackable
-from advfeat.threat import Bounds
+from advfeat.threat import FeatureBounds
 
 
 class InversionState(NamedTuple):
@@ -35,7 +36,7 @@ class Inversion(Attack):
     steps: int = 1000
     step_size: float = 0.1
     momentum: float = 0.0
-    bounds: Bounds = (0.0, 1.0)
+    bounds: FeatureBounds = (0.0, 1.0)
     patience: int | None = None
 
     targeted = False
@@ -47,7 +48,7 @@ class Inversion(Attack):
         checks.number("momentum", self.momentum, low=0.0)
         if self.momentum >= 1:
             checks.fail("momentum", self.momentum, "must be below 1: moves would grow for ever")
-        checks.bounds(self.bounds)
+        object.__setattr__(self, "bounds", settings.bounds(self.bounds))
         if self.patience is not None:
             checks.count("patience", self.patience, low=1)
 
@@ -112,7 +113,7 @@ def invert(
     steps: int = 1000,
     step_size: float = 0.1,
     momentum: float = 0.0,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
     patience: int | None = None,
     straight_through: bool = False,
     precision: Precision = "float32",
@@ -143,7 +144,8 @@ def invert(
         0.9 comes as near in fewer steps, 27 for 100 in docs/benchmarks.md: moves grow from
         ``step_size`` to at most 1 / (1 - momentum) times that.
     bounds
-        Lowest and highest valid input, ``(low, high)``.
+        Lowest and highest valid input, ``(low, high)``, numbers or tensors that broadcast against
+        one sample.
     patience
         Leave a sample where it is once its squared distance has not fallen by a thousandth in so
         many steps; by default every sample takes all steps, as in the paper.
@@ -172,8 +174,8 @@ def invert(
     attack = Inversion(
         steps=steps, step_size=step_size, momentum=momentum, bounds=bounds, patience=patience
     )
-    checks.inputs(inputs, bounds)
-    checks.inputs(start, bounds, "start")
+    checks.inputs(inputs, attack.bounds)
+    checks.inputs(start, attack.bounds, "start")
     several = start.ndim == inputs.ndim + 1
     if start.shape[1 if several else 0 :] != inputs.shape:
         cause = f"expected the shape of inputs, {tuple(inputs.shape)}, or (starts, N, ...)"
@@ -188,9 +190,9 @@ def invert(
     ) as net:
         labels = torch.zeros(inputs.shape[0], dtype=torch.int64, device=inputs.device)
         net.expect_extras(extras)
-        batch = prepare_batch(net, inputs, labels, None, bounds, extras=extras)
+        batch = prepare_batch(net, inputs, labels, None, attack.bounds, extras=extras)
         inverted = []
         for one in start if several else [start]:
-            begun = batch._replace(start=net.prepare(one).clamp_(*bounds))
+            begun = batch._replace(start=threat.clip(net.prepare(one), attack.bounds))
             inverted.append(attack.result(attack_batch(attack, net, begun)).contiguous())
     return torch.stack(inverted) if several else inverted[0]

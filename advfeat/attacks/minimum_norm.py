@@ -11,9 +11,11 @@ from torch import Tensor
 
 from advfeat import checks, losses, threat
 from advfeat.attacks.base import Attack
+from advfeat.attacks.restricted import refuse_restricted
 from advfeat.attacks.samples import Batch
+from advfeat.attacks.settings import canonical, scale_of_features
 from advfeat.model import Evaluation, Network
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # Another batch shape, memory format or device moves logits by some units of rounding, and these
 # attacks end on the boundary, where that decides. What all logits have in common is added last, and
@@ -84,7 +86,7 @@ def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def linearised_distances(
-    net: Network, batch: Batch, classes: Tensor, norm: Norm, bounds: Bounds
+    net: Network, batch: Batch, classes: Tensor, norm: Norm, bounds: FeatureBounds
 ) -> tuple[Tensor, Tensor]:
     """How far each class is by its gradient at the clean input, and what its logit lacks there.
 
@@ -100,7 +102,7 @@ def linearised_distances(
 
 
 def nearest_class(
-    net: Network, batch: Batch, classes: Tensor, norm: Norm, bounds: Bounds
+    net: Network, batch: Batch, classes: Tensor, norm: Norm, bounds: FeatureBounds
 ) -> Tensor:
     """The class that is nearest by `linearised_distances`, ``(N,)``; of equals the first."""
     nearest = classes[:, 0]
@@ -118,7 +120,8 @@ def nearest_class(
             distance = _distance(batch.inputs, weight, gap, norm, bounds)
         else:
             chosen = possible.nonzero().squeeze(1)
-            some = _distance(batch.inputs[chosen], weight[chosen], gap[chosen], norm, bounds)
+            own = threat.bounds_of(None if batch.box is None else batch.box[chosen], bounds)
+            some = _distance(batch.inputs[chosen], weight[chosen], gap[chosen], norm, own)
             distance = torch.full_like(least, torch.inf).index_copy_(0, chosen, some)
         nearer = distance < least
         nearest = torch.where(nearer, target, nearest)
@@ -126,13 +129,16 @@ def nearest_class(
     return nearest
 
 
-def _distance(inputs: Tensor, gradient: Tensor, gap: Tensor, norm: Norm, bounds: Bounds) -> Tensor:
+def _distance(
+    inputs: Tensor, gradient: Tensor, gap: Tensor, norm: Norm, bounds: FeatureBounds
+) -> Tensor:
     """How far the inputs are from hyperplanes, ``(N,)``; infinite where the bounds keep them off.
 
     A gain of 1e-4 less than the gap is rounding.
     """
     weight = gradient.flatten(1)
-    moves = to_hyperplane(inputs.flatten(1)[:, None], weight, gap[:, None], norm, bounds)[:, 0]
+    points = inputs.flatten(1)[:, None]
+    moves = to_hyperplane(points, weight, gap[:, None], norm, flat_bounds(bounds))[:, 0]
     unreached = (weight * moves).sum(1) < (1 - 1e-4) * gap
     return threat.size(moves, norm).masked_fill(unreached, torch.inf)
 
@@ -150,17 +156,20 @@ class MinimumNorm(Attack):
     infinite without one; ``value``, its negative; and ``step``, the sample's own step count.
     """
 
-    eps: float | None = None
+    eps: float | Tensor | None = None
     norm: Norm
     steps: int = 100
-    bounds: Bounds = (0.0, 1.0)
+    bounds: FeatureBounds = (0.0, 1.0)
+    mask: Tensor | None = None
+    scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        checks.canonical(self)
-        if self.eps is not None:
-            checks.number("eps", self.eps, low=0.0)
-            checks.linf_in_bounds(self.eps, self.norm, self.bounds)
+        canonical(self, needs_eps=False)
+        if self.scale is not None:
+            scale_of_features(self.scale)
+            if isinstance(self.eps, Tensor):
+                checks.fail("eps, scale", "tensors", "one of them gives the radius by feature")
         checks.count("steps", self.steps, low=1)
 
     def finished(self, state: Any) -> Tensor:
@@ -173,7 +182,8 @@ class MinimumNorm(Attack):
         kept: Tensor = state.x_best
         if self.eps is None:
             return kept
-        inside = threat.project(kept, state.inputs, self.eps, self.norm, self.bounds)
+        bounds = threat.bounds_of(state.box, self.bounds)
+        inside = threat.project(kept, state.inputs, self.eps, self.norm, bounds)
         close = threat.per_sample(self._close_enough(state.distance), kept)
         return torch.where(close, kept, inside)
 
@@ -182,15 +192,17 @@ class MinimumNorm(Attack):
         """Without a ball every sample takes all its steps."""
         return self.eps is None
 
-    @staticmethod
-    def _nothing_kept(inputs: Tensor) -> dict[str, Tensor]:
+    def _nothing_kept(self, batch: Batch) -> dict[str, Any]:
         """Fields of a state before anything was found."""
+        refuse_restricted(self, batch)
+        inputs = batch.inputs
         distance = inputs.new_full((inputs.shape[0],), torch.inf)
         return {
             "x_best": inputs,
             "distance": distance,
             "value": -distance,
             "success": torch.zeros_like(distance, dtype=torch.bool),
+            "box": batch.state_box,
         }
 
     def _fools(self, logits: Tensor, labels: Tensor, uncertain: Tensor | None = None) -> Tensor:
@@ -228,8 +240,16 @@ class MinimumNorm(Attack):
         return distance.isfinite() if self.eps is None else distance <= self.eps
 
 
+def flat_bounds(bounds: FeatureBounds) -> FeatureBounds:
+    """Bounds that broadcast against ``(N, K, d)``, as `to_hyperplane` takes them."""
+    low, high = bounds
+    if isinstance(low, Tensor) and isinstance(high, Tensor):
+        return low.flatten(1)[:, None], high.flatten(1)[:, None]
+    return bounds
+
+
 def to_hyperplane(
-    points: Tensor, weight: Tensor, gap: Tensor, norm: Norm, bounds: Bounds = (0.0, 1.0)
+    points: Tensor, weight: Tensor, gap: Tensor, norm: Norm, bounds: FeatureBounds = (0.0, 1.0)
 ) -> Tensor:
     """Smallest moves within the bounds that add ``gap`` to the product with ``weight``.
 
@@ -244,7 +264,8 @@ def to_hyperplane(
         Shape ``(N, K)``: what the product with ``weight`` has to grow by. Where the bounds leaves
         not so much, the move goes as far as the bounds allows.
     norm, bounds
-        In which norm the move is smallest, and the bounds ``(low, high)``.
+        In which norm the move is smallest, and the bounds ``(low, high)``, numbers or tensors that
+        broadcast.
 
     Returns
     -------

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from advfeat import losses
+from advfeat.attacks.restricted import restricted
 from advfeat.attacks.samples import Batch, concat_samples, sample_count, select_samples
 from advfeat.model import Network
 
@@ -295,6 +296,7 @@ def worst_case(
     whatever becomes of them: verdicts are given as they fall.
     """
     entries = _numbered(batches)
+    attacks = [restricted(attack) for attack in attacks]
     if not attacks:
         for place, batch in entries:
             nobody, nothing = torch.full_like(batch.ids, ROBUST), batch.inputs[:0].flatten()

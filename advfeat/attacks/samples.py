@@ -24,6 +24,9 @@ class Batch(NamedTuple):
         ``(N, ...)`` first iterate; None where that is the inputs.
     extras
         Further arguments of the model's forward by name, ``(N, ...)`` each; None without any.
+    box
+        ``(N, 2, ...)`` lowest and highest values of every sample, equal where a feature is fixed;
+        None where all have the attack's bounds.
     """
 
     inputs: Tensor
@@ -31,6 +34,12 @@ class Batch(NamedTuple):
     ids: Tensor
     start: Tensor | None = None
     extras: Mapping[str, Tensor] | None = None
+    box: Tensor | None = None
+
+    @property
+    def state_box(self) -> Tensor:
+        """The box as states hold it: ``(N, 0)`` for None."""
+        return self.inputs.new_empty(len(self.ids), 0) if self.box is None else self.box
 
 
 def select_samples(samples: Any, chosen: Tensor | slice) -> Any:

@@ -18,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 from advfeat import checks, distributed, threat
 from advfeat.attacks import Batch
 from advfeat.attacks.pool import Policy, Pool, drive
+from advfeat.attacks.restricted import restricted
 from advfeat.construction.checking import check_known_labels, check_samples
 from advfeat.construction.provenance import build_manifest
 from advfeat.construction.recipe import (
@@ -47,6 +48,9 @@ def build_dataset(
 ) -> ConstructedDataset:
     """Run the recipe's attack over all samples, and keep what it returns."""
     out = options.folder
+    if options.dtype != "float32" and isinstance(recipe.attack.bounds[0], Tensor):
+        cause = "rounding would leave bounds by feature; use dtype='float32'"
+        checks.fail("dtype", options.dtype, cause)
     process = distributed.SINGLE if out is None else distributed.current_process()
     chunks = _chunks(source, recipe)[process.rank :: process.world_size]
     kept = np.arange(len(source) * recipe.starts)
@@ -151,14 +155,14 @@ class _Builder:
             classes = self._net.class_count(batch.inputs)
             check_known_labels(self._source, self._recipe.attack.bounds, classes)
             attacked = self._recipe.begin(self._net, batch)
-            attack = self._recipe.attack
+            attack = restricted(self._recipe.attack)
             images = attack.result(attack.init(self._net, attacked))
             known = self._recipe.provenance(self._net, batch)
             return self._described(batch, attacked, images), known
 
     def made(self, batches: Iterable[Samples]) -> Iterator[tuple[Array, dict[str, Array]]]:
         """All fields of the samples, and the places they go to."""
-        net, recipe, attack = self._net, self._recipe, self._recipe.attack
+        net, recipe, attack = self._net, self._recipe, restricted(self._recipe.attack)
 
         def begin(batch: Batch) -> tuple[_Kept, Any]:
             with net.given(batch.extras):
@@ -175,7 +179,7 @@ class _Builder:
             yield np.array([self._places[number] for number in batch.ids.tolist()]), found
 
     def _described(self, batch: Batch, attacked: Batch, images: Tensor) -> dict[str, Array]:
-        net, recipe, bounds = self._net, self._recipe, self._recipe.attack.bounds
+        net, recipe, bounds = self._net, self._recipe, threat.hull(self._recipe.attack.bounds)
         found = {"images": images, "index": source_index(batch.ids)}
         if recipe.starts > 1:
             found["start_number"] = start_number(batch.ids)
@@ -223,7 +227,7 @@ class _Builder:
             # NumPy's float64, which the model would read in float32, doubles a set for nothing.
             inputs = inputs.float()
         moved = self._net.prepare(inputs.to(self._device, non_blocking=True))
-        return moved.clamp_(*self._recipe.attack.bounds)
+        return threat.clip(moved, self._recipe.attack.bounds, inplace=True)
 
 
 def _on_host(found: dict[str, Tensor]) -> dict[str, Array]:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from advfeat import checks
 from advfeat.loading import Source, known_labels
-from advfeat.threat import Bounds
+from advfeat.threat import FeatureBounds
 
 
 def check_samples(
-    inputs: Tensor, labels: Tensor, indices: list[int], bounds: Bounds, classes: int | None
+    inputs: Tensor, labels: Tensor, indices: list[int], bounds: FeatureBounds, classes: int | None
 ) -> None:
     """Check a batch on the host; of a bad one, name the first bad sample."""
     try:
@@ -23,7 +23,7 @@ def check_samples(
         raise
 
 
-def check_known_labels(source: Source, bounds: Bounds, classes: int) -> None:
+def check_known_labels(source: Source, bounds: FeatureBounds, classes: int) -> None:
     """Check all labels before any work, where a dataset has them without reading its samples."""
     labels = known_labels(source.dataset)
     if labels is None:
@@ -36,7 +36,9 @@ def check_known_labels(source: Source, bounds: Bounds, classes: int) -> None:
         check_samples(batch.inputs, batch.labels, [index], bounds, classes)
 
 
-def _check(inputs: Tensor, labels: Tensor, bounds: Bounds, classes: int | None, name: str) -> None:
+def _check(
+    inputs: Tensor, labels: Tensor, bounds: FeatureBounds, classes: int | None, name: str
+) -> None:
     checks.inputs(inputs, bounds, f"{name}inputs")
     checks.labels(labels, inputs, f"{name}labels")
     if classes is not None:

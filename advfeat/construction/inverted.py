@@ -23,7 +23,7 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.datasets.source import digest
 from advfeat.loading import Data, Source
 from advfeat.model import Layer, Network
-from advfeat.threat import Bounds
+from advfeat.threat import FeatureBounds
 
 Start: TypeAlias = Literal["images", "noise"] | Tensor
 
@@ -135,7 +135,7 @@ def build_inverted(
     steps: int,
     step_size: float,
     momentum: float,
-    bounds: Bounds,
+    bounds: FeatureBounds,
     seed: int | torch.Generator | None,
     patience: int | None,
     straight_through: bool,
@@ -148,13 +148,13 @@ def build_inverted(
     )
     checks.seed(seed)
     source = indexed_source(data, options)
-    _check_start(start, starts, len(source), bounds)
+    _check_start(start, starts, len(source), attack.bounds)
     drawn = options.seed(seed)
     recipe = InvertedDataset(method, attack, layer, start, starts, drawn, source, straight_through)
     return build_dataset(model, source, recipe, options)
 
 
-def _check_start(start: Start, starts: int, count: int, bounds: Bounds) -> None:
+def _check_start(start: Start, starts: int, count: int, bounds: FeatureBounds) -> None:
     """Check where inversions start, and how many of them there are for each sample."""
     checks.count("starts", starts, low=1)
     if not isinstance(start, str):
@@ -171,11 +171,11 @@ def _check_start(start: Start, starts: int, count: int, bounds: Bounds) -> None:
         checks.fail("starts", starts, f"there are {count - 1} other images to start from")
 
 
-def _noise(batch: Batch, seed: int, bounds: Bounds) -> Tensor:
+def _noise(batch: Batch, seed: int, bounds: FeatureBounds) -> Tensor:
     """The released notebook's start, N(0, 1) / 20 + 0.5 of the bounds's width."""
     keys = seeding.keys(seed, batch.ids)
     normal: Tensor = torch.special.ndtri(seeding.uniform(keys, 0, batch.inputs[0].numel()))
-    low, high = bounds
+    low, high = (end.to(normal) if isinstance(end, Tensor) else end for end in bounds)
     noise = low + (high - low) * (normal.view(batch.inputs.shape) / 20 + 0.5)
     noise = noise.to(batch.inputs.dtype, memory_format=torch.preserve_format)
-    return noise.clamp_(low, high)
+    return threat.clip(noise, bounds, inplace=True)

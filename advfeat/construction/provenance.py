@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advfeat._version import __version__
 from advfeat.construction.recipe import BuildOptions, DatasetRecipe
 from advfeat.datasets.source import describe_source, digest
 from advfeat.loading import Source
 from advfeat.model import Layer, unwrapped
+from advfeat.threat import hull
 
 
 def layer_name(model: nn.Module, layer: Layer) -> str:
@@ -34,6 +35,10 @@ def build_manifest(
     attack = recipe.attack
     own = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}  # type: ignore[arg-type]
     own = {name: value for name, value in own.items() if name != "seed"}
+    if own.get("mask", ...) is None:
+        del own["mask"]
+    if isinstance(attack.bounds[0], Tensor):
+        own |= {"bounds": hull(attack.bounds), "bounds_by_feature": list(attack.bounds)}
     chosen: dict[str, Any] = {"precision": options.precision, "dtype": options.dtype}
     if options.expectation > 1:
         chosen["expectation"] = options.expectation
@@ -74,6 +79,8 @@ def to_json(value: Any) -> Any:
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}, sha256 {digest([value])}"
     if isinstance(value, np.generic):
         return value.item()
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

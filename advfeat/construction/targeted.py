@@ -15,7 +15,7 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.losses import is_success
 from advfeat.model import Network
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 # Targets of a batch.
 Choose: TypeAlias = Callable[[Network, Batch], Tensor]
@@ -28,24 +28,30 @@ def build_targeted(
     *,
     method: str,
     settings: dict[str, object],
-    eps: float,
+    eps: float | Tensor,
     norm: Norm,
     steps: int,
     step_size: float | None,
-    bounds: Bounds,
+    bounds: FeatureBounds,
+    mask: Tensor | None,
     patience: int | None,
     options: BuildOptions,
 ) -> ConstructedDataset:
     checks.model(model)
-    checks.number("eps", eps, low=0.0, strict=True)
+    if not isinstance(eps, Tensor):
+        checks.number("eps", eps, low=0.0, strict=True)
+        own_step = eps / 5
+    else:  # by feature: steps are in multiples of it
+        own_step = 1 / 5
     attack = PGD(
         eps=eps,
         norm=norm,
         steps=steps,
-        step_size=eps / 5 if step_size is None else step_size,
+        step_size=own_step if step_size is None else step_size,
         targeted=True,
         patience=patience,
         bounds=bounds,
+        mask=mask,
     )
     recipe = TargetedDataset(method, attack, choose, settings)
     return build_dataset(model, indexed_source(data, options), recipe, options)
@@ -54,11 +60,13 @@ def build_targeted(
 class TargetedDataset(DatasetRecipe):
     """Every sample attacked towards a chosen class, and labelled so."""
 
+    attack: PGD
+
     def __init__(
         self, method: str, attack: PGD, choose: Choose, settings: dict[str, object]
     ) -> None:
         self.method, self.attack = method, attack
-        self._choose, self._settings, self._norm = choose, settings, attack.norm
+        self._choose, self._settings = choose, settings
 
     def settings(self, model: nn.Module) -> dict[str, object]:
         """How targets are chosen."""
@@ -72,9 +80,14 @@ class TargetedDataset(DatasetRecipe):
         self, net: Network, batch: Batch, attacked: Batch, images: Tensor
     ) -> dict[str, Tensor]:
         """Whether the model says the target, and how far the image has moved."""
+        delta, norm, eps = images - batch.inputs, self.attack.norm, self.attack.eps
+        if isinstance(eps, Tensor):
+            size = threat.weighted_size(delta, norm, eps)
+        else:
+            size = threat.size(delta, norm)
         return {
             "labels": attacked.labels,
             "source_labels": batch.labels,
             "success": is_success(net.logits(images), attacked.labels, targeted=True),
-            "size": threat.size(images - batch.inputs, self._norm),
+            "size": size,
         }

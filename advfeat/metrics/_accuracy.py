@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from advfeat import checks
 from advfeat.attacks import Attack, AutoAttack, Batch, pool
-from advfeat.attacks.base import is_unmoved, prepare_batch, warn_of_unmoved
+from advfeat.attacks.base import can_move, is_unmoved, prepare_batch, warn_of_unmoved
 from advfeat.attacks.samples import select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
@@ -24,7 +24,7 @@ from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import with_progress
 from advfeat.suggestions import suggests
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 _EVERYWHERE = (-math.inf, math.inf)
 
@@ -92,11 +92,12 @@ def robust_accuracy(
     model: nn.Module,
     data: Data,
     *,
-    eps: float | None = None,
+    eps: float | Tensor | None = None,
     norm: Norm | None = None,
     attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | str | None = None,
     steps: int | None = None,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     batch_size: int | None = None,
     precision: Precision = "float32",
@@ -116,7 +117,9 @@ def robust_accuracy(
     model, data, batch_size, progress
         As in `accuracy`. The batch size does not change the result.
     eps, norm
-        The ball, in the units of the inputs; required unless ``attack`` is given.
+        The ball, in the units of the inputs; required unless ``attack`` is given. ``eps`` is a
+        float, or a radius for each feature: a tensor that broadcasts against one sample, as in
+        `advfeat.pgd`.
     attack
         An attack, or a list of them: a sample is robust if it resists each; or a name,
         ``"autoattack"``, ``"pgd"`` or another of the attacks, with its defaults. By default
@@ -126,7 +129,12 @@ def robust_accuracy(
         Measure by PGD with this many steps, from the clean input on the cross-entropy, in place
         of the default: quicker, and no more than an upper bound.
     bounds
-        The box ``(low, high)`` of valid inputs; an ``attack`` has its own.
+        The range ``(low, high)`` of valid inputs, numbers or tensors that broadcast against one
+        sample; an ``attack`` has its own.
+    mask
+        Features that may change: a bool tensor that broadcasts against one sample, or one for each
+        sample, ``(total, ...)``, in the order of the sample numbers (``index``). An ``attack`` has
+        its own.
     seed
         Of attacks that have none of their own; None draws one number from torch's default
         generator where needed.
@@ -159,18 +167,18 @@ def robust_accuracy(
     >>> float(robust), robust.standard.count, robust.broken_by
     (0.0, 2, tensor([ 0,  0, -2]))
     """
-    choose_attacks(attack, eps, norm, steps, bounds, 0 if seed is None else seed)
+    choose_attacks(attack, eps, norm, steps, bounds, mask, 0 if seed is None else seed)
     checks.model(model)
     source = Source(data, batch_size)
     shared = SharedSamples(source, "robust_accuracy")
-    attacks = choose_attacks(attack, eps, norm, steps, bounds, shared.seed(seed))
+    attacks = choose_attacks(attack, eps, norm, steps, bounds, mask, shared.seed(seed))
     progress = progress if shared.process.is_first else False
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
     zero_gradients = ZeroGradients(attacks)
     ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
     unmoved = 0
     # In a ball of radius 0 a random model would be asked again until it is wrong.
-    moving = attacks if any(getattr(each, "eps", None) != 0 for each in attacks) else ()
+    moving = attacks if any(map(can_move, attacks)) else ()
     settings: dict[str, Any] = {"precision": precision, "compile": compile}
     with attackable(model, expectation=expectation, **settings) as net:
         for verdict in pool.worst_case(moving, net, clean.resisting(net), source.pool_size):
@@ -212,7 +220,7 @@ class CleanPass:
         self,
         source: Source,
         model: nn.Module,
-        bounds: Bounds,
+        bounds: FeatureBounds,
         label: str,
         progress: bool | None,
         keep_inputs: bool = False,

@@ -6,33 +6,37 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from advfeat import checks
 from advfeat.attacks import APGD, FAB, FGSM, FMN, PGD, Attack, AutoAttack, Square
 from advfeat.attacks.base import check_attack
 from advfeat.attacks.ensemble import seed_attacks
-from advfeat.threat import Bounds, Norm
+from advfeat.attacks.settings import own_bounds, own_mask
+from advfeat.threat import FeatureBounds, Norm, same_bounds
 
 
 def choose_attacks(
     attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | str | None,
-    eps: float | None,
+    eps: float | Tensor | None,
     norm: Norm | None,
     steps: int | None,
-    bounds: Bounds,
+    bounds: FeatureBounds,
+    mask: Tensor | None,
     seed: int | torch.Generator | None,
 ) -> tuple[Attack, ...]:
     """Single attacks, each until a sample is fooled, and with a seed if it is random."""
     checks.seed(seed)
     listed: Sequence[Attack | AutoAttack]
     if isinstance(attack, str):
-        listed = [_named(attack, eps, norm, steps, bounds)]
+        listed = [_named(attack, eps, norm, steps, bounds, mask)]
     elif attack is None:
-        listed = [_default(eps, norm, steps, bounds)]
+        listed = [_default(eps, norm, steps, bounds, mask)]
     else:
         if not (eps is None and norm is None and steps is None):
             cause = "the attack has its own; pass one or the other"
             checks.fail("eps, norm, steps", (eps, norm, steps), cause)
+        own_mask(mask)
         listed = attack if isinstance(attack, (list, tuple)) else [attack]  # type: ignore[list-item]
     flat: list[Attack] = []
     for one in listed:
@@ -44,14 +48,19 @@ def choose_attacks(
             flat.append(one)
     if not flat:
         checks.fail("attack", attack, "no attack at all; for clean inputs use advfeat.accuracy")
-    if any(one.bounds != flat[0].bounds for one in flat):
+    if not all(same_bounds(one.bounds, flat[0].bounds) for one in flat):
         checks.fail("attack", attack, "the attacks have different bounds")
-    checks.own_bounds(bounds, flat[0].bounds)
+    own_bounds(bounds, flat[0].bounds)
     return seed_attacks([one.stop_at_success() for one in flat], seed)
 
 
 def _named(
-    name: str, eps: float | None, norm: Norm | None, steps: int | None, bounds: Bounds
+    name: str,
+    eps: float | Tensor | None,
+    norm: Norm | None,
+    steps: int | None,
+    bounds: FeatureBounds,
+    mask: Tensor | None,
 ) -> Attack | AutoAttack:
     """The attack of a name, with its default settings."""
     kinds: dict[str, Callable[..., Attack | AutoAttack]] = {
@@ -67,17 +76,19 @@ def _named(
     checks.one_of("attack", name, tuple(kinds))
     if eps is None or norm is None:
         checks.fail("eps, norm", (eps, norm), "both are needed where the attack is a name")
-    settings = {"eps": eps, "norm": norm, "bounds": bounds}
+    settings = {"eps": eps, "norm": norm, "bounds": bounds, "mask": mask}
     return kinds[name](**settings, **({} if steps is None else {"steps": steps}))
 
 
 def _default(
-    eps: float | None, norm: Norm | None, steps: int | None, bounds: Bounds
+    eps: float | Tensor | None,
+    norm: Norm | None,
+    steps: int | None,
+    bounds: FeatureBounds,
+    mask: Tensor | None,
 ) -> Attack | AutoAttack:
     if eps is None or norm is None:
         checks.fail("eps, norm", (eps, norm), "both are needed where no attack is given")
-    eps, norm = checks.scalar("eps", eps), checks.norm(norm)
-    checks.number("eps", eps, low=0.0)
     if steps is None:
-        return AutoAttack(eps=eps, norm=norm, version="fast", bounds=bounds)
-    return PGD(eps=eps, norm=norm, steps=steps, bounds=bounds)
+        return AutoAttack(eps=eps, norm=norm, version="fast", bounds=bounds, mask=mask)
+    return PGD(eps=eps, norm=norm, steps=steps, bounds=bounds, mask=mask)

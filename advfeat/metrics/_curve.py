@@ -6,7 +6,7 @@ import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from advfeat import checks, plots, seeding, threat
 from advfeat.attacks import FAB, Batch, MinimumPGD, SmoothedPGD
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.minimum_norm import MinimumNorm, rounding
+from advfeat.attacks.restricted import entered
 from advfeat.attacks.samples import concat_samples, select_samples
+from advfeat.attacks.settings import own_bounds, own_mask
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.metrics._accuracy import CleanPass, places, tensor
@@ -25,7 +27,7 @@ from advfeat.model import Network, Precision, attackable
 from advfeat.results import Result
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +96,9 @@ def robustness_curve(
     *,
     norm: Norm,
     attack: MinimumNorm | None = None,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
+    scale: Tensor | None = None,
     seed: int | torch.Generator | None = 0,
     batch_size: int | None = None,
     precision: Precision = "float32",
@@ -109,6 +113,12 @@ def robustness_curve(
         As in `robust_accuracy`.
     norm
         In which distances are measured.
+    mask
+        As in `robust_accuracy`.
+    scale
+        A tensor that broadcasts against one sample: distances are ``||delta / scale||``, so that
+        at an ``eps`` each feature may change by ``eps * scale`` in linf. A feature of scale 0 is
+        fixed.
     attack
         One minimum-norm attack without ``eps``, such as `advfeat.attacks.FMN`. By default the
         closest of several for every sample: `advfeat.attacks.MinimumPGD` with noise (two restarts)
@@ -145,13 +155,19 @@ def robustness_curve(
     (1.0, 0.0)
     """
     norm = checks.norm(norm)
-    attacks, polish = _default_attacks(norm, bounds) if attack is None else ((attack,), None)
+    if attack is None:
+        attacks, polish = _default_attacks(norm, bounds, mask, scale)
+    else:
+        own_mask(mask)
+        attacks, polish = (attack,), None
+        if scale is not None:
+            checks.fail("scale", "a tensor", "the attack has its own; pass it to the attack")
     for each in attacks:
         if not isinstance(each, MinimumNorm) or each.norm != norm or each.eps is not None:
             checks.fail(
                 "attack", each, f"expected MinimumPGD, FMN or FAB in norm={norm!r}, without eps"
             )
-        checks.own_bounds(bounds, each.bounds)
+        own_bounds(bounds, each.bounds)
     checks.seed(seed)
     checks.model(model)
     source = Source(data, batch_size)
@@ -181,16 +197,17 @@ def robustness_curve(
     return RobustnessCurve(distances, index, norm)
 
 
-def _default_attacks(norm: Norm, bounds: Bounds) -> tuple[tuple[MinimumNorm, ...], MinimumNorm]:
+def _default_attacks(
+    norm: Norm, bounds: FeatureBounds, mask: Tensor | None, scale: Tensor | None
+) -> tuple[tuple[MinimumNorm, ...], MinimumNorm]:
     """Attacks from the clean input, and one from the closest point that they found."""
+    own: dict[str, Any] = {"norm": norm, "bounds": bounds, "mask": mask, "scale": scale}
     attacks = (
-        MinimumPGD(norm=norm, restarts=2, targets=9, bounds=bounds),
-        MinimumPGD(norm=norm, noise=0.0, targets=9, bounds=bounds),
-        FAB(norm=norm, steps=20, targets=4, bounds=bounds),
+        MinimumPGD(**own, restarts=2, targets=9),
+        MinimumPGD(**own, noise=0.0, targets=9),
+        FAB(**own, steps=20, targets=4),
     )
-    return attacks, MinimumPGD(
-        norm=norm, steps=60, step_size=0.1, noise=0.0, targets=9, bounds=bounds
-    )
+    return attacks, MinimumPGD(**own, steps=60, step_size=0.1, noise=0.0, targets=9)
 
 
 def _chunks(clean: CleanPass, net: Network, size: int) -> Iterator[tuple[Batch, int]]:
@@ -219,6 +236,10 @@ def _closest(
     seed: int,
 ) -> Tensor:
     """Distance of the closest point that any of the attacks finds, ``(N,)``."""
+    others = [entered(attack, net, batch)[0] for attack in attacks[1:]]
+    polish = None if polish is None else entered(polish, net, batch)[0]
+    first, net, batch = entered(attacks[0], net, batch)
+    attacks = [first, *others]
     closest, distance = batch.inputs, batch.inputs.new_full((len(batch.ids),), torch.inf)
     for attack in attacks:
         state = attack.run(net, attack.init(net, batch))
@@ -244,19 +265,19 @@ def _shrunk(
     closest: Tensor,
     distance: Tensor,
     norm: Norm,
-    bounds: Bounds,
+    bounds: FeatureBounds,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """Attack by smoothed gradients within less than each sample's distance, again and again.
 
     After a success the ball shrinks by the same fraction, after a failure by half of it.
     """
-    low, high = bounds
+    low, high = threat.bounds_of(batch.box, bounds)
     farthest = threat.size(torch.maximum(high - batch.inputs, batch.inputs - low), norm)
     fraction = torch.full_like(distance, _SHRINK)
     for number in range(_SHRINK_ROUNDS):
         eps = distance.minimum(farthest) * (1 - fraction)
-        if norm == "linf":
+        if norm == "linf" and batch.box is None:
             eps = eps.clamp_max(high - low)
         attack = SmoothedPGD(
             eps=eps,

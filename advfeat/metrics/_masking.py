@@ -9,6 +9,7 @@ from torch import Tensor
 
 from advfeat import losses
 from advfeat.attacks import Attack, SmoothedPGD, Square, pool
+from advfeat.attacks.base import can_move
 from advfeat.losses import LossName, Objective
 from advfeat.model import Network
 
@@ -29,7 +30,7 @@ class ZeroGradients:
 
     def __init__(self, attacks: Sequence[Attack]) -> None:
         # A smoothed attack that cannot move is as blind as any.
-        moving = [a for a in attacks if not isinstance(a, Square) and getattr(a, "eps", None) != 0]
+        moving = [a for a in attacks if not isinstance(a, Square) and can_move(a)]
         self._loss: LossName | Objective | None = None
         if moving:
             self._loss = getattr(moving[-1], "loss", "margin")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from advfeat import checks
 from advfeat.model.access import logit_candidates, logits_of
 from advfeat.model.formats import at_least_float32
-from advfeat.threat import Bounds
+from advfeat.threat import FeatureBounds
 
 Forward: TypeAlias = Callable[[Tensor], object]
 Select: TypeAlias = Callable[[Tensor | slice], AbstractContextManager[None]]
@@ -71,7 +71,7 @@ def inspect_module(
     forward: Forward,
     module: nn.Module,
     inputs: Tensor,
-    bounds: Bounds,
+    bounds: FeatureBounds,
     *,
     purpose: Purpose,
     train: bool,
@@ -169,12 +169,15 @@ def _random_numbers_drawn(device: torch.device) -> tuple[Any, ...]:
     )
 
 
-def _warn_of_unused_bounds(inputs: Tensor, bounds: Bounds) -> None:
+def _warn_of_unused_bounds(inputs: Tensor, bounds: FeatureBounds) -> None:
+    smallest, largest = bounds
+    if isinstance(smallest, torch.Tensor) or isinstance(largest, torch.Tensor):
+        return  # by feature: chosen for these data
     # Bounds such as (-100, 100) are a way to say that there are none.
-    if bounds[0] < 0 and bounds[1] not in _LARGEST_PIXELS:
+    if smallest < 0 and largest not in _LARGEST_PIXELS:
         return
     low, high = torch.stack(inputs.aminmax()).tolist()
-    used = (high - low) / (bounds[1] - bounds[0])
+    used = (high - low) / (largest - smallest)
     if 0 < used < _SLIVER:
         checks.warn(
             f"the inputs lie in [{low:.4g}, {high:.4g}], {100 * used:.2g}% of bounds={bounds}: "

@@ -36,7 +36,7 @@ from advfeat.model.inputs import InputAdapter
 from advfeat.model.inspection import NO_GRADIENT, Purpose, inspect_module
 from advfeat.model.layers import Layer, LayerHook, StraightThrough, find_layer, logits_layer
 from advfeat.model.straight_through import StraightThroughMode
-from advfeat.threat import Bounds
+from advfeat.threat import FeatureBounds
 
 # A folded BatchNorm may differ by rounding, as a share of the largest output; bfloat16 has 4e-3.
 _ROUNDING = 1e-3
@@ -106,7 +106,7 @@ class Network:
         memory_format = self._memory_format(inputs)
         return inputs.detach().to(dtype, copy=True).contiguous(memory_format=memory_format)
 
-    def inspect(self, inputs: Tensor, bounds: Bounds) -> None:
+    def inspect(self, inputs: Tensor, bounds: FeatureBounds) -> None:
         """Warn of what makes a result doubtful, once, from the first prepared batch.
 
         Where the module returns probabilities, `logits` are their logarithms from then on.

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from torch import Tensor
+
 from advfeat import checks, seeding
 from advfeat.attacks import PGD
 from advfeat.attacks.base import check_attack
@@ -64,6 +66,12 @@ class AdversarialSettings:
             check_attack(self.attack, self.eps, self.norm)
             if not isinstance(self.attack, PGD):
                 raise TypeError(f"attack={self.attack!r}: training takes PGD or FGSM")
+            own = self.attack
+            if own.mask is not None or any(
+                isinstance(value, Tensor) for value in (own.eps, *own.bounds)
+            ):
+                cause = "training takes a number for eps, two for bounds, and no mask"
+                checks.fail("attack", type(own).__name__, cause)
         elif self.eps is None or self.norm is None:
             checks.fail(
                 "eps, norm", (self.eps, self.norm), "both are needed where no attack is given"

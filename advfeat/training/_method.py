@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from advfeat import checks
+from advfeat import checks, threat
 from advfeat.attacks import PGD
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy, robust_accuracy
@@ -94,7 +94,7 @@ class AdversarialMethod(TrainingMethod):
     ) -> None:
         super().__init__(precision, label_smoothing, loss)
         self.attack = attack
-        self.bounds = attack.bounds
+        self.bounds = threat.hull(attack.bounds)
         self._warmup = warmup
         self._radius = 1.0  # fraction of eps in this step
 

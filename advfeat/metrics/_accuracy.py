@@ -167,11 +167,11 @@ def robust_accuracy(
     >>> float(robust), robust.standard.count, robust.broken_by
     (0.0, 2, tensor([ 0,  0, -2]))
     """
-    choose_attacks(attack, eps, norm, steps, bounds, mask, 0 if seed is None else seed)
+    choose_attacks(attack, eps, norm, steps, bounds, 0 if seed is None else seed, mask)
     checks.model(model)
     source = Source(data, batch_size)
     shared = SharedSamples(source, "robust_accuracy")
-    attacks = choose_attacks(attack, eps, norm, steps, bounds, mask, shared.seed(seed))
+    attacks = choose_attacks(attack, eps, norm, steps, bounds, shared.seed(seed), mask)
     progress = progress if shared.process.is_first else False
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
     zero_gradients = ZeroGradients(attacks)

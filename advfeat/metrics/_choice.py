@@ -22,8 +22,8 @@ def choose_attacks(
     norm: Norm | None,
     steps: int | None,
     bounds: FeatureBounds,
-    mask: Tensor | None,
     seed: int | torch.Generator | None,
+    mask: Tensor | None = None,
 ) -> tuple[Attack, ...]:
     """Single attacks, each until a sample is fooled, and with a seed if it is random."""
     checks.seed(seed)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILES = ("pyproject.toml", ".mkdocs.yml", "CITATION.cff")
+FILES = ("pyproject.toml", ".mkdocs.yml", "docs/CITATION.cff")
 
 
 def owner() -> str:

@@ -267,3 +267,14 @@ def test_private_modules_are_imported_by_their_own_package_alone(path):
             and any(part.startswith("_") for part in parts[2:3])
         ):
             assert parts[1] == package_of(path), name
+
+
+def test_the_top_level_holds_what_the_design_card_allows():
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT.parent, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("no clone")
+    found = {name.split("/")[0] for name in listed.stdout.splitlines()}
+    allowed = {"README.md", "pyproject.toml", "advfeat", "tests", "docs", "examples", "LICENSE"}
+    assert {name for name in found if not name.startswith(".")} <= allowed

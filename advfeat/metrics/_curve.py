@@ -5,14 +5,14 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from advfeat import checks, plots, seeding, threat
-from advfeat.attacks import FAB, Batch, MinimumPGD, SmoothedPGD
+from advfeat.attacks import FAB, Attack, Batch, MinimumPGD, SmoothedPGD
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.minimum_norm import MinimumNorm, rounding
 from advfeat.attacks.restricted import entered
@@ -35,8 +35,14 @@ if TYPE_CHECKING:
 # The boundary is not resolved where rounding is above this fraction of the clean lead; a warning
 # says so where that is above this fraction of the samples.
 _UNRESOLVED, _UNRESOLVED_SAMPLES = 0.02, 0.1
-# The first ball for smoothed gradients is smaller than the closest distance by this fraction.
-_SHRINK, _SHRINK_ROUNDS, _SHRINK_STEPS = 0.2, 5, 60
+# Noise found less than this fraction of what the other attacks need: gradients are masked there.
+_MASKED = 0.9
+# Rounds of further search; a sample without masking leaves after so many failures in turn.
+_ROUNDS, _PATIENCE = 12, 2
+# Of the rounds of smoothed gradients: steps, noise, and by which fraction the ball is smaller than
+# the closest distance, at first and at least.
+_SMOOTHED_STEPS, _SCALES, _SHRINK, _LEAST_SHRINK = 80, (6.0, 6.0, 9.0, 4.0), 0.1, 0.02
+_POLISH_STEPS = 30  # after each success
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -122,9 +128,10 @@ def robustness_curve(
     attack
         One minimum-norm attack without ``eps``, such as `advfeat.attacks.FMN`. By default the
         closest of several for every sample: `advfeat.attacks.MinimumPGD` with noise (two restarts)
-        and without, and `advfeat.attacks.FAB` towards the four likeliest classes; then
-        `advfeat.attacks.SmoothedPGD` in five smaller balls, and a search in small steps around the
-        closest point. That takes about 1,000 gradients a sample.
+        and without, and `advfeat.attacks.FAB` towards the four likeliest classes; then rounds of
+        `advfeat.attacks.SmoothedPGD` in smaller balls and of MinimumPGD with other noise, and a
+        search in small steps around the closest point. That takes about 700 gradients a sample,
+        and up to 2,000 where gradients are masked: where noise finds much closer points.
     seed
         Seed of the attacks that are random and have none of their own.
 
@@ -241,17 +248,18 @@ def _closest(
     first, net, batch = entered(attacks[0], net, batch)
     attacks = [first, *others]
     closest, distance = batch.inputs, batch.inputs.new_full((len(batch.ids),), torch.inf)
+    found = []
     for attack in attacks:
         state = attack.run(net, attack.init(net, batch))
-        closer = threat.per_sample(state.distance < distance, closest)
-        closest = torch.where(closer, attack.result(state), closest)
-        distance = distance.minimum(state.distance)
+        found.append(state.distance)
+        closest, distance = _closer(closest, distance, attack.result(state), state.distance)
     norm, bounds = attacks[0].norm, attacks[0].bounds
     if polish is not None:
-        closest, distance = _shrunk(net, batch, closest, distance, norm, bounds, seed)
+        masked = found[0] < _MASKED * torch.stack(found[1:]).amin(0)
+        search = _Search(net, norm, bounds, replace(polish, steps=_POLISH_STEPS), seed)
+        closest, distance = search.run(batch, closest, distance, masked)
         state = polish.run(net, polish.init(net, batch._replace(start=closest)))
-        closer = threat.per_sample(state.distance < distance, closest)
-        closest = torch.where(closer, polish.result(state), closest)
+        closest, distance = _closer(closest, distance, polish.result(state), state.distance)
     wrong = is_success(net.logits(closest), batch.labels, False)
     distance = threat.size(closest - batch.inputs, norm)
     # All of them are right on the clean input, whatever a random model says when asked again.
@@ -259,41 +267,86 @@ def _closest(
     return torch.where(wrong, distance.clamp_min(smallest), torch.inf)
 
 
-def _shrunk(
-    net: Network,
-    batch: Batch,
-    closest: Tensor,
-    distance: Tensor,
-    norm: Norm,
-    bounds: FeatureBounds,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Attack by smoothed gradients within less than each sample's distance, again and again.
+def _closer(first: Tensor, near: Tensor, second: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """The closer one of two points of each sample, and its distance."""
+    swaps = far < near
+    return torch.where(threat.per_sample(swaps, second), second, first), near.minimum(far)
 
-    After a success the ball shrinks by the same fraction, after a failure by half of it.
+
+@dataclass(frozen=True)
+class _Search:
+    """Further runs by smoothed gradients, each within less than a sample's distance so far.
+
+    Which optimum a run ends in is chance where gradients are masked, so those samples get all
+    rounds; others leave soon.
     """
-    low, high = threat.bounds_of(batch.box, bounds)
-    farthest = threat.size(torch.maximum(high - batch.inputs, batch.inputs - low), norm)
-    fraction = torch.full_like(distance, _SHRINK)
-    for number in range(_SHRINK_ROUNDS):
-        eps = distance.minimum(farthest) * (1 - fraction)
-        if norm == "linf" and batch.box is None:
+
+    net: Network
+    norm: Norm
+    bounds: FeatureBounds
+    polish: MinimumNorm
+    seed: int
+
+    def run(
+        self, batch: Batch, closest: Tensor, distance: Tensor, masked: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Closest points and their distances, after the search."""
+        fraction, failures = torch.full_like(distance, _SHRINK), torch.zeros_like(batch.labels)
+        for number in range(_ROUNDS):
+            chosen = (masked | (failures < _PATIENCE)).nonzero().squeeze(1)
+            if not len(chosen):
+                break
+            rows = select_samples(batch, chosen)
+            attack = self._attack(number, rows, (distance * (1 - fraction))[chosen])
+            with self.net.selected(chosen):
+                found, size, hits = self._attacked(attack, rows, distance[chosen])
+            best = _closer(closest[chosen], distance[chosen], found, size)
+            closest = closest.index_copy(0, chosen, best[0])
+            distance = distance.index_copy(0, chosen, best[1])
+            kept = fraction[chosen]
+            fraction[chosen] = torch.where(hits, kept, (kept / 2).clamp_min(_LEAST_SHRINK))
+            failures[chosen] = torch.where(hits, 0, failures[chosen] + 1)
+        return closest, distance
+
+    def _attack(self, number: int, rows: Batch, eps: Tensor) -> Attack:
+        """Two rounds of three are of the kind that is the stronger one in the norm."""
+        seed = seeding.derive(self.seed, number)
+        if (number % 3 == 2) != (self.norm == "l1"):
+            return MinimumPGD(norm=self.norm, bounds=self.bounds, seed=seed)
+        low, high = threat.bounds_of(rows.box, self.bounds)
+        room = torch.maximum(high - rows.inputs, rows.inputs - low)
+        eps = eps.minimum(threat.size(room, self.norm))
+        if self.norm == "linf" and rows.box is None:
             eps = eps.clamp_max(high - low)
-        attack = SmoothedPGD(
+        return SmoothedPGD(
             eps=eps,
-            norm=norm,
-            steps=_SHRINK_STEPS,
+            norm=self.norm,
+            steps=_SMOOTHED_STEPS,
+            scales=(_SCALES[number % len(_SCALES)],),
             returns="first",
-            bounds=bounds,
-            seed=seeding.derive(seed, number),
+            bounds=self.bounds,
+            seed=seed,
         )
-        state = attack.run(net, attack.init(net, batch))
-        found, size = attack.result(state), threat.size(attack.result(state) - batch.inputs, norm)
-        closer = state.success & (size < distance)
-        closest = torch.where(threat.per_sample(closer, found), found, closest)
-        distance = torch.where(closer, size, distance)
-        fraction = torch.where(closer, fraction, fraction / 2)
-    return closest, distance
+
+    def _attacked(
+        self, attack: Attack, rows: Batch, distance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What an attack found, polished where it is closer; its distance, and where that is so."""
+        found, size = self._result(attack, rows)
+        hits = size < distance
+        if bool(hits.any()):
+            with self.net.selected(hits):
+                near = select_samples(rows, hits)._replace(start=found[hits])
+                polished = self._result(self.polish, near)
+            found[hits], size[hits] = _closer(found[hits], size[hits], *polished)
+        return found, size, hits
+
+    def _result(self, attack: Attack, rows: Batch) -> tuple[Tensor, Tensor]:
+        """What an attack found, and its distance: infinite where it failed."""
+        state = attack.run(self.net, attack.init(self.net, rows))
+        found = attack.result(state)
+        size = threat.size(found - rows.inputs, self.norm)
+        return found.clone(), torch.where(state.success, size, torch.inf)
 
 
 def _unresolved(net: Network, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from advfeat import losses
-from advfeat.attacks import Attack, SmoothedPGD, Square, pool
+from advfeat.attacks import Attack, MinimumPGD, SmoothedPGD, Square, pool
 from advfeat.attacks.base import can_move
 from advfeat.losses import LossName, Objective
 from advfeat.model import Network
@@ -16,7 +16,6 @@ from advfeat.model import Network
 # Samples that only smoothed gradients or random search broke: below this fraction of what the
 # gradient attacks left, and below this number, sound models have some too.
 _LATE_FRACTION, _LATE_NUMBER = 0.05, 3
-_GRADIENT_FREE = (SmoothedPGD, Square)
 
 
 class ZeroGradients:
@@ -68,7 +67,7 @@ def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> di
             "there. Use loss='margin' or 'dlr' where logits are large, AutoAttack("
             "version='strong'), or attack the model without the layer that has no gradient"
         )
-    late = [n for n, attack in enumerate(attacks) if isinstance(attack, _GRADIENT_FREE)]
+    late = [n for n, attack in enumerate(attacks) if _is_late(attack)]
     if 0 < len(late) < len(attacks):
         broken = int(torch.isin(broken_by, torch.tensor(late)).sum())
         left = broken + int((broken_by == pool.ROBUST).sum())
@@ -80,3 +79,9 @@ def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> di
                 "advfeat.metrics.diagnose"
             )
     return signs
+
+
+def _is_late(attack: Attack) -> bool:
+    """Whether it goes by something else than the model's own gradients."""
+    noisy = isinstance(attack, MinimumPGD) and attack.is_random
+    return noisy or isinstance(attack, (SmoothedPGD, Square))

@@ -128,12 +128,15 @@ def _signed(value: Tensor, sign: int) -> Tensor:
     return -value if sign < 0 and isinstance(value, Tensor) else value
 
 
-def towards(loss: LossName, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+def towards(loss: LossName | Objective, logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """What an attack from a label towards one wrong class climbs.
 
     For ``"dlr"`` and ``"margin"`` the difference of the two logits, for DLR over
-    z_(1) - (z_(3) + z_(4)) / 2 (Croce and Hein 2020); for cross-entropy the target's likelihood.
+    z_(1) - (z_(3) + z_(4)) / 2 (Croce and Hein 2020); for cross-entropy the target's likelihood,
+    and for a callable its negative at the target.
     """
+    if callable(loss):
+        return _signed(loss(logits, targets), -1)
     if loss == "cross_entropy":
         return _likelihood_of_target(logits, targets)
     pair = logits.gather(1, torch.stack([targets, labels], 1))

@@ -18,7 +18,7 @@ from advfeat.attacks.base import Attack, per_sample_eps, random_points
 from advfeat.attacks.restricted import refuse_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
-from advfeat.losses import LossName, is_success
+from advfeat.losses import LossName, Objective, is_success
 from advfeat.model import Evaluation, Network, Precision
 from advfeat.suggestions import suggests
 from advfeat.threat import FeatureBounds, Norm
@@ -74,15 +74,14 @@ class APGD(Attack):
     eps: float | Tensor
     norm: Norm
     steps: int = 100
-    loss: LossName = "cross_entropy"
+    loss: LossName | Objective = "cross_entropy"
     targets: int = 0
+    targeted: bool = False
     restarts: int = 1
     returns: Literal["best", "first"] = "best"
     bounds: FeatureBounds = (0.0, 1.0)
     mask: Tensor | None = None
     seed: int | torch.Generator | None = None
-
-    targeted = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -90,6 +89,8 @@ class APGD(Attack):
         checks.count("steps", self.steps, low=1)
         checks.loss(self.loss)
         checks.count("targets", self.targets, low=0)
+        if self.targeted and self.targets:
+            checks.fail("targets", self.targets, "with targeted=True the labels are the targets")
         checks.count("restarts", self.restarts, low=1)
         checks.one_of("returns", self.returns, ("best", "first"))
         checks.seed(self.seed)
@@ -196,14 +197,17 @@ class APGD(Attack):
 
     def _objective(self, state: APGDState) -> Callable[[Tensor], Tensor]:
         if not self.targets:
-            return losses.objective(self.loss, state.labels, targeted=False)
+            climbed = losses.objective(self.loss, state.labels, self.targeted)
+            return lambda logits: checks.objective(climbed(logits), logits)
         turn = (state.step // self._round).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, turn[:, None]).squeeze(1)
-        return lambda logits: losses.towards(self.loss, logits, state.labels, target)
+        return lambda logits: checks.objective(
+            losses.towards(self.loss, logits, state.labels, target), logits
+        )
 
     def _keep(self, state: APGDState, found: Evaluation, place: Tensor) -> APGDState:
         """Keep each sample's iterate if it is a first success, or the best of the failures."""
-        hits = is_success(found.output, state.labels, targeted=False)
+        hits = is_success(found.output, state.labels, self.targeted)
         better = (hits & ~state.success) | ((hits == state.success) & ~(found.value <= state.value))
         if self.norm == "l1":  # only the last phase's ball is the one that was asked for
             better &= place >= self._round - 1 - phases(self.norm, self.steps)[-1][1]
@@ -361,8 +365,9 @@ def apgd(
     eps: float | Tensor,
     norm: Norm,
     steps: int = 100,
-    loss: LossName = "cross_entropy",
+    loss: LossName | Objective = "cross_entropy",
     targets: int = 0,
+    targeted: bool = False,
     restarts: int = 1,
     bounds: FeatureBounds = (0.0, 1.0),
     mask: Tensor | None = None,
@@ -380,11 +385,13 @@ def apgd(
     Parameters
     ----------
     model, inputs, labels, eps, norm, bounds, mask, precision, expectation, extras
-        As in `pgd`; ``labels`` are the true ones.
+        As in `pgd`; ``labels`` are the targets where ``targeted``.
     steps
         Gradients of a round; default 100, the paper's.
     loss
-        ``"cross_entropy"``, ``"margin"`` or ``"dlr"``.
+        ``"cross_entropy"``, ``"margin"``, ``"dlr"``, or a callable as in `pgd`.
+    targeted
+        Search for inputs classified as ``labels`` instead of away from them.
     targets
         0 attacks away from the label. Otherwise a round is run towards each of this many
         likeliest wrong classes (9 in AutoAttack; all others where the model has fewer).
@@ -413,6 +420,7 @@ def apgd(
         steps=steps,
         loss=loss,
         targets=targets,
+        targeted=targeted,
         restarts=restarts,
         bounds=bounds,
         mask=mask,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks, threat
+from advfeat import checks, losses, threat
 from advfeat.attacks.base import verified_logits
 from advfeat.attacks.minimum_norm import (
     MinimumNorm,
@@ -65,8 +65,7 @@ class FAB(MinimumNorm):
     """
 
     targets: int = 9
-
-    targeted = False
+    targeted: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -77,15 +76,16 @@ class FAB(MinimumNorm):
         """Look up which classes to aim at; a sample that is wrong already has its result."""
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
+        others = labels[:, None] if self.targeted else likely_others(logits, labels, self.targets)
         state = FABState(
             inputs=inputs,
             labels=labels,
-            targets=likely_others(logits, labels, self.targets),
+            targets=others,
             step=torch.zeros_like(labels),
             current=inputs,
             **self._nothing_kept(batch),
         )
-        state = self._keep(state, inputs, is_success(logits, labels, False))
+        state = self._keep(state, inputs, is_success(logits, labels, self.targeted))
         kept: FABState = self._keep_start(net, state, batch.start)
         return kept
 
@@ -94,9 +94,7 @@ class FAB(MinimumNorm):
 
         One gradient, and one forward pass of the new iterate.
         """
-        number = (state.step // self.steps).clamp_max(state.targets.shape[1] - 1)
-        target = state.targets.gather(1, number[:, None]).squeeze(1)
-        lead = lead_of(target, state.labels)
+        lead = self._lead(state)
         # Within a ball low precision will do, for only what fools the model there has to be sure;
         # a distance is known no better than the logits.
         exact = self.eps is None
@@ -107,7 +105,7 @@ class FAB(MinimumNorm):
         else:
             # What fools the model outside of the ball is on the way there, and no claim.
             inside = self._close_enough(threat.size(current - state.inputs, self.norm))
-            logits = verified_logits(net, current, state.labels, False, inside)
+            logits = verified_logits(net, current, state.labels, self.targeted, inside)
         hits = self._fools(logits, state.labels)
         state = self._keep(state, current, hits)
         taken = state.step + 1
@@ -120,11 +118,19 @@ class FAB(MinimumNorm):
     @property
     def max_evaluations(self) -> int:
         """Steps towards all targets; fewer where the model has not so many classes."""
-        return self.steps * self.targets
+        return self.steps * (1 if self.targeted else self.targets)
 
     def evaluations(self, state: FABState) -> int:
         """Steps towards all targets that the model has."""
         return self.steps * state.targets.shape[1]
+
+    def _lead(self, state: FABState) -> Callable[[Tensor], Tensor]:
+        """Objective whose zero is the boundary to cross."""
+        if self.targeted:
+            return lambda logits: losses.margin_to_target(logits, state.labels)
+        number = (state.step // self.steps).clamp_max(state.targets.shape[1] - 1)
+        target = state.targets.gather(1, number[:, None]).squeeze(1)
+        return lead_of(target, state.labels)
 
     def _moved(self, state: FABState, found: Evaluation) -> Tensor:
         """The paper's step: between both points projected on the boundary, and a bit beyond it."""
@@ -150,6 +156,7 @@ def fab(
     norm: Norm,
     steps: int = 100,
     targets: int = 9,
+    targeted: bool = False,
     bounds: FeatureBounds = (0.0, 1.0),
     mask: Tensor | None = None,
     scale: Tensor | None = None,
@@ -170,13 +177,15 @@ def fab(
     inputs
         Floating point, ``(N, ...)`` of any rank from 2, within ``bounds``.
     labels
-        True class indices ``(N,)``.
+        Class indices ``(N,)``: true labels, or the targets when ``targeted``.
     norm
         What is minimised: ``"l1"``, ``"l2"`` or ``"linf"``.
     steps
         Steps towards each target; a step takes one gradient and one forward pass.
     targets
         How many other classes to aim at in turn, the most likely first; at most all of them.
+    targeted
+        Search for the closest inputs classified as ``labels``; ``targets`` does not matter then.
     bounds, mask
         As in `advfeat.pgd`.
     scale
@@ -212,7 +221,15 @@ def fab(
     >>> round(float((x_adv - x).norm()), 2)  # (3 * 0.8 - 4 * 0.3) / 5
     0.24
     """
-    attack = FAB(norm=norm, steps=steps, targets=targets, bounds=bounds, mask=mask, scale=scale)
+    attack = FAB(
+        norm=norm,
+        steps=steps,
+        targets=targets,
+        targeted=targeted,
+        bounds=bounds,
+        mask=mask,
+        scale=scale,
+    )
     return attack(
         model, inputs, labels, precision=precision, expectation=expectation, extras=extras
     )

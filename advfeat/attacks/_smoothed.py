@@ -16,7 +16,7 @@ from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
 from advfeat.attacks.restricted import refuse_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
-from advfeat.losses import LossName, is_success
+from advfeat.losses import LossName, Objective, is_success
 from advfeat.model import Network, Precision
 from advfeat.threat import FeatureBounds, Norm
 
@@ -65,13 +65,12 @@ class SmoothedPGD(Attack):
     scales: tuple[float, ...] = (6.0,)
     masking_ratio: float = 0.0
     straight_through: StraightThroughUse = "auto"
-    loss: LossName = "margin"
+    loss: LossName | Objective = "margin"
+    targeted: bool = False
     returns: Literal["best", "first"] = "best"
     bounds: FeatureBounds = (0.0, 1.0)
     mask: Tensor | None = None
     seed: int | torch.Generator | None = None
-
-    targeted = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -143,7 +142,8 @@ class SmoothedPGD(Attack):
         return len(self.scales) * self.steps
 
     def _objective(self, labels: Tensor) -> Callable[[Tensor], Tensor]:
-        return losses.objective(self.loss, labels, targeted=False)
+        climbed = losses.objective(self.loss, labels, self.targeted)
+        return lambda logits: checks.objective(climbed(logits), logits)
 
     def _remaining(self, state: SmoothedPGDState) -> Tensor:
         """Fraction of its run that each sample still has before it, ``(N,)``, from 1 to 1/steps."""
@@ -188,9 +188,10 @@ class SmoothedPGD(Attack):
 
     def _keep(self, net: Network, state: SmoothedPGDState) -> SmoothedPGDState:
         """Keep each sample's iterate if it is a first success, or the best of the failures."""
-        logits = verified_logits(net, state.current, state.labels, False, ~state.success)
+        labels, active = state.labels, ~state.success
+        logits = verified_logits(net, state.current, labels, self.targeted, active)
         value = self._objective(state.labels)(logits).to(state.value.dtype)
-        hits = is_success(logits, state.labels, targeted=False)
+        hits = is_success(logits, state.labels, self.targeted)
         better = (hits & ~state.success) | ((hits == state.success) & ~(value <= state.value))
         if self.returns == "first":
             better &= ~state.success
@@ -243,7 +244,8 @@ def smoothed_pgd(
     scales: tuple[float, ...] = (6.0,),
     masking_ratio: float = 0.0,
     straight_through: StraightThroughUse = "auto",
-    loss: LossName = "margin",
+    loss: LossName | Objective = "margin",
+    targeted: bool = False,
     bounds: FeatureBounds = (0.0, 1.0),
     mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
@@ -261,7 +263,7 @@ def smoothed_pgd(
     Parameters
     ----------
     model, inputs, labels, eps, norm, bounds, mask, precision, expectation, extras
-        As in `pgd`; ``labels`` are the true ones.
+        As in `pgd`; ``labels`` are the targets where ``targeted``.
     steps
         Gradients of a run; each step also evaluates the iterate without noise.
     scales
@@ -278,7 +280,9 @@ def smoothed_pgd(
         (`advfeat.model.straight_through`): ``"auto"`` where the gradient is exactly zero,
         ``"always"`` or ``"never"``.
     loss
-        ``"margin"``, ``"cross_entropy"`` or ``"dlr"``.
+        ``"margin"``, ``"cross_entropy"``, ``"dlr"``, or a callable as in `pgd`.
+    targeted
+        Search for inputs classified as ``labels`` instead of away from them.
     seed
         Of the noise; None draws one number from torch's default generator.
 
@@ -310,6 +314,7 @@ def smoothed_pgd(
         masking_ratio=masking_ratio,
         straight_through=straight_through,
         loss=loss,
+        targeted=targeted,
         bounds=bounds,
         mask=mask,
         seed=seed,

@@ -29,7 +29,7 @@ class SquareOnZeroGradients(Square):
     def init(self, net: Network, batch: Batch) -> SquareState:
         """Start the samples without a gradient; the others have spent their queries."""
         state = super().init(net, batch)
-        spent, margin = evaluate_gradient(net, batch.inputs, batch.labels)
+        spent, margin = evaluate_gradient(net, batch.inputs, batch.labels, self.targeted)
         return state._replace(
             step=torch.where(spent, self.max_evaluations, state.step),
             current=torch.where(
@@ -39,8 +39,10 @@ class SquareOnZeroGradients(Square):
         )
 
 
-def evaluate_gradient(net: Network, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def evaluate_gradient(
+    net: Network, inputs: Tensor, labels: Tensor, targeted: bool = False
+) -> tuple[Tensor, Tensor]:
     """Whether each sample's margin has a usable gradient, bool ``(N,)``, and the margin."""
-    found = net.logits_gradient(inputs, losses.objective("margin", labels, targeted=False))
+    found = net.logits_gradient(inputs, losses.objective("margin", labels, targeted))
     entries = found.gradient.flatten(1)
     return ((entries != 0) & entries.isfinite()).any(1), found.value

@@ -222,13 +222,13 @@ def random_points(
     return threat.project(inputs + delta, inputs, eps, norm, threat.bounds_of(state.box, bounds))
 
 
-def check_attack(attack: object, eps: object, norm: object) -> None:
+def check_attack(attack: object, eps: object, norm: object, allow_targeted: bool = False) -> None:
     """Check that an attack can evaluate a dataset, and that no second ball is given."""
     if not isinstance(attack, Attack) or not hasattr(attack, "eps"):
         raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...)")
     if eps is not None or norm is not None:
         checks.fail("eps, norm", (eps, norm), "the attack has its own; pass one or the other")
-    if attack.targeted:
+    if attack.targeted and not allow_targeted:
         checks.fail("attack", attack, "targeted, but the data give labels and no targets")
     if attack.eps is None:
         checks.fail("attack.eps", None, "it looks for the smallest perturbation; give it an eps")

@@ -53,8 +53,9 @@ class AutoAttack:
         are masked.
         ``"strong"``: the stages of both, then longer runs of `SmoothedPGD`, with and without
         straight-through gradients: never above either, at more than their cost.
-    bounds, mask
-        As in `advfeat.pgd`.
+    bounds, mask, targeted
+        As in `advfeat.pgd`. Towards a target there is one class to aim at, so that stages towards
+        several classes become runs towards that one.
     seed
         Of all random numbers; None draws one number from torch's default generator at each call.
 
@@ -69,6 +70,7 @@ class AutoAttack:
     version: Literal["fast", "standard", "strong"] = "standard"
     bounds: FeatureBounds = (0.0, 1.0)
     mask: Tensor | None = None
+    targeted: bool = False
     seed: int | torch.Generator | None = None
 
     def __post_init__(self) -> None:
@@ -89,7 +91,12 @@ class AutoAttack:
 
     @property
     def _ball(self) -> dict[str, Any]:
-        return {"eps": self.eps, "norm": self.norm, "bounds": self.bounds, "mask": self.mask}
+        names = ("eps", "norm", "bounds", "mask", "targeted")
+        return {name: getattr(self, name) for name in names}
+
+    def _towards(self, count: int) -> int:
+        """Classes that a stage aims at; a targeted attack has its own."""
+        return 0 if self.targeted else count
 
     def _fast(self) -> tuple[Attack, ...]:
         # What a long run leaves, several short ones from other starts break sooner. In a large
@@ -100,7 +107,14 @@ class AutoAttack:
             # to the closest point finds more than noise in the whole ball there.
             return (
                 APGD(**ball, steps=30, returns="first"),
-                APGD(**ball, steps=30, loss="dlr", targets=9, restarts=3, returns="first"),
+                APGD(
+                    **ball,
+                    steps=30,
+                    loss="dlr",
+                    targets=self._towards(9),
+                    restarts=3,
+                    returns="first",
+                ),
                 APGD(**ball, steps=30, loss="margin", restarts=8, returns="first"),
                 APGD(**ball, steps=30, loss="dlr", restarts=4, returns="first"),
                 SquareOnZeroGradients(**ball, queries=_QUERIES),
@@ -109,7 +123,7 @@ class AutoAttack:
             )
         return (
             APGD(**ball, steps=10, returns="first"),
-            APGD(**ball, steps=16, loss="dlr", targets=9, returns="first"),
+            APGD(**ball, steps=16, loss="dlr", targets=self._towards(9), returns="first"),
             APGD(**ball, steps=25, loss="margin", restarts=4, returns="first"),
             APGD(**ball, steps=25, loss="dlr", returns="first"),
             SquareOnZeroGradients(**ball, queries=_QUERIES),
@@ -121,7 +135,7 @@ class AutoAttack:
         targets, restarts = (5, 5) if self.norm == "l1" else (9, 1)
         return (
             APGD(**ball, loss="cross_entropy", restarts=restarts, returns="first"),
-            APGD(**ball, loss="dlr", targets=targets, returns="first"),
+            APGD(**ball, loss="dlr", targets=self._towards(targets), returns="first"),
             FAB(**ball, targets=targets).stop_at_success(),
             Square(**ball, queries=5000),
         )
@@ -166,10 +180,10 @@ class AutoAttack:
         attacks = seed_attacks(self.attacks, self.seed)
         with attackable(model, precision=precision, expectation=expectation) as net:
             net.expect_extras(extras)
-            batch = prepare_batch(net, inputs, labels, index, self.bounds, extras=extras)
+            batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted, extras)
             adversarial = batch.inputs.clone()
             with net.given(batch.extras):
-                wrong = is_success(net.logits(batch.inputs), batch.labels, targeted=False)
+                wrong = is_success(net.logits(batch.inputs), batch.labels, self.targeted)
             right = (~wrong).nonzero().squeeze(1)
             batches = [select_samples(batch, right)] if len(right) else []
             for verdict in worst_case(attacks, net, batches, max(1, len(right))):

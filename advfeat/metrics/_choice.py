@@ -42,6 +42,8 @@ def choose_attacks(
     for one in listed:
         if isinstance(one, AutoAttack):
             # Its own seed is for all its attacks.
+            if one.targeted:
+                checks.fail("attack", one, "targeted, but the data give labels and no targets")
             flat += one.attacks if one.seed is None else seed_attacks(one.attacks, one.seed)
         else:
             check_attack(one, None, None)

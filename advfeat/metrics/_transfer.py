@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,7 @@ def transfer_matrix(
     data: Data,
     attack: Attack | AutoAttack,
     *,
+    target_labels: Callable[[Tensor], Tensor] | None = None,
     batch_size: int | None = None,
     expectation: int = 1,
     progress: bool | None = None,
@@ -115,7 +116,11 @@ def transfer_matrix(
         As in `robust_accuracy`; each model is attacked and judged by the mean of ``expectation``
         calls.
     attack
-        Run to its end on each source. Untargeted.
+        Run to its end on each source.
+    target_labels
+        For a targeted attack, a function from the labels of a batch to the classes to aim at, such
+        as ``lambda y: (y + 1) % 10``. A model is then fooled where it says that class, and
+        ``clean_error`` is the fraction of clean inputs on which it says so.
 
     Returns
     -------
@@ -144,7 +149,11 @@ def transfer_matrix(
         for model in models.values():
             checks.model(model)
     if not isinstance(attack, AutoAttack):
-        check_attack(attack, None, None)
+        check_attack(attack, None, None, allow_targeted=True)
+    checks.function("target_labels", target_labels)
+    if attack.targeted != (target_labels is not None):
+        cause = "a targeted attack needs it, to know the classes to aim at; another has none"
+        checks.fail("target_labels", target_labels, cause)
     source_data = Source(data, batch_size)
     if attack.is_random:
         # One seed for all sources: each is attacked from the same random starts.
@@ -162,15 +171,20 @@ def transfer_matrix(
         batches, total=source_data.batch_count, label="transfer", progress=progress
     ):
         total += len(rows.ids)
+        aimed = rows if target_labels is None else _aimed(rows, target_labels)
         wrong = [_wrong(target, rows, expectation) for target in targets.values()]
-        clean_wrong += torch.stack([each.sum() for each in wrong])
+        clean = wrong
+        if target_labels is not None:
+            clean = [_wrong(target, aimed, expectation, True) for target in targets.values()]
+        clean_wrong += torch.stack([each.sum() for each in clean])
         for i, source in enumerate(sources.values()):
-            made = rows._replace(inputs=_attacked(source, attack, rows, expectation))
+            made = aimed._replace(inputs=_attacked(source, attack, aimed, expectation))
             right = ~_wrong(source, rows, expectation)
-            fooled = right & _wrong(source, made, expectation)
+            fooled = right & _wrong(source, made, expectation, attack.targeted)
             fooled_of[i] += fooled.sum()
             for j, target in enumerate(targets.values()):
-                missed, both = _wrong(target, made, expectation), right & ~wrong[j]
+                missed = _wrong(target, made, expectation, attack.targeted)
+                both = right & ~wrong[j]
                 both_right[i, j] += both.sum()
                 missed_of["both_right"][i, j] += (missed & both).sum()
                 missed_of["fooled"][i, j] += (missed & fooled).sum()
@@ -199,11 +213,18 @@ def _attacked(
     )
 
 
-def _wrong(model: nn.Module, rows: Samples, expectation: int) -> Tensor:
-    """Where a model is wrong, bool ``(N,)`` on the CPU."""
+def _aimed(rows: Samples, target_labels: Callable[[Tensor], Tensor]) -> Samples:
+    """The samples with the classes to aim at for labels."""
+    targets = target_labels(rows.labels)
+    checks.labels(targets, rows.inputs, "target_labels")
+    return rows._replace(labels=targets)
+
+
+def _wrong(model: nn.Module, rows: Samples, expectation: int, targeted: bool = False) -> Tensor:
+    """Where a model is wrong, or says the target, bool ``(N,)`` on the CPU."""
     device = device_of(model)
     inputs, labels = rows.inputs.to(device), rows.labels.to(device)
     with attackable(model, purpose="predictions", expectation=expectation) as net:
         batch = prepare_batch(net, inputs, labels, None, _EVERYWHERE, extras=rows.entries)
         with net.given(batch.extras):
-            return is_success(net.logits(batch.inputs), batch.labels, targeted=False).cpu()
+            return is_success(net.logits(batch.inputs), batch.labels, targeted).cpu()

@@ -1,3 +1,3 @@
-"""The version, in a room that every other may know."""
+"""The version, in a module that every other may import."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Refusals of bad input before any work is done: each names the argument, the value, the cause."""
+"""Errors for bad input, before any work is done: each names the argument, the value, the cause."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _is_internal(name: str) -> bool:
 
 
 def model(value: object) -> None:
-    """Refuse what is not a module."""
+    """Check that a model is a module."""
     if not isinstance(value, nn.Module):
         hint = "; pass its .module()" if type(value).__name__ == "ExportedProgram" else ""
         raise TypeError(f"model: expected a torch.nn.Module, got {type(value).__name__}{hint}")
@@ -92,7 +92,7 @@ _SPELLINGS: dict[object, Norm] = {
 
 
 def norm(value: object) -> Norm:
-    """Return the norm in this library's spelling; refuse an unknown one.
+    """Return the norm in this library's spelling; raise an error for an unknown one.
 
     Examples
     --------
@@ -120,7 +120,7 @@ def scalar(argument: str, value: T) -> T | float:
 
 
 def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse a name that is not among the choices."""
+    """Check that a name is among the choices."""
     if value not in choices:
         near = difflib.get_close_matches(str(value).lower(), choices, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -128,7 +128,7 @@ def one_of(argument: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def loss(value: object) -> None:
-    """Refuse a loss that is neither a known name nor a callable."""
+    """Check that a loss is a known name or a callable."""
     if not callable(value):
         if not isinstance(value, str):
             raise TypeError(f"loss={value!r}: expected a name or a callable (logits, labels)")
@@ -136,13 +136,13 @@ def loss(value: object) -> None:
 
 
 def function(argument: str, value: object) -> None:
-    """Refuse what is neither a callable nor None."""
+    """Check that a value is a callable or None."""
     if not (value is None or callable(value)):
         raise TypeError(f"{argument}={value!r}: expected a callable, got {type(value).__name__}")
 
 
 def objective(value: object, logits: Tensor) -> Tensor:
-    """Refuse what a user's loss returned unless it is one value for each sample."""
+    """Check that a user's loss returned one value for each sample."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"loss: returned {type(value).__name__}; expected a tensor, one value for each sample"
@@ -157,7 +157,7 @@ def objective(value: object, logits: Tensor) -> Tensor:
 
 
 def number(argument: str, value: object, *, low: float, strict: bool = False) -> None:
-    """Refuse what is not a finite real number of at least (or above) ``low``."""
+    """Check that a value is a finite real number of at least (or above) ``low``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{argument}={value!r}: expected a number, got {type(value).__name__}")
     if not math.isfinite(value):
@@ -167,7 +167,7 @@ def number(argument: str, value: object, *, low: float, strict: bool = False) ->
 
 
 def count(argument: str, value: object, *, low: int) -> None:
-    """Refuse what is not an integer of at least ``low``."""
+    """Check that a value is an integer of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{argument}={value!r}: expected an integer, got {type(value).__name__}")
     if value < low:
@@ -175,14 +175,14 @@ def count(argument: str, value: object, *, low: int) -> None:
 
 
 def fraction(argument: str, value: object) -> None:
-    """Refuse what is not a number from 0 to 1."""
+    """Check that a value is a number from 0 to 1."""
     number(argument, value, low=0.0)
     if value > 1:  # type: ignore[operator]
-        fail(argument, value, "must be at most 1; it is a share, not a percentage")
+        fail(argument, value, "must be at most 1; it is a fraction, not a percentage")
 
 
 def bounds(value: object) -> Bounds:
-    """Return bounds as a tuple; refuse anything but two finite numbers in rising order."""
+    """Return bounds as a tuple, if they are two finite numbers in rising order."""
     if isinstance(value, Tensor) and value.shape == (2,):
         value = tuple(value.tolist())
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -203,7 +203,7 @@ def bounds(value: object) -> Bounds:
 
 
 def linf_in_bounds(eps: object, norm: str, bounds: Bounds) -> None:
-    """Refuse an l_inf radius wider than the bounds: 8 was meant to be 8/255."""
+    """Raise an error for an l_inf radius wider than the bounds: 8 was meant to be 8/255."""
     width = bounds[1] - bounds[0]
     largest = eps.amax() if isinstance(eps, Tensor) else eps
     if norm == "linf" and largest > width:  # type: ignore[operator]
@@ -211,7 +211,7 @@ def linf_in_bounds(eps: object, norm: str, bounds: Bounds) -> None:
 
 
 def seed(value: object) -> None:
-    """Refuse a seed that is no integer, generator or None."""
+    """Check that a seed is an integer, a generator or None."""
     if value is None or isinstance(value, torch.Generator):
         return
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -238,7 +238,7 @@ def inputs(value: object, bounds: FeatureBounds, name: str = "inputs") -> None:
         fail(f"{name}.device", str(value.device), "meta tensors hold no values")
     smallest, largest = torch.stack(value.detach().aminmax()).tolist()
     if not (math.isfinite(smallest) and math.isfinite(largest)):
-        fail(name, "NaN or infinity", "every value must be finite; look at the loader")
+        fail(name, "NaN or infinity", "every value must be finite; check the loader")
     low, high = bounds
     if isinstance(low, Tensor) and isinstance(high, Tensor):
         _inputs_by_feature(value.detach(), low, high, name)
@@ -272,7 +272,7 @@ def _inputs_by_feature(value: Tensor, low: Tensor, high: Tensor, name: str) -> N
 
 
 def index(value: object, inputs: Tensor) -> None:
-    """Refuse sample numbers that are not one integer for each input, on its device."""
+    """Check that sample numbers are one integer for each input, on its device."""
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"index: expected a tensor of integers, got {kind}")
@@ -283,7 +283,7 @@ def index(value: object, inputs: Tensor) -> None:
 
 
 def labels(value: object, inputs: Tensor, name: str = "labels") -> None:
-    """Refuse labels that are not one class index for each input."""
+    """Check that labels are one class index for each input."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.ndim == 2 and value.shape[0] == inputs.shape[0] and value.shape[1] > 1:
@@ -315,7 +315,7 @@ def labels(value: object, inputs: Tensor, name: str = "labels") -> None:
 
 
 def soft_or_hard_labels(value: object, inputs: Tensor, name: str = "labels") -> None:
-    """Refuse labels that are neither class indices nor class probabilities ``(N, C)``."""
+    """Check that labels are class indices or class probabilities ``(N, C)``."""
     soft = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 2
     if not soft:
         labels(value, inputs, name)
@@ -339,7 +339,7 @@ def _largest_pixel(images: Tensor) -> int:
 
 
 def logits(value: object, inputs: Tensor) -> Tensor:
-    """Refuse a model output that is not one sample of at least two logits for each input."""
+    """Check that a model returned at least two logits for each input."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"model: returned {type(value).__name__}; expected logits (N, C) as a tensor, the "
@@ -363,13 +363,13 @@ def logits(value: object, inputs: Tensor) -> Tensor:
 
 
 def class_range(largest: int, classes: int, name: str = "labels") -> None:
-    """Refuse a class index that the model has no logit for."""
+    """Raise an error for a class index that the model has no logit for."""
     if largest >= classes:
         fail(name, largest, f"the model has {classes} classes, indices 0 to {classes - 1}")
 
 
 def same_device(inputs: Tensor, device: torch.device | None) -> None:
-    """Refuse inputs that are elsewhere than the model."""
+    """Check that inputs and model are on the same device."""
     if device is not None and inputs.device != device:
         fail(
             "inputs.device",

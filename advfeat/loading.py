@@ -85,9 +85,9 @@ class Source:
             self._collate = self._loader.collate_fn
         own = None if self._loader is None else self._loader.batch_size
         self._batch_size: int = batch_size or own or 128
-        self.indices = _row_numbers(dataset, self._loader)
+        self.indices = _sample_numbers(dataset, self._loader)
         if not self.indices and not _is_sharded(self._loader):
-            checks.fail("data", type(data).__name__, "it has no rows")
+            checks.fail("data", type(data).__name__, "it has no samples")
 
     def __len__(self) -> int:
         """Samples, for map-style data."""
@@ -147,11 +147,13 @@ class Source:
                 for start in range(0, len(self.indices), self._batch_size)
             ]
         for chunk, batch in zip(chunks, self._read(chunks), strict=True):
-            yield _rows(torch.tensor(chunk, device="cpu"), batch, device)
+            yield _samples(torch.tensor(chunk, device="cpu"), batch, device)
 
-    def rows(self, indices: list[int], device: torch.device, check: Check | None = None) -> Samples:
+    def samples(
+        self, indices: list[int], device: torch.device, check: Check | None = None
+    ) -> Samples:
         """Give single samples by their numbers; map-style data only."""
-        return _rows(torch.tensor(indices, device="cpu"), self.fetch(indices), device, check)
+        return _samples(torch.tensor(indices, device="cpu"), self.fetch(indices), device, check)
 
     def _read(self, chunks: list[list[int]]) -> Iterable[Any]:
         workers = 0 if self._loader is None else self._loader.num_workers
@@ -260,13 +262,13 @@ def _no_tensors(inputs: object, labels: object) -> str:
     return found + "For images, add a transform that makes tensors"
 
 
-def _rows(
+def _samples(
     index: Tensor, batch: object, device: torch.device, check: Check | None = None
 ) -> Samples:
     inputs, labels = unpack(batch)
     if inputs.shape[:1] != index.shape:
         checks.fail(
-            "data", tuple(inputs.shape), f"a batch of {len(index)} rows came back so; collate_fn?"
+            "data", tuple(inputs.shape), f"a batch of {len(index)} came back so; collate_fn?"
         )
     if check is not None:
         check(inputs, labels)
@@ -286,10 +288,10 @@ def _numbered(
     place = 0
     for batch in batches:
         inputs, _ = unpack(batch)
-        yield _rows(torch.arange(place, place + len(inputs), device="cpu"), batch, device, check)
+        yield _samples(torch.arange(place, place + len(inputs), device="cpu"), batch, device, check)
         place += len(inputs)
     if place == 0:
-        checks.fail("data", type(batches).__name__, "it gave no rows")
+        checks.fail("data", type(batches).__name__, "it gave no samples")
 
 
 def is_stream(data: object) -> bool:
@@ -314,7 +316,7 @@ def is_stream(data: object) -> bool:
 
 
 def check_length(data: object) -> None:
-    """Refuse a loader that has no length, or no batches."""
+    """Raise an error for a loader that has no length, or no batches."""
     try:
         empty = isinstance(data, Sized) and len(data) == 0
     except TypeError as error:
@@ -326,7 +328,7 @@ def check_length(data: object) -> None:
         checks.fail("data", type(data).__name__, "it has no batches")
 
 
-def _row_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
+def _sample_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
     """Samples of the dataset that a loader covers, in the dataset's order where it shuffles."""
     try:
         count = len(dataset)
@@ -336,15 +338,15 @@ def _row_numbers(dataset: Any, loader: DataLoader[Any] | None) -> list[int]:
         return list(range(count))
     batch_sampler: Any = loader.batch_sampler
     if type(batch_sampler) is not BatchSampler:
-        rows = itertools.chain.from_iterable(batch_sampler)
-        return _bounded(rows, count, type(batch_sampler).__name__)
+        samples = itertools.chain.from_iterable(batch_sampler)
+        return _bounded(samples, count, type(batch_sampler).__name__)
     sampler: Any = batch_sampler.sampler
     name = type(sampler).__name__
     if isinstance(sampler, SequentialSampler):
         return list(range(count))
     if isinstance(sampler, RandomSampler):
         if sampler.replacement or len(sampler) != count:
-            checks.fail("data", name, "drawing other rows each time; pass the dataset itself")
+            checks.fail("data", name, "drawing other samples each time; pass the dataset itself")
         return list(range(count))
     if isinstance(sampler, SubsetRandomSampler):
         return _bounded(sampler.indices, count, name)
@@ -364,7 +366,7 @@ def _bounded(sampler: Iterable[int], count: int, name: str) -> list[int]:
     with torch.random.fork_rng(devices=[]):
         numbers = [int(i) for i in itertools.islice(sampler, count + 1)]
     if len(numbers) > count or len(set(numbers)) != len(numbers):
-        checks.fail("data", name, "this sampler repeats rows or never ends; pass the dataset")
+        checks.fail("data", name, "this sampler repeats samples or never ends; pass the dataset")
     return sorted(numbers)
 
 

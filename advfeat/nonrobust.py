@@ -44,8 +44,8 @@ def construct_nonrobust_dataset(
 ) -> ConstructedDataset:
     """Make D_NR: as `advfeat.construct_robust_dataset`, from a standard model.
 
-    Training on the result gives a model that is accurate and not robust. The words, the result and
-    the errors are those of `advfeat.construct_robust_dataset`.
+    Training on the result gives a model that is accurate and not robust. The arguments, the result
+    and the errors are those of `advfeat.construct_robust_dataset`.
 
     Examples
     --------

@@ -102,7 +102,7 @@ def bars(
     ylabel: str = "",
     ax: Axes | None = None,
 ) -> Figure:
-    """Bars side by side, as in figure 2 of the paper: a group a training set, a bar a measure.
+    """Bars side by side, as in figure 2 of the paper: a group a dataset, a bar a measure.
 
     Parameters
     ----------
@@ -247,16 +247,16 @@ def curves(
     missing = [name for name in names if name not in rows[-1]]
     if missing:
         checks.fail("quantities", missing, f"the rows have {sorted(rows[-1])}")
-    shares = [name for name in names if "accuracy" in name]
+    accuracies = [name for name in names if "accuracy" in name]
     others = [name for name in names if "accuracy" not in name]
-    panels = [part for part in (others, shares) if part]
+    panels = [part for part in (others, accuracies) if part]
     if ax is None:
         ax = new_figure(8.0 if len(panels) == 2 else 5.0, 3.4).subplots(
             1, len(panels), squeeze=False
         )[0]
     epochs = [row.get("epoch", place + 1) for place, row in enumerate(rows)]
     for axes, part in zip(new_panels(ax, len(panels), 8.0, 3.4), panels, strict=True):
-        scale = 100 if part is shares else 1
+        scale = 100 if part is accuracies else 1
         spelled = {
             n.replace("val_", "validation ").replace("_", " "): [
                 scale * row.get(n, float("nan")) for row in rows
@@ -264,10 +264,10 @@ def curves(
             for n in part
         }
         lines(axes, epochs, spelled)
-        axes.set(xlabel="epoch", ylabel="accuracy (%)" if part is shares else " / ".join(part))
-        if part is shares:
+        axes.set(xlabel="epoch", ylabel="accuracy (%)" if part is accuracies else " / ".join(part))
+        if part is accuracies:
             axes.set_ylim(0, 102)
-        if len(part) > 1 or part is shares:
+        if len(part) > 1 or part is accuracies:
             axes.legend(fontsize=9, framealpha=0.9)
         axes.grid(alpha=0.3)
     return figure_of(axes)
@@ -313,7 +313,7 @@ def robustness_curves(
     largest: float | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Share of samples that need a larger perturbation, over its size.
+    """Fraction of samples that need a larger perturbation, over its size.
 
     Parameters
     ----------

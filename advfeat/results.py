@@ -1,4 +1,4 @@
-"""What all results share: a short repr, tables as text and HTML, and plain JSON values and back."""
+"""What all results have: a short repr, tables as text and HTML, plain JSON values and back."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def to_plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         named = {name: to_plain(each) for name, each in _fields(value).items()}
         return {"type": type(value).__name__, **named}
-    # A loss of one's own, a generator, a dataset: named, and not made again.
+    # A user's loss, a generator, a dataset: named, and not made again.
     return {"object": getattr(value, "__qualname__", None) or _short(value)}
 
 

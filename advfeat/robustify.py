@@ -70,7 +70,7 @@ def construct_robust_dataset(
         Steps of fixed l2 length. Default 1000 of 0.1, the paper's for CIFAR-10; Restricted
         ImageNet used 2000 of 1, noise starts 10,000 steps.
     momentum
-        Share of the last move that is added to the next (heavy ball), in [0, 1); 0 is the paper's.
+        Fraction of the last move that is added to the next (heavy ball), in [0, 1); in the paper 0.
         0.9 comes as near in fewer steps, 27 for 100 in docs/benchmarks.md: moves grow from
         ``step_size`` to at most 1 / (1 - momentum) times that.
     bounds
@@ -92,20 +92,20 @@ def construct_robust_dataset(
         ``"bfloat16"`` takes gradients in bfloat16 where the hardware has it.
     compile
         Go through ``torch.compile``; warns and continues without where it fails. Like another
-        device or batch size it changes a result by rounding, and is not a setting of the set.
+        device or batch size it changes a result by rounding, and is not a setting of the dataset.
     expectation
         Of a random model, take the mean logits or activations of so many calls, always with the
         same random numbers, at so many times the cost.
     progress
         Draw a bar; by default where stderr is a terminal and tqdm is installed.
     out
-        A folder to build the set in, sample by sample, instead of in memory. It can be killed at
+        A folder to build the dataset in, sample by sample, not in memory. It can be killed at
         any moment: the same call on the same folder continues where it was (with ``seed=None``,
         with the seed that it began with), and returns a finished folder at once, memory-mapped.
         Model and data are recognised by a digest of the weights and of 256 samples; a ``layer``
-        that is a callable by its name alone. Under torchrun every rank makes a part of the rows;
+        that is a callable by its name alone. Under torchrun every rank makes a part of the samples;
         ``out`` is
-        then on a disk that all ranks share; or a name ending in ``rank-{rank}`` (as it stands), and
+        then on a disk of all ranks; or a name ending in ``rank-{rank}`` (as it stands), and
         each rank has a folder of its own, which `ConstructedDataset.open` joins. Without ``out``
         every rank makes all samples.
     dtype
@@ -124,9 +124,9 @@ def construct_robust_dataset(
     ------
     ValueError, TypeError
         Naming the argument, its value and the usual cause, before any work is done; also where
-        ``out`` holds a set made with other settings, another model or other data.
+        ``out`` holds a dataset made with other settings, another model or other data.
     OSError
-        ``out`` is another process's at the moment, cannot be written to or has no room. What is
+        ``out`` is another process's at the moment, cannot be written to or is full. What is
         finished there is safe.
 
     Examples

@@ -55,7 +55,7 @@ def suggests(called: C) -> C:
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        _refuse_unknown(called.__name__, signature, args, kwargs)
+        _raise_for_unknown(called.__name__, signature, args, kwargs)
         return function(*args, **kwargs)
 
     if isinstance(called, type):
@@ -64,7 +64,7 @@ def suggests(called: C) -> C:
     return wrapper  # type: ignore[return-value]
 
 
-def _refuse_unknown(
+def _raise_for_unknown(
     name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     known = [n for n in signature.parameters if n != "self"]

@@ -224,8 +224,8 @@ def unblocked(gradient: Tensor, points: Tensor, bounds: FeatureBounds) -> Tensor
     """
     low, high = bounds
     touching = 1e-6 * (high - low)
-    room = torch.where(gradient > 0, high - points, points - low)
-    return gradient.masked_fill(room <= touching, 0.0)
+    limit = torch.where(gradient > 0, high - points, points - low)
+    return gradient.masked_fill(limit <= touching, 0.0)
 
 
 def project(
@@ -326,8 +326,8 @@ def _scale_into_ball(
     return kept.mul_((radius / _nonzero(length)).clamp_max_(1.0))
 
 
-def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 40) -> Tensor:
-    """The magnitudes clip(|d| - t, 0, room) with the smallest t >= 0 whose sum is in the radius.
+def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 40) -> Tensor:
+    """The magnitudes clip(|d| - t, 0, limit) with the smallest t >= 0 whose sum is in the radius.
 
     The sum falls piecewise linearly in t: Newton steps, halving the bracket where one leaves it.
     """
@@ -337,18 +337,18 @@ def _shrink_l1(magnitude: Tensor, room: Tensor, radius: Tensor, rounds: int = 40
     threshold = low
     for _ in range(rounds):
         rest = magnitude - threshold
-        kept = torch.minimum(rest.clamp_min(0.0), room)
+        kept = torch.minimum(rest.clamp_min(0.0), limit)
         excess = kept.sum(axes, keepdim=True) - radius
         low = torch.where(excess > 0, threshold, low)
         high = torch.where(excess > 0, high, threshold)
-        slope = ((rest > 0) & (rest < room)).sum(axes, keepdim=True)
+        slope = ((rest > 0) & (rest < limit)).sum(axes, keepdim=True)
         newton = threshold + excess / slope.clamp_min(1)
         inside = ((newton > low) & (newton < high)) | (newton == threshold)
         following = torch.where(inside & (slope > 0), newton, (low + high) / 2)
         if known_none(following != threshold):
             break
         threshold = following
-    kept = torch.minimum((magnitude - threshold).clamp_min(0.0), room)
+    kept = torch.minimum((magnitude - threshold).clamp_min(0.0), limit)
     # The sum of many entries is itself rounded.
     safe = radius * (1 - 2 * torch.finfo(radius.dtype).eps)
     return kept * (safe / _nonzero(kept.sum(axes, keepdim=True))).clamp_max(1.0)

@@ -94,7 +94,7 @@ def test_two_ranks_make_what_one_process_makes(tmp_path):
         assert joined.manifest["rows"] == ROWS
     seeds = {line for line in run.stdout.splitlines() if line.startswith("seed")}
     assert len(seeds) == 1, seeds
-    assert run.stdout.count("the ranks share the rows themselves") == 2
+    assert run.stdout.count("ranks divide the samples themselves") == 2
     build("D_R", tmp_path / "alone")
     assert contents(tmp_path / "half") == contents(tmp_path / "alone")
     manifest = json.loads((tmp_path / "D_det" / "manifest.json").read_text())

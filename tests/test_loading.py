@@ -146,13 +146,13 @@ def test_reading_leaves_the_global_random_state(make):
     before = torch.get_rng_state()
     source = Source(data)
     list(source.batches(CPU))
-    source.rows([3, 1], CPU)
+    source.samples([3, 1], CPU)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("make", MAP_STYLE.values(), ids=MAP_STYLE.keys())
 def test_single_rows_are_fetched_by_number_in_the_order_asked_for(make):
-    rows = Source(make()).rows([7, 0, 3], CPU)
+    rows = Source(make()).samples([7, 0, 3], CPU)
     assert rows.ids.tolist() == [7, 0, 3]
     assert_paired([rows])
 
@@ -345,7 +345,7 @@ def test_a_stream_that_promised_rows_and_gives_none_is_refused():
         def __iter__(self):
             return iter(())
 
-    with pytest.raises(ValueError, match="gave no rows"):
+    with pytest.raises(ValueError, match="gave no samples"):
         read(several(Liar()))
 
 
@@ -394,7 +394,7 @@ def test_a_batch_size_that_is_no_integer_is_refused(batch_size):
 
 def test_a_collation_that_loses_rows_is_refused():
     loader = several(Pairs(), collate_fn=lambda pairs: (torch.rand(1, 2), torch.tensor([0])))
-    with pytest.raises(ValueError, match=r"a batch of 4 rows came back so"):
+    with pytest.raises(ValueError, match=r"a batch of 4 came back so"):
         read(loader)
 
 

@@ -139,13 +139,15 @@ def alignment(
     cosines, gradients = {}, {}
     for name, model in named.items():
         with attackable(model) as net:
-            rows = batches(net, model, data, bounds, batch_size)
-            inputs = torch.cat([batch.inputs for batch in rows])
-            labels = torch.cat([batch.labels for batch in rows])
-            with net.given(rows[0].extras):
-                classes = net.class_count(rows[0].inputs)
+            prepared = batches(net, model, data, bounds, batch_size)
+            inputs = torch.cat([batch.inputs for batch in prepared])
+            labels = torch.cat([batch.labels for batch in prepared])
+            with net.given(prepared[0].extras):
+                classes = net.class_count(prepared[0].inputs)
             means = _class_means(inputs, labels, classes)
-            found = [_cosines(net, b, inputs.mean(0), means, eps, norm, draws, seed) for b in rows]
+            found = [
+                _cosines(net, b, inputs.mean(0), means, eps, norm, draws, seed) for b in prepared
+            ]
         parts = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
         gradients[name] = parts.pop()
         cosines[name] = dict(zip(MEASURES, parts, strict=True))
@@ -262,7 +264,7 @@ def layer_robustness(
     model
         Any module.
     data
-        A dataset, a loader or a list of batches; all pairs of rows are compared, so a few hundred.
+        A dataset, a loader or a list of batches; all pairs are compared, so a few hundred.
     layers
         As ``layer`` of `advfeat.construct_robust_dataset`: names, modules, callables or None.
     eps, norm, steps, bounds
@@ -298,7 +300,7 @@ def layer_robustness(
                 with net.given(batch.extras):
                     reached.append(threat.size(net.features(moved) - goal, "l2"))
         if sum(map(len, goals)) < 2:
-            checks.fail("data", "one row", "its distance to other rows is needed")
+            checks.fail("data", "one sample", "its distance to other samples is needed")
         spread = torch.pdist(torch.cat(goals)).mean()
         ratios[_name(layer, place)] = float(torch.cat(reached).mean() / spread)
     return LayerRobustness(ratios, eps, norm)

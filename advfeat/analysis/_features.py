@@ -1,4 +1,4 @@
-"""What several questions share: features attacked as if they were logits, and samples in memory."""
+"""What several questions need: features attacked as if they were logits, samples in memory."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def feature_attack(
 
 def stacked(data: Data, device: torch.device, batch_size: int | None = None) -> Stacked:
     """Read all samples into memory."""
-    rows = list(Source(data, batch_size).batches(device))
-    inputs = torch.cat([batch.inputs for batch in rows])
-    labels = torch.cat([batch.labels for batch in rows])
+    found = list(Source(data, batch_size).batches(device))
+    inputs = torch.cat([batch.inputs for batch in found])
+    labels = torch.cat([batch.labels for batch in found])
     checks.labels(labels, inputs)
     return Stacked(inputs, labels.to(torch.int64))
 
@@ -70,13 +70,13 @@ def batches(
     """All samples as an attack takes them: checked, float32 at least, within the bounds."""
     source = Source(data, batch_size)
     return [
-        prepare_batch(net, rows.inputs, rows.labels, rows.ids, bounds, extras=rows.entries)
-        for rows in source.batches(device_of(model))
+        prepare_batch(net, found.inputs, found.labels, found.ids, bounds, extras=found.entries)
+        for found in source.batches(device_of(model))
     ]
 
 
 def named_models(models: object) -> dict[str, nn.Module]:
-    """Refuse anything but models by name."""
+    """Check that models have names."""
     if not isinstance(models, Mapping) or not models:
         raise TypeError(
             f"models: expected models by name, {{'standard': model}}, got {type(models).__name__}"

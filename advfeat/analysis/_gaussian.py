@@ -52,7 +52,7 @@ class Gaussian(Result):
     covariance: Tensor
 
     def __post_init__(self) -> None:
-        """Refuse what is no Gaussian."""
+        """Check that this is a Gaussian."""
         mean = torch.as_tensor(self.mean, dtype=torch.float64)
         covariance = torch.as_tensor(self.covariance, dtype=torch.float64)
         if mean.ndim != 1 or len(mean) == 0:

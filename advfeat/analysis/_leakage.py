@@ -63,8 +63,8 @@ class Leakage(Result):
         rows: list[tuple[object, ...]] = [
             (name, f"{a:.1%}", f"{a.interval[0]:.1%} to {a.interval[1]:.1%}")
             for name, a in (
-                ("constructed set", self.learned),
-                ("true data, for reference", self.reference),
+                ("constructed dataset", self.learned),
+                ("original data, for reference", self.reference),
             )
         ]
         rows.append(("chance", f"{self.chance:.1%}", ""))
@@ -76,7 +76,7 @@ class Leakage(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """Both accuracies with their intervals, and chance."""
         ax = plots.new_axes(ax, 5.0, 4.0)
-        groups = {"constructed set": self.learned, "true data": self.reference}
+        groups = {"constructed dataset": self.learned, "original data": self.reference}
         plots.bars(
             {name: {"robust linear features": value} for name, value in groups.items()},
             chance=self.chance,
@@ -95,7 +95,7 @@ def leakage(
     norm: Norm = "l2",
     seed: int | torch.Generator | None = None,
 ) -> Leakage:
-    """Bound from below what robust features teach a model that is trained on a constructed set.
+    """Bound from below what robust features teach a model that is trained on a constructed dataset.
 
     For each class the linear feature of the largest robust usefulness on one half of the training
     data is found, and kept where its robust usefulness on the other half is above 0 with all of
@@ -108,9 +108,9 @@ def leakage(
     constructed
         D_rand or D_det: dataset, loader or list of batches.
     train, test
-        The true data.
+        The original data.
     eps, norm
-        Ball of the closed form: the one the set was constructed in, or a larger one.
+        Ball of the closed form: the one the dataset was constructed in, or a larger one.
     seed
         Of the two halves and the bootstrap; None draws one number from torch's default generator.
 
@@ -197,15 +197,15 @@ def _most_robust(rows: Stacked, classes: int, eps: float, norm: Norm) -> Tensor:
     """
     own = F.one_hot(rows.labels, classes).float()
     if not bool((own.any(0) & ~own.all(0)).all()):
-        checks.fail("train", "a class without rows", "every class needs rows of its own")
-    share = (own / own.sum(0) + (1 - own) / (1 - own).sum(0)) / 2  # (N, C), each column adds to 1
-    half_gap = ((2 * own - 1) * share).T @ rows.inputs
+        checks.fail("train", "a class without samples", "every class needs samples of its own")
+    weights = (own / own.sum(0) + (1 - own) / (1 - own).sum(0)) / 2  # (N, C), each column adds to 1
+    half_gap = ((2 * own - 1) * weights).T @ rows.inputs
     weight = nn.Parameter(threat.steepest(half_gap, norm))
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         values = rows.inputs @ weight.T
-        variance = (share * (values - (share * values).sum(0)).square()).sum(0)
+        variance = (weights * (values - (weights * values).sum(0)).square()).sum(0)
         gain = (weight * half_gap).sum(1) - eps * threat.size(weight, DUAL[norm])
         value = -(gain / variance.sqrt().clamp_min(1e-12)).sum()
         value.backward()  # type: ignore[no-untyped-call]

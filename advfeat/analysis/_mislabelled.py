@@ -33,7 +33,7 @@ class Mislabelled(Result):
     teacher
         Accuracy of the model that made the mistakes, on the same.
     mistakes
-        The set that was learned from; every label in it is wrong. None where the result was read
+        The dataset that was learned from; every label is wrong. None where the result was read
         from JSON, which has no images.
     chance
         Fraction of the commonest class of the test data: what a constant answer gets right.
@@ -141,7 +141,7 @@ def mislabelled(
     model
         Makes the mistakes; usually stopped after an epoch or two.
     train, test
-        The true data.
+        The original data.
     learn
         ``dataset -> model``: makes a model and trains it on the mistakes.
 

@@ -151,13 +151,13 @@ def poisoning(
     0.0
     """
     checks.function("learn", learn)
-    rows = stacked(test, torch.device("cpu"))
-    classes = int(rows.labels.max()) + 1
-    before = TensorDataset(rows.inputs, (rows.labels - 1) % classes)
+    tested = stacked(test, torch.device("cpu"))
+    classes = int(tested.labels.max()) + 1
+    before = TensorDataset(tested.inputs, (tested.labels - 1) % classes)
     poisoned, clean = learn(poison(dataset)), learn(train)
     return Poisoning(
         accuracy(poisoned, test, progress=False),
         accuracy(clean, test, progress=False),
         accuracy(poisoned, before, progress=False),
-        commonest(rows.labels),
+        commonest(tested.labels),
     )

@@ -118,8 +118,8 @@ def _features(
     """Features of all samples in float64, and labels."""
     found, labels = [], []
     with attackable(encoder, layer=layer) as net:
-        for rows in Source(data, batch_size).batches(device_of(encoder)):
-            checks.labels(rows.labels, rows.inputs)
-            found.append(net.features(net.prepare(rows.inputs)).detach().flatten(1).cpu().double())
-            labels.append(rows.labels.cpu().to(torch.int64))
+        for batch in Source(data, batch_size).batches(device_of(encoder)):
+            checks.labels(batch.labels, batch.inputs)
+            found.append(net.features(net.prepare(batch.inputs)).detach().flatten(1).cpu().double())
+            labels.append(batch.labels.cpu().to(torch.int64))
     return torch.cat(found), torch.cat(labels)

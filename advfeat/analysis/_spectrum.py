@@ -35,7 +35,7 @@ class Spectrum(Result):
     frequency
         Middle of each ring of frequencies, cycles a pixel, ``(F,)``.
     rings
-        For ``"images"`` and each model's perturbations the share of energy in each ring, ``(F,)``.
+        For ``"images"`` and each model's perturbations: fraction of energy in each ring, ``(F,)``.
     levels
         The same for the levels of a Laplacian pyramid, ``(L,)``: the finest (one pixel) first,
         what is left last.
@@ -62,16 +62,16 @@ class Spectrum(Result):
         return [Table(("energy", "mean cycles/px", *scales, "coarser"), rows)]
 
     def plot(self, ax: Sequence[Axes] | None = None) -> tuple[Axes, ...]:
-        """Shares by frequency and by level, in two panels."""
+        """Fractions by frequency and by level, in two panels."""
         left, right = plots.new_panels(ax, 2, 9.0, 3.6)
         plots.lines(left, self.frequency, {n: 100 * v for n, v in self.rings.items()})
-        left.set(xlabel="frequency (cycles / pixel)", ylabel="share of energy (%)")
+        left.set(xlabel="frequency (cycles / pixel)", ylabel="energy (%)")
         left.set_ylim(bottom=0)
         count = len(next(iter(self.levels.values())))
         plots.lines(right, range(count), {n: 100 * v for n, v in self.levels.items()})
         names = [f"{2**level} px" for level in range(count - 1)]
         right.set_xticks(range(count), [*names, "coarser"])
-        right.set(xlabel="level of the Laplacian pyramid", ylabel="share of energy (%)")
+        right.set(xlabel="level of the Laplacian pyramid", ylabel="energy (%)")
         right.set_ylim(bottom=0)
         for axes in (left, right):
             axes.grid(alpha=0.3)
@@ -125,8 +125,8 @@ def spectrum(
         parts.setdefault("images", (rows.inputs - rows.inputs.mean(0)).float().cpu())
         parts[name] = (torch.cat(moved) - rows.inputs).float().cpu()
     frequency, ring = _ring_of(*parts["images"].shape[-2:])
-    rings = {name: _shares(_ring_energy(part, ring)) for name, part in parts.items()}
-    levels = {name: _shares(_pyramid_energy(part)) for name, part in parts.items()}
+    rings = {name: _fractions(_ring_energy(part, ring)) for name, part in parts.items()}
+    levels = {name: _fractions(_pyramid_energy(part)) for name, part in parts.items()}
     return Spectrum(frequency, rings, levels)
 
 
@@ -170,8 +170,8 @@ def _pyramid_energy(images: Tensor) -> Tensor:
     return torch.stack([*energies, area * images.square().sum((1, 2, 3))], 1)
 
 
-def _shares(energy: Tensor) -> Tensor:
-    """Mean share of every column, over the samples that have any energy."""
+def _fractions(energy: Tensor) -> Tensor:
+    """Mean fraction of every column, over the samples that have any energy."""
     total = energy.sum(1, keepdim=True)
     some = total[:, 0] > 0
     if not bool(some.any()):
@@ -288,9 +288,9 @@ class FourierSensitivity(Result):
     Attributes
     ----------
     error
-        Share of wrong answers, ``(H, W)``; the lowest frequencies are in the middle.
+        Fraction of wrong answers, ``(H, W)``; the lowest frequencies are in the middle.
     clean
-        Share of wrong answers on the images as they are.
+        Fraction of wrong answers on the images as they are.
     size
         l2 size of the waves.
     """

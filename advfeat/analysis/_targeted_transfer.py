@@ -93,7 +93,7 @@ def targeted_transfer(
 def _predictions(model: nn.Module, data: Data, batch_size: int | None) -> torch.Tensor:
     with attackable(model) as net:
         parts = [
-            net.logits(net.prepare(rows.inputs)).argmax(1).cpu()
-            for rows in Source(data, batch_size).batches(device_of(model))
+            net.logits(net.prepare(batch.inputs)).argmax(1).cpu()
+            for batch in Source(data, batch_size).batches(device_of(model))
         ]
     return torch.cat(parts)

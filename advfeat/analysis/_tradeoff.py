@@ -35,7 +35,7 @@ class Tradeoff(Result):
     eps
         Radii of training.
     robust
-        Robust accuracy of each model, with ``standard`` beside it.
+        Robust accuracy of each model, and of ``standard``.
     seconds
         What each training took.
     """
@@ -120,7 +120,7 @@ class RobustDatasetCost(Result):
     Attributes
     ----------
     standard, adversarial, from_robust_dataset
-        Robust accuracy of each model, with ``standard`` beside it.
+        Robust accuracy of each model, and of ``standard``.
     seconds
         Of the same three, and of ``"construction"``.
     """
@@ -193,7 +193,7 @@ def robust_dataset_cost(
     Parameters
     ----------
     train, test
-        The true data.
+        The original data.
     fit_standard, fit_adversarial
         ``data -> model``: make a model and train it so.
     attack

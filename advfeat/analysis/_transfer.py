@@ -133,7 +133,7 @@ class Transfer(Result):
                     markersize=9, color=style["color"], marker=style["marker"], clip_on=False,
                     label=f"{point.name}, {kind}" if kind else point.name,
                 )  # fmt: skip
-        axes.set(xlabel="accuracy learned from the constructed set (%)", ylim=(0, 102))
+        axes.set(xlabel="accuracy learned from the constructed dataset (%)", ylim=(0, 102))
         axes.set(ylabel="fooled by examples of the source (%)")
         axes.set_xlim(left=0)
         axes.set_title(self._correlation_text(), fontsize=10)
@@ -153,7 +153,7 @@ def transfer(
 ) -> Transfer:
     """Figure 3: do architectures that learn more from D_det get fooled more by transfer?
 
-    The source model constructs one set from the training data, from which every architecture
+    The source model constructs one dataset from the training data, from which every architecture
     learns anew, and one from the test data, which shows how often each trained model is fooled.
 
     Parameters
@@ -161,9 +161,9 @@ def transfer(
     source
         The model that perturbations are made on.
     models
-        One for each architecture by name, trained on the true data.
+        One for each architecture by name, trained on the original data.
     train, test
-        The true data; map-style or a loader of such.
+        The original data; map-style or a loader of such.
     construct
         ``(model, data) -> ConstructedDataset``: `advfeat.construct_det_dataset` with its settings,
         or `just_bugs` with its.

@@ -121,7 +121,7 @@ class Usefulness(Result):
         title += f"{self.norm} {self.eps:g}"
         if bool((self.stuck > 0.05).any()):
             title += f"; no gradient in {float(self.stuck.mean()):.0%} of the attacks"
-        head = ("", "units", "share", "pairs", "mean rho", "mean gamma")
+        head = ("", "units", "fraction", "pairs", "mean rho", "mean gamma")
         return [title, Table(head, rows)]
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -172,11 +172,11 @@ def usefulness(
         for the input of the Linear that is called last. Below a ReLU a unit at 0 has no
         gradient and cannot be attacked; name the layer before it.
     units
-        Numbers of the units to look at; by default all.
+        Numbers of the units to attack; by default all.
     steps
         Of PGD, from the input; its best iterate counts.
     bounds
-        The box ``(low, high)`` of valid inputs.
+        Lowest and highest valid input, ``(low, high)``.
     level, resamples
         Of the intervals and of the decision what is useful; and how often samples are drawn again
         and labels permuted. With fewer than ``1 / (1 - level)`` nothing can be called useful.
@@ -246,7 +246,7 @@ def linear_usefulness(
     """`usefulness` of linear features a^T x in closed form: gamma = rho - eps ||a||_* / std(a^T x).
 
     The decomposition of Goh's comment (Distill 2019), with the dual norm; no attack is run and
-    inputs may leave any box.
+    inputs may leave any bounds.
 
     Parameters
     ----------
@@ -301,7 +301,7 @@ def _signed_unit(features: Tensor, choice: Tensor) -> Tensor:
 def _extreme(
     net: Network, batch: Batch, units: Tensor, sign: int, attack: PGD
 ) -> tuple[Tensor, Tensor]:
-    """Attack every unit on every row: the values reached ``(N, units)``, and what never moved."""
+    """Attack every unit on every sample: values reached ``(N, units)``, and what never moved."""
     inputs, reached, stuck = batch.inputs, [], []
     for chunk in torch.split(units.to(inputs.device), max(1, _ROWS // len(inputs))):
         place = torch.arange(len(inputs), device=inputs.device).repeat(len(chunk))

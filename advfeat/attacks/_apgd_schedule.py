@@ -57,7 +57,7 @@ def phases(norm: Norm, steps: int) -> tuple[tuple[float, int], ...]:
     """Multiple of the radius and steps of each phase of a round; a phase evaluates its start."""
     if norm != "l1":
         return ((1.0, steps),)
-    return tuple((radius, max(1, round(share * steps))) for radius, share in _L1_PHASES)
+    return tuple((radius, max(1, round(fraction * steps))) for radius, fraction in _L1_PHASES)
 
 
 def checkpoints(norm: Norm, steps: int) -> Iterator[tuple[int, int]]:

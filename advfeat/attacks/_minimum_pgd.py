@@ -204,10 +204,10 @@ class MinimumPGD(MinimumNorm):
     def _restarted(self, state: MinimumPGDState) -> MinimumPGDState:
         """Put samples at the end of a restart back at their clean input."""
         over = state.step % self._round == 0
-        rows = threat.per_sample(over, state.inputs)
+        chosen = threat.per_sample(over, state.inputs)
         return state._replace(
-            current=torch.where(rows, state.inputs, state.current),
-            velocity=torch.where(rows, 0.0, state.velocity),
+            current=torch.where(chosen, state.inputs, state.current),
+            velocity=torch.where(chosen, 0.0, state.velocity),
             radius=torch.where(over, state.radius.minimum(state.distance), state.radius),
         )
 

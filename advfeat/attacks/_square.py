@@ -243,10 +243,10 @@ class Square(Attack):
     def _surplus(self) -> float:
         return _L1_SURPLUS if self.norm == "l1" else 1.0
 
-    def _sides(self, taken: Tensor, height: int, width: int) -> Tensor:
+    def _sides(self, spent: Tensor, height: int, width: int) -> Tensor:
         """Height and width of each sample's window, ``(2, N)``; the area shrinks with time."""
-        constants = _constants(height, width, taken.device)
-        stage = torch.bucketize((taken - 1) * 10_000 // self.queries, constants.stages)
+        constants = _constants(height, width, spent.device)
+        stage = torch.bucketize((spent - 1) * 10_000 // self.queries, constants.stages)
         area = self.p_init * height * width * 0.5**stage
         side = area.sqrt().round()
         # A square that is too large for one axis is longer along the other.
@@ -324,8 +324,8 @@ def _drawn(numbers: Tensor, delta: Tensor) -> Tensor:
     """Pixels ``(N,)`` drawn by uniform numbers ``(N, 1)``, each as likely as it is perturbed."""
     weights = delta.abs().sum(1).flatten(1)
     # Added up as integers: exact, and so the same on every device.
-    shares = weights / weights.amax(1, keepdim=True).clamp_min(1e-12)
-    below = (shares * 2**30).long().cumsum(1)
+    fractions = weights / weights.amax(1, keepdim=True).clamp_min(1e-12)
+    below = (fractions * 2**30).long().cumsum(1)
     chosen = (numbers.double() * below[:, -1:]).long()
     return (below <= chosen).sum(1).clamp_max(weights.shape[1] - 1)
 

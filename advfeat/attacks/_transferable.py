@@ -76,7 +76,7 @@ class DIFGSM(MIFGSM):
     resize: float = 0.9
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         super().__post_init__()
         for name in ("probability", "resize"):
             value = getattr(self, name)

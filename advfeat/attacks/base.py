@@ -250,8 +250,8 @@ def verified_logits(
     logits = net.logits(candidate, low_precision=True)
     if net.low_precision:
         claimed = is_success(logits, labels, targeted)
-        rows = (claimed if counts is None else claimed & counts).nonzero().squeeze(1)
-        if len(rows):
-            with net.selected(rows):
-                logits = logits.index_copy(0, rows, net.logits(candidate[rows]))
+        places = (claimed if counts is None else claimed & counts).nonzero().squeeze(1)
+        if len(places):
+            with net.selected(places):
+                logits = logits.index_copy(0, places, net.logits(candidate[places]))
     return logits

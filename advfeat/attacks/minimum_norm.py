@@ -286,43 +286,43 @@ def to_hyperplane(
     gap = (gap / peak).nan_to_num()[..., None]
     sense = weight.sign()[:, None] * gap.sign()
     # Products, for torch.where is many times slower on the CPU.
-    room = sense.clamp_min(0.0) * (high - points) - sense.clamp_max(0.0) * (points - low)
-    room = room.clamp_min(0.0)
+    limit = sense.clamp_min(0.0) * (high - points) - sense.clamp_max(0.0) * (points - low)
+    limit = limit.clamp_min(0.0)
     pull = weight.abs()[:, None]
-    need, most = gap.abs(), (pull * room).sum(-1, keepdim=True)
+    need, most = gap.abs(), (pull * limit).sum(-1, keepdim=True)
     feasible = torch.minimum(need, most)
     if norm == "l1":
-        lengths = _fill_in_turn(pull, room, feasible)
+        lengths = _fill_in_turn(pull, limit, feasible)
     else:
-        lengths = _fill_together(pull, pull if norm == "l2" else pull.sign(), room, feasible)
-    return sense * torch.where(need < most, lengths, room)
+        lengths = _fill_together(pull, pull if norm == "l2" else pull.sign(), limit, feasible)
+    return sense * torch.where(need < most, lengths, limit)
 
 
-def _fill_in_turn(pull: Tensor, room: Tensor, need: Tensor) -> Tensor:
+def _fill_in_turn(pull: Tensor, limit: Tensor, need: Tensor) -> Tensor:
     """The lengths of a fractional knapsack: entries of larger pull first, each up to its limit."""
     pull, order = pull.sort(dim=-1, descending=True, stable=True)
-    order = order.expand_as(room)
-    room = room.gather(-1, order)
-    gain = pull * room
+    order = order.expand_as(limit)
+    limit = limit.gather(-1, order)
+    gain = pull * limit
     left = need - (gain.cumsum(-1) - gain)
-    lengths = torch.where(left > 0, torch.minimum(left / pull, room), 0.0)
-    return torch.empty_like(room).scatter_(-1, order, lengths)
+    lengths = torch.where(left > 0, torch.minimum(left / pull, limit), 0.0)
+    return torch.empty_like(limit).scatter_(-1, order, lengths)
 
 
 def _fill_together(
-    pull: Tensor, speed: Tensor, room: Tensor, need: Tensor, rounds: int = 16
+    pull: Tensor, speed: Tensor, limit: Tensor, need: Tensor, rounds: int = 16
 ) -> Tensor:
-    """The lengths min(t speed, room) at the time t when they gain what is needed.
+    """The lengths min(t speed, limit) at the time t when they gain what is needed.
 
     What they gain grows in t, concavely and piecewise linearly: Newton's steps from 0 do not
     overshoot, and are exact once they stop the entries that the bounds stops.
     """
-    gain, rate = pull * room, pull * speed
+    gain, rate = pull * limit, pull * speed
     largest = torch.finfo(need.dtype).max
     time = torch.zeros_like(need)
     for _ in range(rounds):
         # As numbers 0 and 1, to multiply with.
-        stopped = (time * speed).ge_(room)
+        stopped = (time * speed).ge_(limit)
         left = need - (stopped * gain).sum(-1, keepdim=True)
         slope = ((1 - stopped) * rate).sum(-1, keepdim=True)
         later = torch.where(slope > 0, left / slope, time).clamp_max(largest)
@@ -331,4 +331,4 @@ def _fill_together(
         if later.device.type == "cpu" and torch.equal(later, time):
             break
         time = later
-    return torch.minimum(time * speed, room)
+    return torch.minimum(time * speed, limit)

@@ -133,7 +133,7 @@ class Pool:
         """Whether a step needs no more samples to be added first."""
         if self.is_empty:
             return False
-        return self.closed or not self._has_room or len(self._waiting) >= self._wanted
+        return self.closed or not self._has_places or len(self._waiting) >= self._wanted
 
     def advance(self) -> tuple[Any, Any] | None:
         """Take steps; return samples that left, what was kept beside them and their state."""
@@ -163,7 +163,7 @@ class Pool:
         return left  # type: ignore[no-any-return]
 
     @property
-    def _has_room(self) -> bool:
+    def _has_places(self) -> bool:
         free = self._size - self._count
         return free >= max(self._policy.refill * self._size, self._policy.portion or 1)
 
@@ -172,10 +172,10 @@ class Pool:
         return self._policy.portion or self._size - self._count
 
     def _refill(self) -> None:
-        while self._has_room and len(self._waiting):
+        while self._has_places and len(self._waiting):
             samples = self._waiting.take(self._wanted)
-            begun = self._begin(samples)
-            self._held = begun if self._held is None else concat_samples(self._held, begun)
+            started = self._begin(samples)
+            self._held = started if self._held is None else concat_samples(self._held, started)
             self._count += sample_count(samples)
 
     def _finished(self, state: Any) -> tuple[Any, Tensor]:
@@ -213,7 +213,7 @@ class _Queue:
 
     def take(self, count: int) -> Any:
         """Up to ``count`` samples."""
-        taken: list[Any] = []
+        parts: list[Any] = []
         wanted = min(count, self._count)
         self._count -= wanted
         while wanted:
@@ -222,13 +222,13 @@ class _Queue:
             use = min(rest, wanted)
             whole = use == sample_count(part)
             chosen = slice(self._offset, self._offset + use)
-            taken.append(part if whole else select_samples(part, chosen))
+            parts.append(part if whole else select_samples(part, chosen))
             self._offset += use
             wanted -= use
             if use == rest:
                 self._parts.popleft()
                 self._offset = 0
-        return concat_samples(*taken)
+        return concat_samples(*parts)
 
 
 def drive(pool: Pool, samples: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""Build constructed datasets: what all of D_R, D_NR, D_det and D_rand share."""
+"""Build constructed datasets: what D_R, D_NR, D_det and D_rand have in common."""
 
 from advfeat.construction.builder import build_dataset, indexed_source
 from advfeat.construction.inverted import InvertedDataset, Start, build_inverted

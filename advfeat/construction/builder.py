@@ -119,7 +119,7 @@ class _Kept(NamedTuple):
 
 
 class _Builder:
-    """Makes samples of a set, a batch at a time."""
+    """Makes samples of a dataset, a batch at a time."""
 
     def __init__(
         self,
@@ -144,13 +144,15 @@ class _Builder:
             source_index(torch.tensor(own, device="cpu")).tolist() + self._recipe.companions(own)
             for own in ids
         ]
-        for own, rows in zip(ids, self._source.batches(torch.device("cpu"), wanted), strict=True):
-            yield rows._replace(ids=torch.tensor(own, device="cpu"))
+        for own, samples in zip(
+            ids, self._source.batches(torch.device("cpu"), wanted), strict=True
+        ):
+            yield samples._replace(ids=torch.tensor(own, device="cpu"))
 
     def example(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """All fields of the first sample, before any step; and what is known of the model."""
-        (rows,) = self.read([np.zeros(1, np.int64)])
-        batch = self._checked(rows)
+        (samples,) = self.read([np.zeros(1, np.int64)])
+        batch = self._checked(samples)
         with self._net.given(batch.extras):
             classes = self._net.class_count(batch.inputs)
             check_known_labels(self._source, self._recipe.attack.bounds, classes)
@@ -170,8 +172,8 @@ class _Builder:
                 return _Kept(batch, attacked), attack.init(net, attacked)
 
         size = self._source.batch_size
-        share = 1 / _PORTIONS
-        policy = Policy(share, share, _CHECK_EVERY, portion=max(1, size // _PORTIONS))
+        fraction = 1 / _PORTIONS
+        policy = Policy(fraction, fraction, _CHECK_EVERY, portion=max(1, size // _PORTIONS))
         pool = Pool(attack, net, size, begin, policy)
         for (batch, attacked), state in drive(pool, map(self._checked, batches)):
             with net.given(batch.extras):
@@ -201,30 +203,30 @@ class _Builder:
             host["start_index"] = np.array(companions)
         return host
 
-    def _checked(self, rows: Samples) -> Batch:
-        """Check on the host, where looking waits for nobody, and move to the device."""
-        net, bounds, count = self._net, self._recipe.attack.bounds, len(rows.ids)
-        indices = source_index(rows.ids).tolist() + self._recipe.companions(rows.ids.tolist())
-        check_samples(rows.inputs, rows.labels, indices, bounds, net.classes)
-        net.expect(rows.labels)
-        inputs = self._moved(rows.inputs)
-        extras = net.choose_extras(rows.entries, inputs[:count])
+    def _checked(self, samples: Samples) -> Batch:
+        """Check on the host, where it waits for nothing, and move to the device."""
+        net, bounds, count = self._net, self._recipe.attack.bounds, len(samples.ids)
+        indices = source_index(samples.ids).tolist() + self._recipe.companions(samples.ids.tolist())
+        check_samples(samples.inputs, samples.labels, indices, bounds, net.classes)
+        net.expect(samples.labels)
+        inputs = self._moved(samples.inputs)
+        extras = net.choose_extras(samples.entries, inputs[:count])
         if count > 1 or len(self._source) == 1:  # not the example
             with net.given(extras):
                 net.inspect(inputs[:count], bounds)
         start = inputs[count:] if len(inputs) > count else None
-        given = self._recipe.given_starts(rows.ids.tolist())
+        given = self._recipe.given_starts(samples.ids.tolist())
         return Batch(
             inputs[:count],
-            rows.labels[:count].to(self._device, torch.int64, non_blocking=True),
-            rows.ids.to(self._device, non_blocking=True),
+            samples.labels[:count].to(self._device, torch.int64, non_blocking=True),
+            samples.ids.to(self._device, non_blocking=True),
             start if given is None else self._moved(given),
             extras,
         )
 
     def _moved(self, inputs: Tensor) -> Tensor:
         if self._net.dtype not in (None, torch.float64):
-            # NumPy's float64, which the model would read in float32, doubles a set for nothing.
+            # NumPy's float64, which the model would read in float32, doubles a dataset for nothing.
             inputs = inputs.float()
         moved = self._net.prepare(inputs.to(self._device, non_blocking=True))
         return threat.clip(moved, self._recipe.attack.bounds, inplace=True)
@@ -292,13 +294,13 @@ def indexed_source(data: Data, options: BuildOptions) -> Source:
         checks.fail(
             "data",
             type(data).__name__,
-            "construction fetches rows by number; pass a map-style dataset or a loader of one",
+            "construction fetches samples by number; pass a map-style dataset or a loader of one",
         )
     sharded = isinstance(data, DataLoader) and isinstance(data.sampler, DistributedSampler)
     if sharded and options.out is not None and distributed.current_process().world_size > 1:
         checks.fail(
             "data",
             "DistributedSampler",
-            "the ranks share the rows themselves; pass the dataset, or a loader without a sampler",
+            "ranks divide the samples themselves; pass the dataset, or a loader without a sampler",
         )
     return source

@@ -32,7 +32,7 @@ def check_known_labels(source: Source, bounds: FeatureBounds, classes: int) -> N
     for place in ((labels < 0) | (labels >= classes)).nonzero().flatten()[:1].tolist():
         # Read, for a dataset may return another label than the one it keeps.
         index = source.indices[place]
-        batch = source.rows([index], torch.device("cpu"))
+        batch = source.samples([index], torch.device("cpu"))
         check_samples(batch.inputs, batch.labels, [index], bounds, classes)
 
 

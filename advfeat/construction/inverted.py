@@ -87,8 +87,8 @@ class InvertedDataset(DatasetRecipe):
             keys = seeding.keys(self._seed, sample_id(indices, number))
             drawn[number] = seeding.integers(keys, 0, others)
             draw = 1
-            while (taken := (drawn[:number] == drawn[number]).any(0)).any():
-                drawn[number, taken] = seeding.integers(keys[taken], draw, others)
+            while (used := (drawn[:number] == drawn[number]).any(0)).any():
+                drawn[number, used] = seeding.integers(keys[used], draw, others)
                 draw += 1
         return drawn[numbers, torch.arange(len(ids), device="cpu")]
 

@@ -44,7 +44,7 @@ def start_number(ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a set is made, whatever the set is."""
+    """How a dataset is made, whichever it is."""
 
     batch_size: int | None
     precision: Precision
@@ -55,7 +55,7 @@ class BuildOptions:
     expectation: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.one_of("dtype", self.dtype, DTYPES)
         if not (self.out is None or isinstance(self.out, (str, os.PathLike))):
             raise TypeError(f"out={self.out!r}: expected the name of a folder")
@@ -74,18 +74,18 @@ class BuildOptions:
         return as_path(os.fspath(self.out).replace(_RANK, str(rank)))
 
     def seed(self, seed: int | torch.Generator | None) -> int:
-        """The seed to use: of a set that was begun in ``out`` its own, unless another is given."""
+        """The seed to use: that of the dataset begun in ``out``, unless another is given."""
         drawn = seeding.resolve(seed)
         if seed is not None or self.folder is None:
             return drawn
-        begun = read_manifest(self.folder)
-        if begun is not None:
-            drawn = begun.get("settings", {}).get("seed", drawn)
+        manifest = read_manifest(self.folder)
+        if manifest is not None:
+            drawn = manifest.get("settings", {}).get("seed", drawn)
         return distributed.current_process().broadcast_int(drawn)
 
 
 class DatasetRecipe(ABC):
-    """What is particular to a set."""
+    """What is particular to a dataset."""
 
     method: str
     attack: Attack
@@ -99,7 +99,7 @@ class DatasetRecipe(ABC):
         """What goes into the manifest beside the attack's own settings."""
 
     def companions(self, ids: list[int]) -> list[int]:
-        """The other rows, one for each row or none at all, that are to be read beside these."""
+        """The samples that are to be read along with these: one for each, or none at all."""
         return []
 
     def given_starts(self, ids: list[int]) -> Tensor | None:

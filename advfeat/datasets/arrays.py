@@ -74,11 +74,11 @@ class ConcatArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return self._read(self._order).astype(self.dtype if dtype is None else dtype, copy=False)
 
-    def _read(self, rows: Array) -> Array:
-        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        of = np.searchsorted(self._starts, rows, side="right") - 1
+    def _read(self, places: Array) -> Array:
+        found = np.empty((len(places), *self.shape[1:]), self.dtype)
+        of = np.searchsorted(self._starts, places, side="right") - 1
         for number, part in enumerate(self._parts):
-            found[of == number] = part[rows[of == number] - self._starts[number]]
+            found[of == number] = part[places[of == number] - self._starts[number]]
         return found
 
     def mapped_with(self, function: Any) -> ConcatArray:

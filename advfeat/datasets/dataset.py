@@ -361,7 +361,7 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
         image, _ = self._made[place]
         index, fields = int(self._made.fields["index"][place]), self._made.fields
-        source = self._source.rows([index], torch.device("cpu"))
+        source = self._source.samples([index], torch.device("cpu"))
         label = int(fields.get("source_labels", fields["labels"])[place])
         if int(source.labels[0]) != label:
             checks.fail(

@@ -77,7 +77,7 @@ def feature_usefulness(
         )
     generator = seeding.generator(seeding.resolve(seed))
     chosen = torch.randperm(len(dataset), generator=generator)[:samples]
-    halves = [_pair(dataset, source, rows.sort().values) for rows in chosen.chunk(2)]
+    halves = [_pair(dataset, source, places.sort().values) for places in chosen.chunk(2)]
     if len(halves) < 2:
         checks.fail("dataset", len(dataset), "at least two samples are needed")
     classes = 1 + max(int(part.max()) for pair in halves for part in (pair.labels, pair.targets))
@@ -89,9 +89,9 @@ def feature_usefulness(
     }
 
 
-def _pair(dataset: ConstructedDataset, source: Source, rows: Tensor) -> _Pair:
-    part = dataset.subset(rows)
-    found = source.rows(part.field("index").tolist(), torch.device("cpu"))
+def _pair(dataset: ConstructedDataset, source: Source, places: Tensor) -> _Pair:
+    part = dataset.subset(places)
+    found = source.samples(part.field("index").tolist(), torch.device("cpu"))
     return _Pair(found.inputs.float(), found.labels, part.images, part.labels)
 
 
@@ -102,9 +102,9 @@ def _measure(
     weight = weight.nan_to_num(0.0)
     original, constructed = (_values(feature, part) for part in (second.inputs, second.made))
 
-    def means(rows: Tensor | slice) -> Tensor:
+    def means(places: Tensor | slice) -> Tensor:
         found = [
-            signed_correlation(values[rows], labels[rows], classes)
+            signed_correlation(values[places], labels[places], classes)
             for values, labels in ((original, second.labels), (constructed, second.targets))
         ]
         total = weight.abs().sum().clamp_min(1e-12)
@@ -148,7 +148,7 @@ def distance_left(dataset: ConstructedDataset, source: Source) -> float | None:
     for at in range(0, len(dataset), _BATCH):
         part = dataset.subset(slice(at, at + _BATCH))
         original, start = (
-            source.rows(part.field(name).tolist(), torch.device("cpu")).inputs.double()
+            source.samples(part.field(name).tolist(), torch.device("cpu")).inputs.double()
             for name in ("index", "start_index")
         )
         moved, whole = (

@@ -30,7 +30,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 
 def check_field_name(name: object) -> None:
-    """Refuse a name of a field that cannot be that of its file."""
+    """Check that the name of a field can be that of its file."""
     if not (isinstance(name, str) and name.isidentifier()):
         checks.fail("fields", name, "a name must be a Python identifier, as 'class_name' is")
     if name.lower() == DONE:
@@ -57,7 +57,9 @@ def read_manifest(folder: Folder) -> dict[str, Any] | None:
         )
     rows, fields = manifest.get("rows"), manifest.get("fields")
     if not isinstance(rows, int) or not isinstance(fields, dict):
-        checks.fail("folder", str(folder), f"{MANIFEST} does not say its rows and fields")
+        checks.fail(
+            "folder", str(folder), f"{MANIFEST} does not give the number of samples and the fields"
+        )
     for name, field in fields.items():
         # A path for a name would lead out of the folder.
         if not (
@@ -71,7 +73,7 @@ def read_manifest(folder: Folder) -> dict[str, Any] | None:
 
 
 def check_same_manifest(folder: Folder, manifest: Mapping[str, Any]) -> None:
-    """Refuse a folder that was made in another way, and say what differs.
+    """Raise an error for a folder that was made in another way, and say what differs.
 
     Parameters
     ----------
@@ -86,8 +88,8 @@ def check_same_manifest(folder: Folder, manifest: Mapping[str, Any]) -> None:
         checks.fail(
             "out",
             str(folder),
-            f"holds another set: {'; '.join(differences)}. Use another folder, or the call that "
-            "began this one",
+            f"holds another dataset: {'; '.join(differences)}. Use another folder, or the call "
+            "that began this one",
         )
     before, now = there.get("versions", {}), manifest["versions"]
     if is_finished(folder) or before == now:
@@ -96,13 +98,13 @@ def check_same_manifest(folder: Folder, manifest: Mapping[str, Any]) -> None:
         checks.fail(
             "out",
             str(folder),
-            f"begun by advfeat {before.get('advfeat')}, this is {now['advfeat']}: rows of "
-            "both would be mixed. Go on with that version, or use another folder",
+            f"begun by advfeat {before.get('advfeat')}, this is {now['advfeat']}: samples of "
+            "both would be mixed. Resume with that version, or use another folder",
         )
     if before.get("torch") != now["torch"]:
         warnings.warn(
             f"out={str(folder)!r}: begun with torch {before.get('torch')}, this is {now['torch']}; "
-            "the rows that are left may differ by rounding",
+            "the samples that are left may differ by rounding",
             stacklevel=2,
         )
 
@@ -119,7 +121,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
     if there.get("share") != here.get("share"):
         yield f"share={there.get('share')} there, {here.get('share')} here"
     elif there.get("rows") != here["rows"]:
-        yield f"{there.get('rows')} rows there, {here['rows']} here"
+        yield f"{there.get('rows')} samples there, {here['rows']} here"
     elif there.get("data", {}).get("sha256") != here["data"]["sha256"]:
         yield "the source data differ (random augmentation?)"
     if there.get("model") != here["model"]:
@@ -127,7 +129,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 
 def is_finished(folder: Folder) -> bool:
-    """Whether a set is there, with all its samples."""
+    """Whether a dataset is there, with all its samples."""
     manifest = read_manifest(folder)
     return manifest is not None and bool(read_done(as_path(folder), manifest).all())
 
@@ -156,7 +158,7 @@ def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
             "folder",
             str(path.parent),
             f"{path.name} is {mapped.dtype.name} {mapped.shape}, {MANIFEST} says {dtype} {shape}; "
-            "every field has one row for each sample",
+            "every field has one entry for each sample",
         )
     return mapped
 

@@ -1,4 +1,4 @@
-"""What a careful user checks before training on a constructed set, and the controls beside it."""
+"""What a careful user checks before training on a constructed dataset, and its controls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BINS = 10
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Result):
-    """What `inspect` found; printed, a short table. None is what the set does not tell."""
+    """What `inspect` found; printed, a short table. None is what the dataset does not record."""
 
     method: str
     rows: int
@@ -48,9 +48,9 @@ class Inspection(Result):
     duplicates: int  # images that another sample has too
     size_counts: tuple[int, ...] | None  # histogram of the perturbations' norms
     size_edges: tuple[float, ...] | None
-    success: float | None  # share of samples for which the model says the label
+    success: float | None  # fraction of samples for which the model says the label
     success_unrounded: float | None  # before images were rounded to 256 levels
-    own_label: float | None  # share of samples whose target is their true label, t = y
+    own_label: float | None  # fraction of samples whose target is their true label, t = y
     distance_before: float | None  # mean distance of activations, at the start
     distance: float | None  # and at the end
     distance_unrounded: float | None
@@ -122,7 +122,7 @@ def inspect(
     samples: int = 2000,
     seed: int | torch.Generator | None = None,
 ) -> Inspection:
-    """Look at every sample of a dataset for what would spoil training on it.
+    """Check every sample of a dataset for what would spoil training on it.
 
     Reads a part of the images at a time, so a dataset on disk may be larger than memory. With the
     data that it was constructed from, it also measures how much of the original images came back,
@@ -169,7 +169,7 @@ def inspect(
     checks.seed(seed)
     if features and data is None:
         checks.fail("data", None, "features are compared with the original samples; pass data=")
-    found = _look(dataset)
+    found = _inspect(dataset)
     if data is None:
         return found
     source, measured = _source(dataset, data), {}
@@ -177,13 +177,13 @@ def inspect(
         measured = feature_usefulness(dataset, source, features, samples=samples, seed=seed)
     before, after = found.distance_before, found.distance
     left = after / before if before and after is not None else None
-    told = tuple(notes(found.method, measured, success=found.success, left=left))
+    remarks = tuple(notes(found.method, measured, success=found.success, left=left))
     return replace(
-        found, distance_left=distance_left(dataset, source), features=measured, notes=told
+        found, distance_left=distance_left(dataset, source), features=measured, notes=remarks
     )
 
 
-def _look(dataset: ConstructedDataset) -> Inspection:
+def _inspect(dataset: ConstructedDataset) -> Inspection:
     """Everything that the dataset tells by itself."""
     low, high = dataset.bounds
     lowest, highest, outside = np.inf, -np.inf, 0
@@ -228,7 +228,7 @@ def _look(dataset: ConstructedDataset) -> Inspection:
 def noise_control(
     dataset: ConstructedDataset, data: Data, *, seed: int | torch.Generator | None = None
 ) -> ConstructedDataset:
-    """Make the same set with noise in place of the perturbations: what its labels alone teach.
+    """Make the same dataset with noise in place of the perturbations: what its labels alone teach.
 
     Every image is the one that the perturbation started from, moved by noise of the same norm, with
     the same label. A model trained on it should be at chance (D_rand) or at what the true labels
@@ -319,7 +319,7 @@ def moved_control(
             giver[members] = members.roll(1)
     kept = (giver >= 0).nonzero().squeeze(1)
     if not len(kept):
-        checks.fail("dataset", len(dataset), "no label has two rows; there is nothing to exchange")
+        checks.fail("dataset", len(dataset), "no label has two samples to exchange")
     deltas = torch.empty(dataset.fields["images"].shape)
     for rows, base in _bases(dataset, source):
         deltas[rows] = dataset.subset(rows).images - base
@@ -369,7 +369,7 @@ def _bases(dataset: ConstructedDataset, source: Source) -> Iterator[tuple[Array,
     index = dataset.field("start_index" if has_start else "index").numpy()
     for at in range(0, len(dataset), _BATCH):
         rows = np.arange(at, min(at + _BATCH, len(dataset)))
-        found = source.rows(index[rows].tolist(), torch.device("cpu")).inputs
+        found = source.samples(index[rows].tolist(), torch.device("cpu")).inputs
         yield rows, found.to(torch.float32)
 
 

@@ -93,7 +93,7 @@ def _compare(before: dict[int, _Sample], now: dict[int, _Sample], source: Source
             f"label {now[index].label} at sample {index}, and {len(wrong)} of {len(now)} compared",
             f"it was {before[index].label} when the dataset was made: other data, or another order",
         )
-    again = source.rows([first], torch.device("cpu"))
+    again = source.samples([first], torch.device("cpu"))
     cause = "another transform, other data of the same labels, or another order"
     if _samples(again.inputs, again.labels)[0] != found:
         cause = "the data are augmented at random; leave the augmentation out"
@@ -110,7 +110,7 @@ def _spread(indices: list[int]) -> list[int]:
 
 def _batches(source: Source, indices: list[int]) -> Iterator[Any]:
     for start in range(0, len(indices), _BATCH):
-        yield source.rows(indices[start : start + _BATCH], torch.device("cpu"))
+        yield source.samples(indices[start : start + _BATCH], torch.device("cpu"))
 
 
 def _samples(inputs: Tensor, labels: Tensor) -> list[_Sample]:

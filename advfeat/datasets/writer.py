@@ -30,24 +30,25 @@ from advfeat.durable import Folder, as_path, lock_file
 
 
 class MemoryWriter:
-    """A set that is being made, held in memory.
+    """A dataset that is being made, held in memory.
 
     Parameters
     ----------
     example
         One sample of every field.
-    rows
+    count
         How many there will be.
     manifest
         Its provenance.
     """
 
-    def __init__(self, example: Mapping[str, Array], rows: int, manifest: dict[str, Any]) -> None:
+    def __init__(self, example: Mapping[str, Array], count: int, manifest: dict[str, Any]) -> None:
         self._fields = {
-            name: np.empty((rows, *array.shape[1:]), array.dtype) for name, array in example.items()
+            name: np.empty((count, *array.shape[1:]), array.dtype)
+            for name, array in example.items()
         }
         self._manifest = manifest
-        self.done = np.zeros(rows, np.uint8)
+        self.done = np.zeros(count, np.uint8)
 
     def put(self, places: Array, found: Mapping[str, Array]) -> None:
         """Keep finished samples."""
@@ -69,7 +70,7 @@ class MemoryWriter:
 
 
 class FolderWriter:
-    """A set that is being made in a folder, where it can be left and taken up again at any time.
+    """A dataset that is being made in a folder, where it can be interrupted and resumed.
 
     Samples are written by a thread while the next ones are computed. Ranks of one run share the
     folder, each writing samples of its own. The folder is one that `create` made.
@@ -80,7 +81,7 @@ class FolderWriter:
         manifest = read_manifest(self.folder)
         if manifest is None:
             raise FileNotFoundError(
-                f"out={str(folder)!r}: the set that was begun cannot be seen from here; ranks need "
+                f"out={str(folder)!r}: the dataset cannot be seen from here; ranks need "
                 "a folder that all of them share"
             )
         self.done = read_done(self.folder, manifest)
@@ -122,7 +123,7 @@ class FolderWriter:
             raise OSError(
                 error.errno,
                 f"out={str(self.folder)!r}: {error.strerror}; {int(self.done.sum())} of "
-                f"{len(self.done)} rows are safe there: make room, and the same call goes on",
+                f"{len(self.done)} samples are safe there: free some space, call again to resume",
             ) from error
 
     def __enter__(self) -> Self:
@@ -148,7 +149,7 @@ class _SampleFile:
     def __init__(self, path: Path, array: Array) -> None:
         assert isinstance(array, np.memmap)
         self._offset, self._dtype, self._shape = array.offset, array.dtype, array.shape[1:]
-        self._row_size = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+        self._sample_size = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
         self._file = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
 
     def write(self, places: Array, values: Array) -> None:
@@ -156,11 +157,11 @@ class _SampleFile:
             checks.fail(
                 "data",
                 (str(values.dtype), *values.shape[1:]),
-                f"rows before were {(str(self._dtype), *self._shape)}; all rows must be alike",
+                f"samples before were {(str(self._dtype), *self._shape)}; all must be alike",
             )
         ends = np.flatnonzero(np.diff(places) != 1) + 1
         for run, part in zip(np.split(places, ends), np.split(values, ends), strict=True):
-            os.lseek(self._file, self._offset + int(run[0]) * self._row_size, os.SEEK_SET)
+            os.lseek(self._file, self._offset + int(run[0]) * self._sample_size, os.SEEK_SET)
             left = np.ascontiguousarray(part).data.cast("B")
             while left:
                 left = left[os.write(self._file, left) :]
@@ -201,27 +202,27 @@ def lock_folder(folder: Folder) -> AbstractContextManager[None]:
 
 
 def create_folder(
-    folder: Folder, example: Mapping[str, Array], rows: int, manifest: Mapping[str, Any]
+    folder: Folder, example: Mapping[str, Array], count: int, manifest: Mapping[str, Any]
 ) -> None:
-    """Lay out the files of a set of which no sample is finished, the manifest last.
+    """Lay out the files of a dataset of which no sample is finished, the manifest last.
 
     Raises
     ------
     OSError
-        The disk has no room for all of it; nothing is left there.
+        The disk is too small for all of it; nothing is left there.
     """
     folder = as_path(folder)
     fields = {**example, DONE: np.zeros(1, np.uint8)}
     try:
         for name, array in fields.items():
-            _allocate(folder / f"{name}.npy", (rows, *array.shape[1:]), array.dtype)
-        write_manifest(folder, complete_manifest(manifest, example, rows))
+            _allocate(folder / f"{name}.npy", (count, *array.shape[1:]), array.dtype)
+        write_manifest(folder, complete_manifest(manifest, example, count))
     except BaseException as error:
         for name in fields:
             (folder / f"{name}.npy").unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        needed = sum(rows * array[:1].nbytes for array in fields.values())
+        needed = sum(count * array[:1].nbytes for array in fields.values())
         raise OSError(
             error.errno,
             f"out={str(folder)!r}: {error.strerror}; the dataset needs {needed / 1e6:.3g} MB there",
@@ -229,7 +230,7 @@ def create_folder(
 
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Write an array file whose samples are zero, with its room on the disk reserved."""
+    """Write an array file whose samples are zero, with its space on the disk reserved."""
     path.unlink(missing_ok=True)
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     with path.open("r+b") as file:

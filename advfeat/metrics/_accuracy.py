@@ -121,7 +121,7 @@ def robust_accuracy(
         float, or a radius for each feature: a tensor that broadcasts against one sample, as in
         `advfeat.pgd`.
     attack
-        An attack, or a list of them: a sample is robust if it resists each; or a name,
+        An attack, or a list of them: a sample is robust if none fools the model; or a name,
         ``"autoattack"``, ``"pgd"`` or another of the attacks, with its defaults. By default
         ``advfeat.attacks.AutoAttack(version="fast")``; for a number to publish, one with
         ``version="standard"``.
@@ -150,7 +150,7 @@ def robust_accuracy(
     Returns
     -------
     RobustAccuracy
-        A float, as in `Accuracy`, with ``standard`` beside it, and for each sample which attack
+        A float, as in `Accuracy`, with ``standard``, and for each sample which attack
         broke it and at what objective.
 
     Raises
@@ -214,7 +214,7 @@ def robust_accuracy(
 
 
 class CleanPass:
-    """One reading of the data, which looks at the clean samples on their way to an attack."""
+    """One reading of the data, which evaluates the clean samples on their way to an attack."""
 
     def __init__(
         self,

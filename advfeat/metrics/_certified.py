@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ABSTAINED = -1
-# A warning says so where more than this fraction of the samples has no certificate.
+# A warning is given where more than this fraction of the samples has no certificate.
 _MANY_ABSTAINED = 0.5
 
 
@@ -116,7 +116,7 @@ class CertifiedAccuracy(Result):
         ax
             Axes to draw into; by default those of a new figure.
         empirical
-            Drawn beside it: a `RobustnessCurve` of the same smoothed classifier, or distances.
+            Also drawn: a `RobustnessCurve` of the same smoothed classifier, or distances.
 
         Returns
         -------

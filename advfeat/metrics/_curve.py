@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # The boundary is not resolved where rounding is above this fraction of the clean lead; a warning
-# says so where that is above this fraction of the samples.
+# is given where that is above this fraction of the samples.
 _UNRESOLVED, _UNRESOLVED_SAMPLES = 0.02, 0.1
 # Noise found less than this fraction of what the other attacks need: gradients are masked there.
 _MASKED = 0.9
@@ -65,7 +65,7 @@ class RobustnessCurve(Result):
     norm: Norm
 
     def at(self, eps: float) -> Accuracy:
-        """Robust accuracy at one radius: the share of samples farther than ``eps``."""
+        """Robust accuracy at one radius: the fraction of samples farther than ``eps``."""
         checks.number("eps", eps, low=0.0)
         return Accuracy.of(self.distance > eps, self.index)
 

@@ -87,7 +87,7 @@ class Diagnosis(Result):
         return "\n".join(map(str, self.findings.values()))
 
     def _content(self) -> Sequence[str | Table]:
-        rows = [
+        part = [
             (
                 f.name,
                 "WARNING" if f.suspicious else "ok",
@@ -98,7 +98,7 @@ class Diagnosis(Result):
             for f in self.findings.values()
         ]
         advice = [f"{name}: {self[name].advice}" for name in self.suspicious]
-        return [Table(("check", "result", "value", "limit", "meaning"), rows), *advice]
+        return [Table(("check", "result", "value", "limit", "meaning"), part), *advice]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Value of each check as a bar, its limit as a line."""
@@ -132,7 +132,7 @@ def diagnose(
     eps, norm
         The ball of the result in question.
     samples
-        Samples looked at, from the beginning of ``data``, those that are right.
+        Samples evaluated, from the beginning of ``data``, those that are right.
     queries
         Forward passes of the black-box attack, on the samples that gradient attacks leave.
     seed
@@ -144,14 +144,14 @@ def diagnose(
         ``print`` it; ``diagnosis.suspicious`` are the names of checks that found something, which
         a warning gives too, with what to do.
 
-        ``random_predictions``: share of samples whose logits differ between two calls.
-        ``zero_gradients``: share whose loss has a zero gradient by the input, or NaN.
+        ``random_predictions``: fraction of samples whose logits differ between two calls.
+        ``zero_gradients``: fraction whose loss has a zero gradient by the input, or NaN.
         ``black_box_wins``: fraction that Square fools and APGD, on either loss, does not.
         ``boundary_search_wins``: fraction that FAB fools and APGD does not.
         ``smoothed_gradients_win``: fraction that `advfeat.attacks.SmoothedPGD` fools and APGD
         does not.
-        ``more_steps_help``: share that APGD fools by 100 steps from 2 starts and not by 25.
-        ``large_eps_resists``: accuracy under PGD in a ball that covers the whole box.
+        ``more_steps_help``: fraction that APGD fools by 100 steps from 2 starts and not by 25.
+        ``large_eps_resists``: accuracy under PGD in a ball that covers the whole valid range.
 
     Examples
     --------
@@ -189,9 +189,9 @@ _CHECKS: dict[str, tuple[float, str, str]] = {
         0.0,
         "samples whose logits change between two calls",
         "the model is random: attack its average over many calls (an expectation over "
-        "transformations), and report the accuracy of the average; or it looks at the rows "
-        "beside a row (BatchNorm without running statistics): no row has a result of its "
-        "own then",
+        "transformations), and report the accuracy of the average; or a "
+        "sample's logits depend on the rest of the batch (BatchNorm without running statistics), "
+        "and no sample has a result of its own",
     ),
     "zero_gradients": (
         0.01,
@@ -224,7 +224,7 @@ _CHECKS: dict[str, tuple[float, str, str]] = {
     ),
     "large_eps_resists": (
         0.05,
-        "samples that PGD cannot fool though every input of the box is allowed",
+        "samples that PGD cannot fool though every valid input is allowed",
         "no model can be right there: the attack fails, so it fails at smaller eps too",
     ),
 }
@@ -244,7 +244,7 @@ def _findings(
     with attackable(model, purpose=None) as net, warnings.catch_warnings():
         # A detached input is what one of the checks is for.
         warnings.filterwarnings("ignore", "the model's output has no gradient")
-        batch = _right_rows(net, model, data, samples, bounds)
+        batch = _correct_samples(net, model, data, samples, bounds)
 
         def fooled(*attacks: Attack, only: Tensor | None = None) -> Tensor:
             """Whether one of the attacks fools each sample; False outside ``only``."""
@@ -252,9 +252,9 @@ def _findings(
             chosen = chosen if only is None else chosen[only]
             found = torch.zeros_like(batch.ids, dtype=torch.bool)
             if len(chosen):
-                rows = select_samples(batch, chosen)
+                part = select_samples(batch, chosen)
                 runs = (a.stop_at_success() for a in seed_attacks(attacks, seed))
-                wins = [attack_batch(attack, net, rows).success for attack in runs]
+                wins = [attack_batch(attack, net, part).success for attack in runs]
                 found[chosen] = torch.stack(wins).any(0)
             return found
 
@@ -267,26 +267,28 @@ def _findings(
             "boundary_search_wins": FAB(**ball, steps=50),
             "smoothed_gradients_win": SmoothedPGD(**ball, steps=60),
         }
-        wins = {name: _share(fooled(one, only=~gradient)) for name, one in others.items()}
-        # The whole box, whatever the norm: a step of l1 would move one entry at a time.
+        wins = {name: _fraction(fooled(one, only=~gradient)) for name, one in others.items()}
+        # The whole valid range, whatever the norm: a step of l1 would move one entry at a time.
         anywhere = fooled(PGD(eps=bounds[1] - bounds[0], norm="linf", steps=50, bounds=bounds))
         values = {
-            "random_predictions": _share(_changing(net, batch)),
-            "zero_gradients": _share(_without_gradient(net, batch)),
-            "more_steps_help": _share(long & ~short),
-            "large_eps_resists": 1 - _share(anywhere),
+            "random_predictions": _fraction(_changing(net, batch)),
+            "zero_gradients": _fraction(_without_gradient(net, batch)),
+            "more_steps_help": _fraction(long & ~short),
+            "large_eps_resists": 1 - _fraction(anywhere),
             **wins,
         }
     return [Finding(name, values[name], *check) for name, check in _CHECKS.items()]
 
 
-def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds: Bounds) -> Batch:
+def _correct_samples(
+    net: Network, model: nn.Module, data: Data, samples: int, bounds: Bounds
+) -> Batch:
     """The first samples of the data, those of them that the model gets right."""
     source, found, seen = Source(data), [], 0
-    for rows in source.batches(device_of(model)):
+    for part in source.batches(device_of(model)):
         kept = slice(None, samples - seen)
-        fields = (rows.inputs[kept], rows.labels[kept], rows.ids[kept])
-        entries = {n: v if v is None else v[kept] for n, v in rows.entries.items()}
+        fields = (part.inputs[kept], part.labels[kept], part.ids[kept])
+        entries = {n: v if v is None else v[kept] for n, v in part.entries.items()}
         batch = prepare_batch(net, *fields, bounds, extras=entries)
         with net.given(batch.extras):
             right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
@@ -294,10 +296,10 @@ def _right_rows(net: Network, model: nn.Module, data: Data, samples: int, bounds
         seen += len(batch.ids)
         if seen >= samples:
             break
-    right_rows: Batch = functools.reduce(concat_samples, found)
-    if not len(right_rows.ids):
+    correct: Batch = functools.reduce(concat_samples, found)
+    if not len(correct.ids):
         checks.fail("data", f"{seen} samples", "the model is right on none of them")
-    return right_rows
+    return correct
 
 
 def _without_gradient(net: Network, batch: Batch) -> Tensor:
@@ -310,7 +312,7 @@ def _without_gradient(net: Network, batch: Batch) -> Tensor:
 
 
 def _changing(net: Network, batch: Batch) -> Tensor:
-    # Each half by itself: a model that looks at the samples beside a sample answers otherwise too.
+    # Each half by itself: an answer that depends on the rest of the batch changes too.
     half = -(-len(batch.ids) // 2)
     second = []
     with net.given(batch.extras):
@@ -326,5 +328,5 @@ def _changing(net: Network, batch: Batch) -> Tensor:
     return (first - torch.cat(second)).abs().amax(1) > 1e-4 * spread + rounding
 
 
-def _share(rows: Tensor) -> float:
-    return rows.float().mean().item()
+def _fraction(flags: Tensor) -> float:
+    return flags.float().mean().item()

@@ -23,7 +23,7 @@ WRONG = -2  # in `RobustAccuracy.broken_by`: wrong on the clean input
 
 
 class Accuracy(Result, float):
-    """A share of right answers that works wherever a float does.
+    """A fraction of right answers that works wherever a float does.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Accuracy(Result, float):
     index
         Sample number of each sample, int64 ``(total,)``.
     interval
-        95% Wilson score interval of the share.
+        95% Wilson score interval of the fraction.
 
     Examples
     --------
@@ -65,7 +65,7 @@ class Accuracy(Result, float):
         return wilson_interval(self.count, self.total)
 
     def __repr__(self) -> str:
-        """Share, count and interval."""
+        """Fraction, count and interval."""
         low, high = self.interval
         return (
             f"{float(self):.4f} ({self.count}/{self.total}, 95% interval {low:.4f} to {high:.4f})"

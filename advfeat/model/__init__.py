@@ -9,7 +9,7 @@ from advfeat.model.inspection import Purpose
 from advfeat.model.layers import Layer, find_layer
 from advfeat.model.network import Evaluation, Network, attackable
 from advfeat.model.normalize import Normalize
-from advfeat.model.trainable import Trainee, averaging, refuse_wrapped, trainable
+from advfeat.model.trainable import Trainee, averaging, check_not_wrapped, trainable
 
 __all__ = [
     "Evaluation",
@@ -24,13 +24,13 @@ __all__ = [
     "attackable",
     "averaging",
     "buffers_kept",
+    "check_not_wrapped",
     "device_of",
     "find_layer",
     "innermost",
     "logit_candidates",
     "logits_of",
     "rare_comparisons",
-    "refuse_wrapped",
     "trainable",
     "unwrapped",
 ]

@@ -34,13 +34,13 @@ class CompiledModule:
             # Without guards on hooks, code that was compiled for another layer would be run.
             guards = torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
             with guards, warnings.catch_warnings():
-                # The compiler looks at every input's gradient, and torch warns of that.
+                # The compiler reads every input's gradient, and torch warns of that.
                 warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor")
                 output = logits_of(self._compiled(padded, **others_by_name))
         except Exception as error:
             if not type(error).__module__.startswith("torch._"):
                 raise
-            warnings.warn(f"compile=True: goes on without, for {error}", stacklevel=2)
+            warnings.warn(f"compile=True: continues without, for {error}", stacklevel=2)
             self._compiled = None
             return self._module(inputs, **extras)
         return output[:count] if isinstance(output, Tensor) else output

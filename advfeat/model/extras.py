@@ -32,7 +32,7 @@ class ExtraArguments:
         self._current: dict[str, Tensor] = {}
 
     def expect(self, extras: Mapping[str, Any] | None) -> None:
-        """Refuse arguments that the user gives and forward does not take."""
+        """Raise an error for arguments that the user gives and forward does not take."""
         for name in extras or ():
             if self._takes_any:
                 self._names.add(name)

@@ -1,7 +1,7 @@
 """BatchNorm folded into the convolution before it, while a module in evaluation mode is called.
 
 A normalisation with fixed statistics is a scale and a shift for each channel, and a convolution
-has room for both in its weight and its bias: one pass over the activations less, forward and back.
+can hold both in its weight and its bias: one pass over the activations less, forward and back.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _RELIED_ON = 100
 def fold_batchnorm(module: nn.Module) -> Forwards:
     """Forwards that fold each BatchNorm of a module in evaluation mode into its convolution.
 
-    Empty where nothing can be folded, or somebody looks on: a hook is to see what it always sees.
+    Empty where nothing can be folded, or where a hook is registered, which is to see what it
+    always sees.
     """
     if any(_has_hooks(part) for part in module.modules()):
         return {}

@@ -27,7 +27,7 @@ in_channels_last: weakref.WeakKeyDictionary[nn.Module, list[nn.Parameter]] = (
 )
 
 
-# As many functions from the output a global pooling is looked for.
+# As many functions from the output a global pooling is searched for.
 _NEAR_THE_OUTPUT = 8
 
 

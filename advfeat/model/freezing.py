@@ -110,13 +110,13 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
-    """Warn of what is random, or looks at other samples, and was not put in evaluation mode.
+    """Warn of what is random, or depends on other samples, and was not put in evaluation mode.
 
     A module that ``forward`` reaches as a global, or through a closure, is no part of the model.
     """
     own, found, thread = set(module.modules()), set(), threading.get_ident()
 
-    def look(called: nn.Module, _: object) -> None:
+    def check(called: nn.Module, _: object) -> None:
         if (
             threading.get_ident() == thread  # the hook is one of all modules of the process
             and getattr(called, "training", False)
@@ -125,7 +125,7 @@ def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
         ):
             found.add(type(called).__name__)
 
-    handle = register_module_forward_pre_hook(look)
+    handle = register_module_forward_pre_hook(check)
     try:
         yield
     finally:
@@ -139,7 +139,7 @@ def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
         )
 
 
-def refuse_inference_tensors(module: nn.Module) -> None:
+def check_no_inference_tensors(module: nn.Module) -> None:
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_inference():
             checks.fail(

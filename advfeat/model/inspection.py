@@ -58,7 +58,7 @@ _LARGEST_PIXELS = (127, 127.5, 128, 255)
 _healthy: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
-class _Look(NamedTuple):
+class _Outputs(NamedTuple):
     """One forward pass on the inspected samples."""
 
     inputs: Tensor  # (n, ...) leaf
@@ -90,31 +90,31 @@ def inspect_module(
         before = _random_numbers_drawn(part.device)
         try:
             with select(slice(0, INSPECTED)):
-                look = _look(forward, part)
+                outputs = _outputs(forward, part)
         except Exception:
             if len(part) == len(inputs):
                 raise
-            look = _look(forward, inputs)  # of a fixed batch size
-        if look is None:
+            outputs = _outputs(forward, inputs)  # of a fixed batch size
+        if outputs is None:
             # A single sample may be padded by the call that follows, which raises the error else.
             if purpose == "features" or len(inputs) == 1:
                 return None
             checks.logits(logits_of(forward(inputs)), inputs)
             return None
         drew = _random_numbers_drawn(part.device) != before
-        with select(slice(0, len(look.inputs))):
+        with select(slice(0, len(outputs.inputs))):
             if not train:
-                _warn_of_changing_outputs(forward, module, look, drew, select)
+                _warn_of_changing_outputs(forward, module, outputs, drew, select)
             if purpose != "features":
-                _warn_of_several_outputs(look)
-                _warn_of_nan(look)
+                _warn_of_several_outputs(outputs)
+                _warn_of_nan(outputs)
             from_probabilities = None
             if purpose == "attack":
-                from_probabilities = _find_probabilities(forward, look)
+                from_probabilities = _find_probabilities(forward, outputs)
                 if from_probabilities is not None:
-                    look = look._replace(logits=from_probabilities(look.logits))
-                _warn_of_rounded_margins(look)
-                _warn_of_bad_gradients(look)
+                    outputs = outputs._replace(logits=from_probabilities(outputs.logits))
+                _warn_of_rounded_margins(outputs)
+                _warn_of_bad_gradients(outputs)
     if not count():
         _healthy[module] = settings
     return from_probabilities
@@ -129,7 +129,7 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _look(forward: Forward, inputs: Tensor) -> _Look | None:
+def _outputs(forward: Forward, inputs: Tensor) -> _Outputs | None:
     """None where the module returns no logits."""
     leaf = inputs.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -138,7 +138,7 @@ def _look(forward: Forward, inputs: Tensor) -> _Look | None:
             logits = checks.logits(logits_of(raw), inputs)
         except (TypeError, ValueError):
             return None
-        return _Look(leaf, raw, at_least_float32(logits), logits.dtype)
+        return _Outputs(leaf, raw, at_least_float32(logits), logits.dtype)
 
 
 @contextmanager
@@ -187,8 +187,8 @@ def _warn_of_unused_bounds(inputs: Tensor, bounds: FeatureBounds) -> None:
         )
 
 
-def _warn_of_several_outputs(look: _Look) -> None:
-    candidates = logit_candidates(look.raw, len(look.inputs))
+def _warn_of_several_outputs(outputs: _Outputs) -> None:
+    candidates = logit_candidates(outputs.raw, len(outputs.inputs))
     if len(candidates) > 1:
         shapes = " and ".join(str(("N", *shape[1:])).replace("'", "") for shape in candidates)
         checks.warn(
@@ -199,11 +199,11 @@ def _warn_of_several_outputs(look: _Look) -> None:
         )
 
 
-def _warn_of_nan(look: _Look) -> None:
-    count = int(look.logits.detach().isnan().any(1).sum())
+def _warn_of_nan(outputs: _Outputs) -> None:
+    count = int(outputs.logits.detach().isnan().any(1).sum())
     if count:
         checks.warn(
-            f"the model returns NaN among the logits of {count} of {len(look.logits)} samples, "
+            f"the model returns NaN among the logits of {count} of {len(outputs.logits)} samples, "
             "which count as wrong: look for a division, logarithm or square root, or weights that "
             "diverged in training",
             topic="NaN",
@@ -211,21 +211,21 @@ def _warn_of_nan(look: _Look) -> None:
 
 
 def _warn_of_changing_outputs(
-    forward: Forward, module: nn.Module, look: _Look, drew: bool, select: Select
+    forward: Forward, module: nn.Module, outputs: _Outputs, drew: bool, select: Select
 ) -> None:
     """Compare with a call in which the second half of the samples is exchanged for the first."""
-    inputs, count = look.inputs.detach(), len(look.inputs)
+    inputs, count = outputs.inputs.detach(), len(outputs.inputs)
     half = -(-count // 2)
     exchanged = torch.cat([inputs[:half], inputs[:half]])[:count]
     same = torch.arange(count, device=inputs.device) % half
-    tolerance = _rounding(module, look)
+    tolerance = _rounding(module, outputs)
 
-    def differ(given: Tensor, rows: Tensor) -> bool:
-        with torch.no_grad(), select(rows):
+    def differ(given: Tensor, samples: Tensor) -> bool:
+        with torch.no_grad(), select(samples):
             again = at_least_float32(checks.logits(logits_of(forward(given)), given))
-        first = look.logits.detach()[rows]
+        first = outputs.logits.detach()[samples]
         gap = (again - first).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax(1)
-        return bool((gap > tolerance[rows]).any())
+        return bool((gap > tolerance[samples]).any())
 
     every = torch.arange(count, device=inputs.device)
     changed = differ(exchanged, same)
@@ -250,25 +250,25 @@ def _warn_of_changing_outputs(
         )
 
 
-def _rounding(module: nn.Module, look: _Look) -> Tensor:
+def _rounding(module: nn.Module, outputs: _Outputs) -> Tensor:
     """By how much equal logits of each sample may differ, ``(n,)``."""
-    finite = look.logits.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    finite = outputs.logits.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     types = {t.dtype for t in itertools.chain(module.parameters(), module.buffers())}
-    types = {t for t in types if t.is_floating_point} | {look.dtype}
+    types = {t for t in types if t.is_floating_point} | {outputs.dtype}
     eps = max(torch.finfo(t).eps for t in types if t.itemsize > 1)
     return 1e-4 * (finite.amax(1) - finite.amin(1)) + 8 * eps * finite.abs().amax(1)
 
 
-def _find_probabilities(forward: Forward, look: _Look) -> FromProbabilities | None:
+def _find_probabilities(forward: Forward, outputs: _Outputs) -> FromProbabilities | None:
     """Warn of outputs that are probabilities, and return what makes logits of them."""
-    if not _are_distributions(look.logits, look):
-        found = _to_logit if _are_single_probabilities(look) else None
+    if not _are_distributions(outputs.logits, outputs):
+        found = _to_logit if _are_single_probabilities(outputs) else None
         kind = "each in [0, 1], from a sigmoid or clamp"
     else:
         # One-hot inputs of a linear model add up too, but not when they are scaled.
-        scaled = _look(forward, 0.7 * look.inputs.detach())
+        scaled = _outputs(forward, 0.7 * outputs.inputs.detach())
         same = scaled is not None and _are_distributions(
-            torch.cat([scaled.logits, look.logits]), look
+            torch.cat([scaled.logits, outputs.logits]), outputs
         )
         found = _to_log if same else None
         kind = "not negative, with a constant sum"
@@ -283,10 +283,10 @@ def _find_probabilities(forward: Forward, look: _Look) -> FromProbabilities | No
     return found
 
 
-def _are_distributions(values: Tensor, look: _Look) -> bool:
+def _are_distributions(values: Tensor, outputs: _Outputs) -> bool:
     values = values.detach()
     total = values.sum(1)
-    tolerance = max(1e-4, 4 * torch.finfo(look.dtype).eps)
+    tolerance = max(1e-4, 4 * torch.finfo(outputs.dtype).eps)
     mean = total.mean()
     level = bool(((total - mean).abs() <= tolerance * mean).all())
     # A constant model adds up too, whatever its outputs are.
@@ -295,14 +295,14 @@ def _are_distributions(values: Tensor, look: _Look) -> bool:
         level
         and bool((values >= 0).all())
         and bool(mean > 0)
-        and (varies or _ends_between_0_and_1(look.logits.grad_fn))
+        and (varies or _ends_between_0_and_1(outputs.logits.grad_fn))
     )
 
 
-def _are_single_probabilities(look: _Look) -> bool:
-    values = look.logits.detach()
+def _are_single_probabilities(outputs: _Outputs) -> bool:
+    values = outputs.logits.detach()
     inside = bool(((values >= 0) & (values <= 1)).all())
-    return inside and _ends_between_0_and_1(look.logits.grad_fn)
+    return inside and _ends_between_0_and_1(outputs.logits.grad_fn)
 
 
 def _ends_between_0_and_1(node: Any) -> bool:
@@ -337,13 +337,13 @@ def _to_logit(probabilities: Tensor) -> Tensor:
     return torch.logit(probabilities, eps=torch.finfo(probabilities.dtype).eps)
 
 
-def _warn_of_rounded_margins(look: _Look) -> None:
-    logits = look.logits.detach()
+def _warn_of_rounded_margins(outputs: _Outputs) -> None:
+    logits = outputs.logits.detach()
     top = logits.topk(2, dim=1).values
-    exact = look.dtype in (torch.float32, torch.float64)
+    exact = outputs.dtype in (torch.float32, torch.float64)
     # In float32 some dozen roundings pile up; lower precisions lie closer to their logits anyway.
     roundings, fraction = (64, _FRACTION) if exact else (1, 0.5)
-    unit = roundings * torch.finfo(look.dtype).eps * top.abs().amax(1)
+    unit = roundings * torch.finfo(outputs.dtype).eps * top.abs().amax(1)
     lost = top.isfinite().all(1) & (top[:, 0] - top[:, 1] < unit)
     if float(lost.float().mean()) > fraction:
         checks.warn(
@@ -355,9 +355,9 @@ def _warn_of_rounded_margins(look: _Look) -> None:
         )
 
 
-def _warn_of_bad_gradients(look: _Look) -> None:
-    """Look at the gradient of the margin to the likeliest other class, which does not saturate."""
-    logits = look.logits
+def _warn_of_bad_gradients(outputs: _Outputs) -> None:
+    """Evaluate the gradient of the margin to the likeliest other class, which does not saturate."""
+    logits = outputs.logits
     if not logits.requires_grad:
         return  # warned of at the first gradient step
     usable = ~logits.detach().isnan().any(1)
@@ -367,7 +367,7 @@ def _warn_of_bad_gradients(look: _Look) -> None:
         found: Any
         try:
             found = torch.autograd.grad(
-                (pair[:, 1] - pair[:, 0]).sum(), look.inputs, allow_unused=True
+                (pair[:, 1] - pair[:, 0]).sum(), outputs.inputs, allow_unused=True
             )[0]
         except RuntimeError:  # the real backward pass raises it too
             return

@@ -20,7 +20,7 @@ Layer: TypeAlias = str | nn.Module | Callable[[Tensor], Tensor] | None
 
 
 def find_layer(module: nn.Module, layer: Layer) -> Layer:
-    """Resolve a layer's name to the module, and refuse a layer that the module does not have."""
+    """Resolve a layer's name to the module; a layer that the module does not have is an error."""
     if not isinstance(layer, (str, nn.Module)):
         if not (layer is None or callable(layer)):
             raise TypeError(f"layer={layer!r}: expected a name, a module, a callable or None")
@@ -46,7 +46,7 @@ class LayerHook:
     """Activations at a layer: its output in its first call, or its input in its last.
 
     The forward pass ends there, unless it is compiled: a compiler leaves out by itself what
-    nobody looks at.
+    nobody uses.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LayerHook:
             handle.remove()
         if len(found) < self._calls and to_the_end:
             # Code that the user had compiled before, perhaps, and that calls no hook.
-            warnings.warn("compile=True: goes on without, for the layer was lost", stacklevel=2)
+            warnings.warn("compile=True: continues without, for the layer was lost", stacklevel=2)
             self._call = self._module
             return self(inputs, **extras)
         if len(found) < self._calls:
@@ -146,7 +146,7 @@ def _place_of_logits(
     if same:
         return same[-1]
     fitting = [i for i, (m, _) in enumerate(outputs) if m.out_features == logits.shape[-1]]
-    # Of a head with a low-rank adapter beside it, the head is the wider one.
+    # Of a head and its low-rank adapter, the head is the wider one.
     place = max(fitting, key=lambda i: (outputs[i][0].in_features, i), default=len(outputs) - 1)
     found = outputs[place][0]
     if len({outputs[i][0] for i in fitting}) != 1:

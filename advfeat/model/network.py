@@ -26,10 +26,10 @@ from advfeat.model.formats import (
     supported_precision,
 )
 from advfeat.model.freezing import (
+    check_no_inference_tensors,
     copy_for_thread,
     frozen,
     is_compiled,
-    refuse_inference_tensors,
     warn_about_training_submodules,
 )
 from advfeat.model.inputs import InputAdapter
@@ -38,11 +38,11 @@ from advfeat.model.layers import Layer, LayerHook, StraightThrough, find_layer, 
 from advfeat.model.straight_through import StraightThroughMode
 from advfeat.threat import FeatureBounds
 
-# A folded BatchNorm may differ by rounding, as a share of the largest output; bfloat16 has 4e-3.
+# A folded BatchNorm may differ by rounding, as a fraction of the largest output; bfloat16 has 4e-3.
 _ROUNDING = 1e-3
 
 
-# Size at which a row's gradient goes backward through a float16 model, which holds 6e-8 to 65504.
+# Size of a sample's gradient on its way back through a float16 model, which holds 6e-8 to 65504.
 _HALF_SCALE = 64.0
 
 
@@ -96,7 +96,7 @@ class Network:
         self.batches = BatchPadding(self.selected)
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
-        # A compiler would meet the hook that looks.
+        # A compiler would meet the hook that checks.
         self._checked_submodules = compile or any(map(is_compiled, module.modules()))
         self._set_input_name(None)
 
@@ -128,7 +128,7 @@ class Network:
     # --- Further arguments of forward ---
 
     def expect_extras(self, extras: Mapping[str, Any] | None) -> None:
-        """Refuse further arguments that the user gives and forward does not take."""
+        """Raise an error for further arguments that the user gives and forward does not take."""
         self._extras.expect(extras)
 
     def choose_extras(self, entries: Mapping[str, Any] | None, inputs: Tensor) -> Extras | None:
@@ -244,7 +244,7 @@ class Network:
     def _no_gradient(self, leaf: Tensor) -> Tensor:
         if not self._warned_of_no_gradient:
             self._warned_of_no_gradient = True
-            checks.warn(NO_GRADIENT, topic="no gradient")
+            checks.warn(NO_GRADIENT, topic="zero gradient")  # which is what comes of it
         return torch.zeros_like(leaf)
 
     def _logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
@@ -315,17 +315,17 @@ class Network:
         if isinstance(layer, nn.Module):
             return LayerHook(self._module, layer, compile=self._compile)
         call = CompiledModule(layer) if self._compile else layer
-        taken = argument_names(layer)
-        return lambda x, **given: call(x, **{n: v for n, v in given.items() if n in taken})
+        accepted = argument_names(layer)
+        return lambda x, **given: call(x, **{n: v for n, v in given.items() if n in accepted})
 
     def _call(self, function: Callable[..., object], inputs: Tensor, low_precision: bool) -> object:
         if self._fold and low_precision and function not in self._folded:
             self._folded[function] = self._checked_folding(function, inputs)
         forwards = self._folded.get(function, {}) if low_precision else {}
-        looked, self._checked_submodules = self._checked_submodules, True
+        checked, self._checked_submodules = self._checked_submodules, True
         # Set either way: the user's own autocast does not decide the attack's precision.
         with (
-            nullcontext() if looked else warn_about_training_submodules(self._module),
+            nullcontext() if checked else warn_about_training_submodules(self._module),
             folding.forwards_replaced(forwards) if forwards else nullcontext(),
             _autocast(inputs.device.type, low_precision),
         ):
@@ -337,13 +337,13 @@ class Network:
         forwards = folding.fold_batchnorm(self._module)
         if not forwards or (function is self._module and folding.is_checked(self._module)):
             return forwards
-        row = inputs.detach()[:1]
+        sample = inputs.detach()[:1]
         devices = [inputs.device] if inputs.is_cuda else []
         first = self.selected(slice(0, 1))
         with torch.no_grad(), torch.random.fork_rng(devices), first:
-            own = logits_of(self._call(function, row, low_precision=False))
+            own = logits_of(self._call(function, sample, low_precision=False))
             with folding.forwards_replaced(forwards):
-                found = logits_of(self._call(function, row, low_precision=False))
+                found = logits_of(self._call(function, sample, low_precision=False))
         if not (isinstance(own, Tensor) and isinstance(found, Tensor)):
             return {}
         apart, size = (found - own).abs().max(), own.abs().max()
@@ -394,7 +394,7 @@ def attackable(
         warns and stays in float32 where it does not. BatchNorm is then folded into the
         convolution before it, where that is sure to give the same.
     layer
-        Where `Network.features` looks: a module's name or the module (its output), a callable
+        Where `Network.features` are taken: a module's name or the module (its output), a callable
         of the inputs, or None for the input of the Linear that gives the logits.
     train
         Keep the training flags (BatchNorm uses batch statistics, dropout is on) instead of
@@ -415,7 +415,7 @@ def attackable(
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.count("expectation", expectation, low=1)
     module = unwrapped(module)
-    refuse_inference_tensors(module)
+    check_no_inference_tensors(module)
     layer = find_layer(module, layer)
     if threading.current_thread() is not threading.main_thread():
         module, layer = copy_for_thread(module, layer)

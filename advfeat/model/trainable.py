@@ -94,8 +94,8 @@ def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Train
     return Trainee(Network(module, supported_precision(precision, module)))
 
 
-def refuse_wrapped(module: nn.Module) -> None:
-    """Refuse a module that is distributed already: training does that itself."""
+def check_not_wrapped(module: nn.Module) -> None:
+    """Raise an error for a module that is distributed already: training does that itself."""
     names = {base.__name__ for m in module.modules() for base in type(m).__mro__}
     if isinstance(module, nn.parallel.DistributedDataParallel):
         raise TypeError(

@@ -16,7 +16,7 @@ Verdict: TypeAlias = Literal["confirmed", "not confirmed", "undecided"]
 
 
 class Outcomes(NamedTuple):
-    """Of the models of one name, ``(S, N)`` bool: a row for each seed, a column for each sample."""
+    """Of the models of one name, ``(S, N)`` bool: a seed to a line, a sample to a column."""
 
     standard: Tensor
     robust: Mapping[float, Tensor]

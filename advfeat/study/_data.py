@@ -22,7 +22,7 @@ def dataset_of(argument: str, data: Data) -> Dataset[Any]:
     source = Source(data)
     if source.is_stream:
         checks.fail(
-            argument, type(data).__name__, "rows are fetched by number; pass a map-style dataset"
+            argument, type(data).__name__, "samples are fetched by number; pass a map-style dataset"
         )
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     if source.indices == list(range(len(dataset))):
@@ -36,7 +36,7 @@ def first(data: Dataset[Any], rows: int) -> Dataset[Any]:
 
 
 def resident(made: ConstructedDataset, model: nn.Module) -> Dataset[Any]:
-    """The set on the model's own GPU, where that has room: nothing is to be copied or waited for.
+    """The dataset on the model's own GPU, where it fits: nothing is to be copied or waited for.
 
     It may take a quarter of the memory that is free.
     """
@@ -75,7 +75,7 @@ class Shifted(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, data: Dataset[Any], model: nn.Module) -> None:
         self._source = Source(data)
-        example = self._source.rows(self._source.indices[:1], device_of(model)).inputs
+        example = self._source.samples(self._source.indices[:1], device_of(model)).inputs
         with attackable(model) as net:
             self._classes = net.class_count(net.prepare(example))
 
@@ -87,7 +87,7 @@ class Shifted(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         numbers = [self._source.indices[row] for row in rows]
-        found = self._source.rows(numbers, torch.device("cpu"))
+        found = self._source.samples(numbers, torch.device("cpu"))
         return list(zip(found.inputs, (found.labels + 1) % self._classes, strict=True))
 
 

@@ -196,7 +196,7 @@ class Findings:
         lacking = advise(accuracy, widest_gaps(robust), self.means(), self.work.norm)
         return [*(text for text in said if text is not None), *lacking]
 
-    def shares(self) -> dict[str, dict[str, list[Accuracy]]]:
+    def fractions(self) -> dict[str, dict[str, list[Accuracy]]]:
         """The table: for each model, by the names of the columns, the accuracy of each seed."""
         return {
             name: {

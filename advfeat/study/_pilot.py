@@ -55,7 +55,7 @@ class Pilot:
         self.held_out = Subset(train, order[:held_out])
         self.train = Subset(train, order[held_out : held_out + _PILOT])
         source = Source(self.held_out)
-        self.images = source.rows(source.indices, torch.device("cpu")).inputs.float()
+        self.images = source.samples(source.indices, torch.device("cpu")).inputs.float()
         self.is_images = self.images.ndim == 4 and min(self.images.shape[-2:]) >= 4
 
     def fitted(self, eps: float | None, lr: float = RATE) -> nn.Module:
@@ -147,7 +147,7 @@ class Pilot:
         )
 
     def success(self, model: nn.Module, eps: float) -> float:
-        """How many targeted perturbations reach the next class."""
+        """How many targeted perturbations reach class y + 1."""
         made = self._targeted(model, self._some(_ATTACKED), eps)
         return float(made.field("success").double().mean())
 

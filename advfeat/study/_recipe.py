@@ -67,7 +67,7 @@ class Recipe:
     rows: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse names that no dataset has, and settings of a control that are not its own."""
+        """Check that every name is a dataset's, and that settings of a control are its own."""
         for argument, names in (("sets", self.sets), ("fresh", self.fresh)):
             for name in names:
                 checks.one_of(argument, name, tuple(PLANS))

@@ -137,14 +137,14 @@ class Study(Result):
         return self._single("dataset").dataset(name)
 
     def _summary(self) -> str:
-        names = ", ".join(self._found.shares()) or "no model yet"
+        names = ", ".join(self._found.fractions()) or "no model yet"
         confirmed = sum(claim.verdict == "confirmed" for claim in self.claims)
         claims = f"; {confirmed} of {len(self.claims)} claims confirmed" if self.claims else ""
         return f"{len(self._found.runs)} seeds, models: {names}{claims}"
 
     def _content(self) -> Sequence[str | Table]:
-        shares = self._found.shares()
-        body = [[name, *map(percent, columns.values())] for name, columns in shares.items()]
+        fractions = self._found.fractions()
+        body = [[name, *map(percent, columns.values())] for name, columns in fractions.items()]
         parts: list[str | Table] = [Table(["trained on", *self._found.columns()], body)]
         if self.claims:
             parts += ["", claims_as_table(self.claims), self._found.about_intervals()]
@@ -180,7 +180,7 @@ class Study(Result):
             ``"text"``, ``"markdown"``, ``"csv"`` or ``"json"``.
         """
         checks.one_of("format", format, ("text", "markdown", "csv", "json"))
-        shares = self._found.shares()
+        fractions = self._found.fractions()
         if format == "json":
             found = {
                 name: {
@@ -189,12 +189,12 @@ class Study(Result):
                     else [_as_json(value) for value in values]
                     for column, values in columns.items()
                 }
-                for name, columns in shares.items()
+                for name, columns in fractions.items()
             }
             return json.dumps(found, indent=1)
         body = [
             [name, *(percent(values) for values in columns.values())]
-            for name, columns in shares.items()
+            for name, columns in fractions.items()
         ]
         return lines(["trained on", *self._found.columns()], body, format)
 
@@ -213,7 +213,7 @@ class Study(Result):
                 for column, values in columns.items()
                 if column != "shifted labels"
             }
-            for name, columns in self._found.shares().items()
+            for name, columns in self._found.fractions().items()
         }
         ax = plots.new_axes(ax, max(5.0, 1.1 * len(groups) + 2), 4.0)
         plots.bars(groups, chance=self.chance, ylabel="% of test samples", ax=ax)
@@ -227,7 +227,7 @@ class Study(Result):
         """Images of every dataset beside the originals with their labels; of the first seed."""
         run = self._found.runs[0]
         source = Source(self._found.work.rows)
-        found = source.rows(source.indices[:count], torch.device("cpu"))
+        found = source.samples(source.indices[:count], torch.device("cpu"))
         shown: dict[str, Tensor] = {"original": found.inputs}
         under: dict[str, Sequence[object]] = {"original": found.labels.tolist()}
         for name in run.made:
@@ -239,7 +239,7 @@ class Study(Result):
     def save_report(self, path: str | os.PathLike[str]) -> None:
         """Write one HTML file with tables, claims, pictures, settings, times and provenance.
 
-        Without matplotlib it has no pictures, and says so.
+        Without matplotlib it has no pictures, and names what to install.
         """
         s = self.settings
         summary = (

@@ -64,17 +64,17 @@ def run(
         Radii at which robust accuracy is measured, in ``norm``; default ``eps / 2`` and ``eps``, as
         in the paper, or those that `calibrate` chooses.
     bounds
-        The box ``(low, high)`` of valid inputs.
+        Lowest and highest valid input, ``(low, high)``.
     recipe
         Settings of all stages. ``"auto"`` chooses them on held-out training samples (see
         `calibrate`; the radii ``at`` as well, if none are given), ``"short"`` has fixed ones for a
         short run, ``"paper"`` the paper's for CIFAR-10 (days on a CPU).
     out
-        A folder for weights, sets, results and ``report.html``. What is in it was made by the
+        A folder for weights, datasets, results and ``report.html``. What is in it was made by the
         same settings, or the stage raises an error.
     stages
         Names of stages to do, with what they need; default all, in order: ``"train standard"``,
-        ``"train robust"``, and for each set ``"make D_R"``, then ``"train on D_R"``, then for
+        ``"train robust"``, and for each dataset ``"make D_R"``, then ``"train on D_R"``, then for
         each model ``"measure standard"``, and ``"transfer"`` and ``"leakage"``.
     seed
         Of everything random; None draws one number from torch's default generator (with ``out``

@@ -35,11 +35,11 @@ def sections(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
 
 
 def _accuracies(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
-    shares = found.shares()
-    if not shares:
+    fractions = found.fractions()
+    if not fractions:
         return
     cell = _with_interval if len(found.runs) == 1 else percent
-    body = [[name, *(cell(v) for v in columns.values())] for name, columns in shares.items()]
+    body = [[name, *(cell(v) for v in columns.values())] for name, columns in fractions.items()]
     shown = "95% intervals" if len(found.runs) == 1 else "lowest and highest of all seeds"
     yield pages.heading("Accuracy")
     yield pages.rows(["trained on", *found.columns()], body)

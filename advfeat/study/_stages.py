@@ -20,7 +20,7 @@ class Stages:
     """What is done, by the name of the stage, with the settings that it was done with.
 
     A file ``stages/NAME.json`` is written when a stage is over, whole or not at all. Models and
-    sets keep to folders of their own.
+    datasets keep to folders of their own.
     """
 
     def __init__(self, out: str | os.PathLike[str] | None, process: distributed.Process) -> None:
@@ -41,20 +41,22 @@ class Stages:
 
     def seed(self, seed: Any) -> int:
         """The seed to use: of a study that was begun here its own, unless another is given."""
-        begun = self._read(_STUDY) if seed is None else None
-        return self._team.broadcast_int(seeding.resolve(seed) if begun is None else begun["seed"])
+        manifest = self._read(_STUDY) if seed is None else None
+        return self._team.broadcast_int(
+            seeding.resolve(seed) if manifest is None else manifest["seed"]
+        )
 
     def begin(self, identity: dict[str, Any]) -> None:
-        """Refuse a folder that holds another study; write down what this one is."""
+        """Check that the folder holds no other study; write down what this one is."""
         there = self._read(_STUDY)
-        self._refuse_other(_STUDY, there, identity)
+        self._check_same(_STUDY, there, identity)
         self._team.barrier()
         if there is None:
             self._write(_STUDY, identity)
         self._team.barrier()
 
     def place(self, kind: str, name: str) -> Path | None:
-        """Folder of a model or a set."""
+        """Folder of a model or a dataset."""
         return None if self.folder is None else self.folder / kind / _slug(name)
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -77,7 +79,7 @@ class Stages:
         """
         found = self.record(name)
         if found is not None:
-            self._refuse_other(_file(name), found["settings"], settings)
+            self._check_same(_file(name), found["settings"], settings)
             return found["result"]
         began = time.perf_counter()
         if alone_after is not None:
@@ -95,7 +97,7 @@ class Stages:
         assert kept is not None
         return kept["result"]
 
-    def _refuse_other(self, file: str, there: Any, here: Any) -> None:
+    def _check_same(self, file: str, there: Any, here: Any) -> None:
         if there is None or there == here:
             return
         what = "; ".join(_differences(there, here))

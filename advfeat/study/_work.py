@@ -64,7 +64,7 @@ class Work:
     seed: Any
 
     def __post_init__(self) -> None:
-        """Refuse bad settings, and a folder that holds another study."""
+        """Check the settings, and that the folder holds no other study."""
         check_model_maker(self.make_model)
         check_ball(self.eps, self.norm, self.bounds, self.at)
         checks.one_of("precision", self.precision, checks.PRECISIONS)
@@ -141,8 +141,10 @@ class Work:
 
         def make() -> dict[str, float]:
             fields = self.dataset(name).fields
-            told = ("success", "distance_before", "distance", "size")
-            return {each: float(np.asarray(fields[each]).mean()) for each in told if each in fields}
+            reported = ("success", "distance_before", "distance", "size")
+            return {
+                each: float(np.asarray(fields[each]).mean()) for each in reported if each in fields
+            }
 
         found: dict[str, float] = self._once(f"make {name}", self._behind_dataset(name), make)
         return found
@@ -301,8 +303,8 @@ class Work:
             return {"why": str(error)}
         if not found.features:
             return {"why": "no linear feature is robust for certain at this radius"}
-        shares = {"learned": found.learned, "reference": found.reference}
-        return {**{k: as_text(s) for k, s in shares.items()}, "features": found.features}
+        fractions = {"learned": found.learned, "reference": found.reference}
+        return {**{k: as_text(s) for k, s in fractions.items()}, "features": found.features}
 
     # --- What was asked, for the folder to recognise ---
 
@@ -359,7 +361,7 @@ class Work:
 
 
 def check_model_maker(make_model: object) -> None:
-    """Refuse a model in place of a function that makes one."""
+    """Check that this is a function that makes a model, not a model."""
     if not callable(make_model) or isinstance(make_model, nn.Module):
         raise TypeError(
             f"make_model: {type(make_model).__name__}; expected a function that makes a "
@@ -368,7 +370,7 @@ def check_model_maker(make_model: object) -> None:
 
 
 def check_ball(eps: float, norm: Norm, bounds: Bounds, at: Iterable[float]) -> None:
-    """Refuse radii that are no radii, or are in other units than the inputs."""
+    """Check that radii are numbers in the units of the inputs."""
     checks.bounds(bounds)
     norm = checks.norm(norm)
     for argument, radius in (("eps", eps), *(("at", radius) for radius in at)):

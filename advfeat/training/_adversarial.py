@@ -52,7 +52,7 @@ class AdversarialSettings:
     settings: TrainingSettings
 
     def __post_init__(self) -> None:
-        """Refuse bad settings, and settings that do not go together."""
+        """Check the settings, and that they go together."""
         checks.one_of("objective", self.objective, ("pgd", "trades", "mart"))
         checks.one_of("method", self.method_name, ("pgd", "fast", "free"))
         checks.one_of("attack_mode", self.attack_mode, ("eval", "train"))

@@ -93,7 +93,7 @@ batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progr
         Default ``eps / 5`` as in the paper, ``1.25 * eps`` for ``"fast"``, ``eps`` for ``"free"``.
     random_start
         Whether PGD starts at a random point of the ball; by default at the input, for TRADES and
-        MART just beside it. ``"fast"`` always does.
+        MART close to it. ``"fast"`` always does.
     attack
         An attack's settings in place of the ones above.
     attack_mode

@@ -94,7 +94,7 @@ class BatchChecks:
 
 
 def check_soft_label(labels: Tensor, classes: int | None, name: str) -> None:
-    """Refuse class probabilities that are negative, do not sum to 1, or are of other classes."""
+    """Check that class probabilities are not negative, sum to 1, and are of the model's classes."""
     if classes is not None and labels.shape[1] != classes:
         checks.fail(f"{name}.shape", tuple(labels.shape), f"the model has {classes} classes")
     total = float(labels.sum())

@@ -210,16 +210,16 @@ class BatchReader:
         return type(_innermost(self._data)) is TensorDataset and self._device.type == "cpu"
 
 
-def split(data: Data, share: float, seed: int) -> tuple[Data, Data]:
-    """Split a share of a dataset off, at random by the seed: the rest, and what was split off."""
+def split(data: Data, fraction: float, seed: int) -> tuple[Data, Data]:
+    """Split a fraction of a dataset off, at random by the seed; return the rest and that part."""
     if isinstance(data, DataLoader) or is_stream(data):
         checks.fail(
-            "validation", share, "only a dataset can be split; pass the loader's dataset as data"
+            "validation", fraction, "only a dataset can be split; pass the loader's dataset as data"
         )
     count = len(Source(data))
-    held = round(share * count)
+    held = round(fraction * count)
     if not 0 < held < count:
-        checks.fail("validation", share, f"leaves {held} of {count} samples to measure on")
+        checks.fail("validation", fraction, f"leaves {held} of {count} samples to measure on")
     order = torch.randperm(count, generator=seeding.generator(seed)).tolist()
     rest, apart = sorted(order[held:]), sorted(order[:held])
     return Subset(data, rest), Subset(data, apart)  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def fit(
         files; the entry ``"model"`` is for ``model.load_state_dict``.
     on_step, on_epoch
         Called with a dictionary after each step (epoch, step, loss, accuracy, lr) and with each
-        epoch's row; ``on_epoch`` returning ``False`` stops training. What ``on_epoch`` changes of
+        epoch's figures; ``on_epoch`` returning ``False`` stops training. What it changes of
         the model and the optimiser is saved.
     options
         What few runs need: averaged weights, early stopping, compilation, weights in the loss; see
@@ -121,7 +121,7 @@ def fit(
     Returns
     -------
     History
-        A row an epoch: epoch, loss, accuracy (of the training batches as they went by), lr,
+        For each epoch: epoch, loss, accuracy (of the training batches as they went by), lr,
         seconds, and validation accuracy where asked for.
 
     Raises

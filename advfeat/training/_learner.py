@@ -56,7 +56,7 @@ class Learner:
         return self._module if self.average is None else self.average.module
 
     def check_classes(self, classes: int) -> None:
-        """Refuse class weights of another number of classes."""
+        """Check that there is a weight for each class."""
         weights = self._class_weights
         if weights is not None and len(weights) != classes:
             checks.fail("class_weights", len(weights), f"the model has {classes} classes")

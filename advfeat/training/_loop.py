@@ -54,7 +54,7 @@ def train(settings: TrainingSettings, method_settings: MethodSettings) -> Histor
 
 
 def _check_closure(plan: Plan, method: TrainingMethod) -> None:
-    """Refuse an optimiser that evaluates the loss again, where that is not the same loss."""
+    """Check that the loss is the same again, if the optimiser evaluates it again."""
     if not needs_closure(plan.optimizer):
         return
     name = type(plan.optimizer).__name__

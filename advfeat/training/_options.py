@@ -63,7 +63,7 @@ class Options:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse bad settings."""
+        """Check the settings."""
         checks.fraction("ema", self.ema)
         if self.ema == 1:
             checks.fail("ema", self.ema, "the average would never move; 0.999 is common")

@@ -47,13 +47,13 @@ class OutputChoice(nn.Module):
 
 
 def check_output(output: object) -> None:
-    """Refuse what cannot choose a part."""
+    """Check that this can choose a part of the output."""
     if not (output is None or isinstance(output, (str, int)) or callable(output)):
         raise TypeError(f"output={output!r}: expected a key, a position or a function")
 
 
 class OutputInspector(OutputChoice):
-    """A model as it is, whose outputs are looked at: are the logits what is taken for them?"""
+    """A model as it is, whose outputs are checked: is what is used as logits the logits?"""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, self._inspect)

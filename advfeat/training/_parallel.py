@@ -68,7 +68,7 @@ def broadcast_buffers(process: Process, module: nn.Module) -> None:
 
 
 def check_sharded(process: Process, data: Data) -> None:
-    """Refuse a loader, or a list of batches, that gives every rank the same samples."""
+    """Raise an error for a loader, or a list of batches, that gives every rank the same samples."""
     if process.world_size == 1:
         return
     if isinstance(data, (list, tuple)):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from advfeat import checks, seeding
 from advfeat.distributed import Process
 from advfeat.loading import Data, Source, check_length, is_stream
-from advfeat.model import device_of, innermost, refuse_wrapped, unwrapped
+from advfeat.model import check_not_wrapped, device_of, innermost, unwrapped
 from advfeat.training import _identity as identity
 from advfeat.training._batch_checks import check_labels
 from advfeat.training._batches import split
@@ -71,7 +71,7 @@ def make_plan(settings: TrainingSettings, method: MethodSettings) -> Iterator[Pl
 
     The checkpoint folder is locked while the context lasts.
     """
-    refuse_wrapped(settings.model)
+    check_not_wrapped(settings.model)
     process = training_process()
     check_sharded(process, settings.data)
     _check_batch_size(settings.batch_size, settings.data)
@@ -279,15 +279,15 @@ def _warn_of_what_is_not_kept(data: Data, *, draws: bool, repeats: bool) -> None
 
 
 def _check_same_run(plan: Plan) -> None:
-    """Refuse a checkpoint of another run, on all ranks alike."""
+    """Raise an error for a checkpoint of another run, on all ranks alike."""
     found, error = plan.found, None
     if found is not None and plan.process.is_first:
         try:
             own = {k: v for k, v in plan.identity.items() if k not in _MAY_GROW}
             identity.check_same_run(found["identity"], own)
             _check_epochs(found, plan.settings)
-        except ValueError as refused:
-            error = refused
+        except ValueError as caught:
+            error = caught
     if plan.folder is not None and plan.process.broadcast_bool(error is not None):
         raise error or ValueError("checkpoint: of another run; see the first rank's error")
 

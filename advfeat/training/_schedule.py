@@ -103,7 +103,7 @@ class ScheduleStepper:
 def stepped_every(
     scheduler: LRScheduler, every: Every | None, epochs: int, steps: Callable[[], int]
 ) -> Every:
-    """Return when a schedule is to be stepped: as told, or as it looks.
+    """Return when a schedule is to be stepped: as told, or as its class says.
 
     OneCycleLR and CyclicLR count steps. So does a schedule that reaches its full rate within the
     steps of the run and not within its epochs (a warm-up over steps), and one whose horizon is the

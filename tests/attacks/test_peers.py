@@ -67,6 +67,7 @@ def test_the_examples_lie_in_the_same_ball(standard, digits, norm, peer):
     np.testing.assert_allclose(sizes[0].max(), sizes[1].max(), atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 @pytest.mark.parametrize("peer", PEERS)
 def test_robust_accuracy_is_no_higher_than_the_peers(standard, digits, norm, peer):

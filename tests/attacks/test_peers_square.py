@@ -10,6 +10,7 @@ QUERIES = 100
 BALLS = {"l2": 0.9, "linf": 0.12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 def test_it_fools_as_many_digits_as_torchattacks(standard, digits, norm):
     ta = pytest.importorskip("torchattacks")

@@ -174,6 +174,7 @@ def test_linf_reaches_the_optimum_of_a_small_linear_model(shape):
     torch.testing.assert_close(x_adv, best, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "shape", "share"),
     [

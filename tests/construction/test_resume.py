@@ -302,7 +302,7 @@ OTHER = {
     "running statistics": ({"model": other_statistics()}, "model"),
     "activation": ({"model": network(nn.Tanh)}, "model"),
     "one image": ({"data": Brighter()}, "source data"),
-    "fewer rows": ({"data": dataset(20)}, "22 rows there, 20 here"),
+    "fewer rows": ({"data": dataset(20)}, "22 samples there, 20 here"),
     "augmentation": ({"data": Augmented()}, "augmentation"),
 }
 

@@ -212,7 +212,7 @@ def test_what_is_no_plain_array_is_refused_unread(tmp_path, kind):
 def test_arrays_of_different_lengths_are_refused(tmp_path):
     folder = saved(tmp_path)
     np.save(folder / "labels.npy", np.zeros(6, np.int64))
-    with pytest.raises(ValueError, match="one row for each sample"):
+    with pytest.raises(ValueError, match="one entry for each sample"):
         af.ConstructedDataset.open(folder)
 
 

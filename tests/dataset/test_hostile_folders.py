@@ -220,7 +220,7 @@ def test_a_disk_that_fails_on_the_way(tmp_path):
 
     told = in_a_child(lambda: build("D_rand", folder, data=Failing(ROWS - 1, fail)))
     assert told.startswith("OSError")
-    assert f"{finished(folder)} of {ROWS} rows are safe there" in told
+    assert f"{finished(folder)} of {ROWS} samples are safe there" in told
     assert BATCH <= finished(folder) < ROWS
     build("D_rand", folder)
     build("D_rand", tmp_path / "alone")

@@ -39,7 +39,7 @@ def test_every_number_by_hand():
     assert found.rounding is None
     text = str(found)
     for told in (
-        "5 rows",
+        "5 samples",
         "3 classes of 0 to 3",
         "2 duplicates",
         "attack success: 0.6",
@@ -123,7 +123,7 @@ def test_the_only_row_of_a_label_is_left_out():
     assert len(control) == ROWS - 1
     assert 5 not in control.field("index")
     made.fields["labels"][:] = np.arange(ROWS)
-    with pytest.raises(ValueError, match="no label has two rows"):
+    with pytest.raises(ValueError, match="no label has two samples"):
         moved_control(made, dataset(), seed=0)
 
 

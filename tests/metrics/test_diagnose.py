@@ -54,6 +54,7 @@ TRAPS = {
 }
 
 
+@pytest.mark.slow
 def test_saturated_logits_are_no_trap(standard, digits):
     # The cross-entropy keeps its direction where the softmax rounds to 1.
     plain, saturated = (
@@ -63,6 +64,7 @@ def test_saturated_logits_are_no_trap(standard, digits):
     assert saturated <= plain + 0.02
 
 
+@pytest.mark.slow
 def test_infinite_slopes_are_suspicious(standard, digits):
     # The root of a black pixel has an infinite slope: only its entry is lost, not the sample.
     model = Front(standard, lambda x: x.sqrt().square()).eval()
@@ -97,16 +99,19 @@ def test_a_sound_robust_model_has_no_finding(robust, digits, norm):
     assert "WARNING" not in str(found)
 
 
+@pytest.mark.slow
 def test_a_sound_standard_model_has_no_finding(standard, digits):
     assert diagnosis(standard, digits, eps=0.05).suspicious == ()
 
 
+@pytest.mark.slow
 def test_it_warns_with_what_to_do(standard, digits):
     trap = TRAPS["detached"][0](standard)
     with pytest.warns(UserWarning, match=r"(?s)less robust.*BPDA"):
         diagnose(trap, rows(digits, 40), **BALL, samples=20, queries=20, seed=0)
 
 
+@pytest.mark.slow
 def test_the_trap_would_have_fooled_robust_accuracy(standard, digits):
     # What the checks are for: a number that is too high.
     trap = TRAPS["detached"][0](standard)
@@ -134,6 +139,7 @@ def test_steps_that_still_help_are_a_finding():
     assert "more_steps_help" in found.suspicious
 
 
+@pytest.mark.slow
 def test_the_random_state_and_the_model_are_left_alone(standard, digits):
     before, state = torch.get_rng_state(), standard.training
     diagnosis(standard, digits, queries=5, samples=5)

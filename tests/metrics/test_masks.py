@@ -103,6 +103,7 @@ def test_behind_layers_without_a_gradient_straight_through_is_as_good_as_long_ra
     assert found.warnings
 
 
+@pytest.mark.slow
 def test_winners_take_all_is_no_hiding_place(standard, rows):
     model = Front(standard, winners)
     found = evaluate(model, rows)
@@ -127,6 +128,7 @@ def dead_units():
     return DeadUnits(), TensorDataset(x, torch.zeros(30, dtype=torch.int64))
 
 
+@pytest.mark.slow
 def test_dead_units_are_passed_and_reported_by_the_default_and_by_diagnose():
     # The sum is 32 and has to grow by 1.5; within l2 0.25 it can grow by 2.
     model, data = dead_units()
@@ -139,6 +141,7 @@ def test_dead_units_are_passed_and_reported_by_the_default_and_by_diagnose():
     assert diagnosis["smoothed_gradients_win"].value > 0.9
 
 
+@pytest.mark.slow
 def test_a_sound_model_gets_no_warning(robust, rows):
     for norm, eps in {"linf": 0.1, "l2": 0.5, "l1": 2.0}.items():
         with warnings.catch_warnings():
@@ -147,6 +150,7 @@ def test_a_sound_model_gets_no_warning(robust, rows):
         assert found.warnings == ()
 
 
+@pytest.mark.slow
 def test_saturated_cross_entropy_still_has_a_direction_or_is_reported(standard, rows):
     found = evaluate(EQUIVALENT["huge logits"](standard), rows, steps=5)
     assert float(found) <= float(evaluate(standard, rows, steps=5)) + 0.03 or found.warnings

@@ -147,6 +147,7 @@ class Shuffled(Dataset):
         return self.rows[self.order[place]]
 
 
+@pytest.mark.slow
 def test_an_ensembles_verdict_does_not_depend_on_pool_or_batches(standard, digits):
     rows = subset(digits, 60)
     ensemble = [
@@ -167,6 +168,7 @@ def test_an_ensembles_verdict_does_not_depend_on_pool_or_batches(standard, digit
     assert set(expected.broken_by.tolist()) >= {-2, -1, 0, 1}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_result_and_another_another(standard, digits):
     rows = subset(digits, 40)
     attack = AutoAttack(eps=0.06, norm="linf", version="fast")
@@ -189,6 +191,7 @@ def test_an_ensembles_own_seed_is_that_of_the_call(standard, digits):
     assert torch.equal(inside.adversarial, outside.adversarial)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_pass_a_pool_of_512_in_bounded_memory():
     class Endlessly(Dataset):
         """Samples that exist while they are looked at."""
@@ -255,6 +258,7 @@ class Far(nn.Module):
         return torch.cat([10 * mean, torch.ones(len(x), 8), 62 * mean - 40], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.3), ("l2", 2.4), ("l1", 19.2)])
 def test_fast_reaches_the_least_likely_class(norm, eps):
     rows = TensorDataset(torch.full((8, 1, 8, 8), 0.5), torch.zeros(8, dtype=torch.int64))
@@ -273,6 +277,7 @@ def test_it_is_no_weaker_than_pgd(robust, digits):
     assert fast < robust_accuracy(robust, rows, eps=0.05, norm="linf", seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("norm", BALLS)
 @pytest.mark.parametrize("version", ["fast", "standard"])
@@ -301,6 +306,7 @@ def test_few_classes(classes, norm, version):
 # --- Compilation ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_a_compiled_model_gives_the_same_verdicts(standard, digits):
     rows = subset(digits, 40)
@@ -325,6 +331,6 @@ def test_without_a_compiler_it_warns_and_goes_on(standard, digits, monkeypatch):
     monkeypatch.setattr(torch, "compile", compiled)
     rows = subset(digits, 20)
     options = {"eps": 0.06, "norm": "linf", "steps": 2}
-    with pytest.warns(UserWarning, match="compile=True: goes on without"):
+    with pytest.warns(UserWarning, match="compile=True: continues without"):
         found = robust_accuracy(standard, rows, **options, compile=True)
     assert torch.equal(found.correct, robust_accuracy(standard, rows, **options).correct)

@@ -50,6 +50,7 @@ def exported():
     return torch.export.export(network().eval(), (example,)).module()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "make", [lambda: Squeezing(network()), lambda: OneSize(network()), exported]

@@ -32,6 +32,7 @@ class Block(nn.Module):
         return self.fc(x.flatten(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("kind", ["relu", "sum", "clamp"])
 def test_features_are_the_values_at_the_layer_whatever_follows_in_place(kind, compiled):

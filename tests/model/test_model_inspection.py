@@ -108,8 +108,6 @@ DOUBTS = {
 
 @pytest.mark.parametrize("name", DOUBTS)
 def test_what_is_doubtful_is_warned_of_by_every_call(name):
-    if name == "detached":
-        pytest.xfail("robust_accuracy gives two warnings of one missing gradient")
     model, message = DOUBTS[name]
     with torch.no_grad():
         y = model.model(X).argmax(1) if isinstance(model, Function) else model.eval()(X).argmax(1)

@@ -105,6 +105,7 @@ def begun():
     return dropping()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "step"), [("fast", 1), *((kind, 6) for kind in RUNS)])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(kind, step, tmp_path):
     train, settings = RUNS[kind]
@@ -331,6 +332,7 @@ PROGRAM = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "step"), [("noisy", 6)])
 def test_sigterm_saves_the_middle_of_an_epoch_and_ends_the_process(kind, step, tmp_path, request):
     folder = tmp_path / "run"

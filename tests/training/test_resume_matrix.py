@@ -58,6 +58,7 @@ def cut(folder, scratch, combination, step, number):
         signal.signal(signal.SIGTERM, previous)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("combination", dict.fromkeys(varied()), ids="-".join)
 def test_cut_and_resumed_is_uncut_byte_for_byte(combination, tmp_path):
     whole = combinations.outcome(*combinations.train(None, tmp_path, *combination))

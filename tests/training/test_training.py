@@ -104,6 +104,7 @@ def robust_and_weak(count=400, weak=60):
     return TensorDataset(torch.cat([strong[:, None], fragile], 1).clamp(0, 1), y)
 
 
+@pytest.mark.slow
 def test_adversarial_training_raises_robust_accuracy():
     torch.manual_seed(0)
     standard = nn.Linear(61, 2)

@@ -115,6 +115,7 @@ def standing(model, rows, eps):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the loss never left chance")
 def test_fast_training_does_not_collapse_where_the_unguarded_one_does(digits):
     train, _ = digits
@@ -131,6 +132,7 @@ def test_fast_training_does_not_collapse_where_the_unguarded_one_does(digits):
     assert many_guarded > 1.5 * many
 
 
+@pytest.mark.slow
 def test_free_training_makes_a_model_robust(digits):
     train, held = digits
     free, standard = mlp(), mlp()

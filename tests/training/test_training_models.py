@@ -96,6 +96,7 @@ def data(model):
     return TensorDataset(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
 def test_any_model_learns_and_is_left_as_it_was(make, way):

@@ -82,7 +82,7 @@ def examples(model: nn.Module, drawn: Drawn, contents: Contents, count: int) -> 
             clean[number],
             attacked[row],
         )
-        for row, ((kind, number), predicted) in enumerate(zip(chosen, found, strict=True))
+        for place, ((kind, number), predicted) in enumerate(zip(chosen, found, strict=True))
     )
 
 

@@ -1,0 +1,144 @@
+"""Docstrings, messages, comments and names in advfeat/ use the terms of the field.
+
+A list of other words stays at zero. A word is right in its own sense: the row of a matrix or of a
+table, a set of classes, a black box. Those places are listed below, with the number of uses.
+"""
+
+import ast
+import io
+import re
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "advfeat"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# The word to avoid, and what to write.
+TERMS = {
+    r"\brows?\b": "sample, example",
+    r"\brefus(?:e[sd]?|ing|als?)\b": "raise an error, check that",
+    r"\b(?:goes|go|going|gone|went) on\b|\bdone over\b": "resumes, continues, is recomputed",
+    r"\bleft standing\b|\bresist(?:s|ed)?\b": "still robust, remaining",
+    r"\b(?:is|are|was|were) taken for\b|\btakes? (?:it |them )?for\b": "is classified as",
+    r"\blabel \+ 1\b|\bmoved labels?\b|\bnext class\b": "class y + 1, shifted labels",
+    r"\bbelieved?\b": "trustworthy",
+    r"\b(?:the|what the) words\b": "arguments",
+    r"\bbeside it\b": "baseline",
+    r"\b(?:a|last) look\b|\blook(?:s|ed)? at\b|\blooks on\b": "evaluate, check",
+    r"\bstrangers?\b|\bhouses?\b|\brooms?\b": "module, package, space",
+    r"\b(?<!black-)box(?:es)?\b": "bounds, valid range",
+    r"\bshares?(?= (?:of|whose|that)\b)|\b(?:a|its|the|which) share\b": "fraction, part",
+    r"\btrue (?:data|images)\b": "original data",
+    r"\bconstructed sets?\b|\b(?:a|the|each|another|whole) set\b(?! of)": "dataset",
+    r"\bof one's own\b": "your own",
+    r"\bsays so\b": "what it says",
+}
+# Parts of names that say nothing of what a thing is, or call it by another word.
+NAMES = {"refuse", "refused", "share", "shares", "box", "room", "told", "begun", "taken", "look"}
+NAMES |= {"looked", "stranger", "strangers", "row", "rows"}
+# Rows of a printed table, of a matrix, of images in a figure; epochs in `History.rows`.
+TABLES = {
+    *("analysis/_alignment.py", "analysis/_gaussian.py", "analysis/_leakage.py"),
+    *("analysis/_matrix.py", "analysis/_poison.py", "analysis/_robustified.py"),
+    *(
+        "analysis/_strong.py",
+        "analysis/_mislabelled.py",
+        "analysis/_planted.py",
+        "analysis/_spectrum.py",
+    ),
+    *("analysis/_tradeoff.py", "analysis/_transfer.py", "analysis/_usefulness.py"),
+    *("attacks/_square.py", "attacks/_transferable.py", "checks.py"),
+    *("metrics/_certified.py", "metrics/_diagnose.py", "metrics/_outcome.py"),
+    *("metrics/_transfer.py", "plots.py", "tables.py", "training/_adversarial_fit.py"),
+    *("training/_augment.py", "training/_fit.py", "training/_history.py", "training/_loop.py"),
+    *("training/_resume.py", "training/_schedule.py", "training/_settings.py"),
+    *("study/_calibrate.py", "study/_claims.py", "study/_report.py", "study/_sections.py"),
+}
+# `Recipe.rows`, `rows` of a manifest: the number of samples, in files that users have.
+FIELDS = {
+    *("construction/builder.py", "construction/provenance.py", "datasets/dataset.py"),
+    *("datasets/folder.py", "datasets/inspection.py", "study/_data.py"),
+    *("study/_recipe.py", "study/_work.py", "metrics/_accuracy.py"),
+}
+
+
+def name_of(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def texts(source):
+    """Docstrings, messages and comments of a file, each with its line."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+            for number, line in enumerate(node.value.split("\n")):
+                if not re.match(r"\s*(>>>|\.\.\. )", line):
+                    yield node.lineno + number, line
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def hits(source, terms=TERMS):
+    """Words to avoid in the texts of a file."""
+    for line, text in texts(source):
+        for term, instead in terms.items():
+            for found in re.finditer(term, text, re.I):
+                yield f"line {line}: {found[0]!r}: write {instead}"
+
+
+def identifiers(source):
+    """Names that a file gives: of functions, classes, arguments and variables."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def parts(name):
+    return re.findall(r"[a-z]+", re.sub(r"([A-Z])", r"_\1", name).lower())
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_texts_use_the_terms_of_the_field(path):
+    rows = r"\brows?\b"
+    legitimate = name_of(path) in TABLES | FIELDS
+    terms = {term: instead for term, instead in TERMS.items() if term != rows or not legitimate}
+    found = list(hits(path.read_text(), terms))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_names_use_the_terms_of_the_field(path):
+    avoid = NAMES - {"row", "rows"} if name_of(path) in TABLES | FIELDS else NAMES
+    found = Counter(name for name in identifiers(path.read_text()) if avoid & set(parts(name)))
+    assert not found
+
+
+def test_the_list_of_exceptions_is_no_longer_than_it_must_be():
+    for file in sorted(TABLES | FIELDS):
+        source = (PACKAGE / file).read_text()
+        used = list(hits(source, {r"\brows?\b": ""}))
+        named = [name for name in identifiers(source) if {"row", "rows"} & set(parts(name))]
+        assert used or named or '"rows"' in source, file
+
+
+def test_words_are_found_where_they_are_used():
+    source = '''
+def refuse_rows(box):
+    """A row is refused; the true data go on in a box.
+
+    >>> row = "not in an example"
+    """
+    share = 1  # the share of samples
+    raise ValueError("a constructed set has no room")
+'''
+    found = {hit.split("'")[1] for hit in hits(source)}
+    assert found == {"row", "refused", "true data", "go on", "box", "the share", "constructed set",
+                     "room"}  # fmt: skip
+    named = [name for name in identifiers(source) if NAMES & set(parts(name))]
+    assert sorted(named) == ["box", "refuse_rows", "share"]

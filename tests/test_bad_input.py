@@ -244,7 +244,7 @@ CASES = {
     "no data": (lambda m: af.accuracy(m, None), T, "data", "NoneType"),
     "a generator": (lambda m: robust(m, (b for b in [(X, Y)])), T, "data", "generator"),
     "an empty list": (lambda m: robust(m, []), V, "data", "no batches"),
-    "an empty dataset": (lambda m: robust(m, rows(X[:0], Y[:0])), V, "data", "no rows"),
+    "an empty dataset": (lambda m: robust(m, rows(X[:0], Y[:0])), V, "data", "no samples"),
     "an empty loader": (
         lambda m: fit(m, DataLoader(rows(), batch_size=9, drop_last=True)),
         V,

@@ -354,7 +354,7 @@ def test_a_stream_that_promised_rows_and_gives_none_is_refused():
 
 @pytest.mark.parametrize("empty", [[], (), tensors(0), DataLoader(Pairs(0)), Pairs(0)])
 def test_empty_data_are_refused(empty):
-    with pytest.raises(ValueError, match=r"data=.*it has no (rows|batches)"):
+    with pytest.raises(ValueError, match=r"data=.*it has no (samples|batches)"):
         Source(empty)
 
 

@@ -136,7 +136,7 @@ def test_a_sharded_loader_is_told_the_epoch():
     ("data", "error", "message"),
     [
         ([], ValueError, "no batches"),
-        (tensors(0), ValueError, "no rows"),
+        (tensors(0), ValueError, "no samples"),
         (several(Stream()), TypeError, "may never end"),
         ((X, Y), TypeError, "pair of tensors"),
     ],

@@ -237,7 +237,7 @@ def test_a_share_of_a_dataset_is_split_off_for_validation():
         ([blobs().tensors], 0.1, "only a dataset can be split"),
         (blobs(), 0.001, "leaves 0 of 60 samples"),
         (blobs(), 1.0, "leaves 60 of 60 samples"),
-        (blobs(), 10.0, "share, not a percentage"),
+        (blobs(), 10.0, "fraction, not a percentage"),
     ],
 )
 def test_what_cannot_be_split_is_refused(data, share, message):

@@ -365,7 +365,7 @@ CASES = {
         "targeted",
     ),
     "training mode": (lambda m: adversarial(m, attack_mode="test"), V, "attack_mode", "'eval'"),
-    "mix 1.5": (lambda m: adversarial(m, mix=1.5), V, "mix", "share"),
+    "mix 1.5": (lambda m: adversarial(m, mix=1.5), V, "mix", "fraction"),
     "mix a word": (lambda m: adversarial(m, mix="half"), T, "mix", "number"),
     "training normalised": (
         lambda m: adversarial(m, rows(X * 4 - 2)),

@@ -177,7 +177,7 @@ class Termination:
     ----------
     at_once
         Raise SystemExit at SIGTERM, for work that has nothing to save and may take long between
-        two looks at ``noticed``. Ctrl-C raises KeyboardInterrupt as ever, and a handler of the
+        two checks of ``noticed``. Ctrl-C raises KeyboardInterrupt as ever, and a handler of the
         user's own stays in place. By default the signal is noticed, and `pass_on` does what it
         would have done; a second Ctrl-C is not waited with.
     """

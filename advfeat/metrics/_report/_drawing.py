@@ -54,7 +54,7 @@ def curve_svg(curve: RobustnessCurve, eps: Any, *, chance: float) -> str:
     end = min(end, 4 * radius) if radius else end
     edges = torch.linspace(0, end, 241, dtype=torch.float64)
     above = len(ordered) - torch.searchsorted(ordered, edges, right=True)
-    shares = (100 * above.double() / max(1, len(ordered))).tolist()
+    percentages = (100 * above.double() / max(1, len(ordered))).tolist()
 
     def x(value: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - 12) * value / end
@@ -62,7 +62,9 @@ def curve_svg(curve: RobustnessCurve, eps: Any, *, chance: float) -> str:
     def y(percent: float) -> float:
         return 12 + (_HEIGHT - _BOTTOM - 12) * (1 - percent / 100)
 
-    points = " ".join(f"{x(e):.1f},{y(s):.1f}" for e, s in zip(edges.tolist(), shares, strict=True))
+    points = " ".join(
+        f"{x(e):.1f},{y(s):.1f}" for e, s in zip(edges.tolist(), percentages, strict=True)
+    )
     parts = [_text(_LEFT - 8, y(p) + 5, f"{p:d}", "end") for p in (0, 25, 50, 75, 100)]
     parts += [_line(_LEFT, y(p), _WIDTH - 12, y(p), "var(--line)") for p in (0, 25, 50, 75, 100)]
     for place in range(5):

@@ -59,14 +59,14 @@ class Drawn:
         loader = DataLoader(
             self._dataset, batch_size=len(chosen), sampler=chosen, collate_fn=self._collate
         )
-        (rows,) = Source(loader).batches(torch.device("cpu"))
-        return dict(zip(rows.ids.tolist(), rows.inputs, strict=True))
+        (batch,) = Source(loader).batches(torch.device("cpu"))
+        return dict(zip(batch.ids.tolist(), batch.inputs, strict=True))
 
     def labels(self, stop: int) -> dict[int, int]:
         """Label of each of the first samples, by its number."""
         found: dict[int, int] = {}
-        for rows in Source(self.part(0, stop)).batches(torch.device("cpu")):
-            found |= dict(zip(rows.ids.tolist(), rows.labels.tolist(), strict=True))
+        for batch in Source(self.part(0, stop)).batches(torch.device("cpu")):
+            found |= dict(zip(batch.ids.tolist(), batch.labels.tolist(), strict=True))
         return found
 
 

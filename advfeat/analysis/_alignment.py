@@ -66,8 +66,10 @@ class Alignment(Result):
                 return mean
             return f"{mean} +- {float(values.std()) / len(values) ** 0.5:.3f}"
 
-        rows = [(name, *(cell(found[m]) for m in MEASURES)) for name, found in self.cosines.items()]
-        return [Table(("cosine of gradient and", *MEASURES), rows)]
+        prepared = [
+            (name, *(cell(found[m]) for m in MEASURES)) for name, found in self.cosines.items()
+        ]
+        return [Table(("cosine of gradient and", *MEASURES), prepared)]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Mean cosines of each model."""

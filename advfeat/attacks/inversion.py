@@ -193,6 +193,6 @@ def invert(
         batch = prepare_batch(net, inputs, labels, None, attack.bounds, extras=extras)
         inverted = []
         for one in start if several else [start]:
-            begun = batch._replace(start=threat.clip(net.prepare(one), attack.bounds))
-            inverted.append(attack.result(attack_batch(attack, net, begun)).contiguous())
+            started = batch._replace(start=threat.clip(net.prepare(one), attack.bounds))
+            inverted.append(attack.result(attack_batch(attack, net, started)).contiguous())
     return torch.stack(inverted) if several else inverted[0]

@@ -87,7 +87,7 @@ class Diagnosis(Result):
         return "\n".join(map(str, self.findings.values()))
 
     def _content(self) -> Sequence[str | Table]:
-        rows = [
+        part = [
             (
                 f.name,
                 "WARNING" if f.suspicious else "ok",
@@ -98,7 +98,7 @@ class Diagnosis(Result):
             for f in self.findings.values()
         ]
         advice = [f"{name}: {self[name].advice}" for name in self.suspicious]
-        return [Table(("check", "result", "value", "limit", "meaning"), rows), *advice]
+        return [Table(("check", "result", "value", "limit", "meaning"), part), *advice]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Value of each check as a bar, its limit as a line."""

@@ -80,9 +80,9 @@ def examples(model: nn.Module, drawn: Drawn, contents: Contents, count: int) -> 
             distance.get(number),
             names[place] if (place := int(robust.broken_by[places[number]])) >= 0 else None,
             clean[number],
-            attacked[row],
+            attacked[line],
         )
-        for place, ((kind, number), predicted) in enumerate(zip(chosen, found, strict=True))
+        for line, ((kind, number), predicted) in enumerate(zip(chosen, found, strict=True))
     )
 
 

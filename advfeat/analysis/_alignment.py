@@ -66,10 +66,8 @@ class Alignment(Result):
                 return mean
             return f"{mean} +- {float(values.std()) / len(values) ** 0.5:.3f}"
 
-        prepared = [
-            (name, *(cell(found[m]) for m in MEASURES)) for name, found in self.cosines.items()
-        ]
-        return [Table(("cosine of gradient and", *MEASURES), prepared)]
+        rows = [(name, *(cell(found[m]) for m in MEASURES)) for name, found in self.cosines.items()]
+        return [Table(("cosine of gradient and", *MEASURES), rows)]
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Mean cosines of each model."""

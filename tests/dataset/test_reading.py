@@ -155,7 +155,7 @@ def ways(made):
     yield "items", [(image[None], torch.tensor([label])) for image, label in made]
     indices = [range(0, 7), range(7, COUNT)]
     yield "getitems", [torch.utils.data.default_collate(made.__getitems__(i)) for i in indices]
-    yield "source", [b[1:] for b in Source(made, 5).batches(torch.device("cpu"))]
+    yield "source", [b[1:3] for b in Source(made, 5).batches(torch.device("cpu"))]
     yield "part", DataLoader(made.subset(slice(None)), batch_size=5)
 
 

@@ -65,8 +65,8 @@ def examples(model: nn.Module, drawn: Drawn, contents: Contents, count: int) -> 
     if not chosen or robust.adversarial is None:
         return ()
     numbers = [number for _, number in chosen]
-    chosen = torch.tensor([places[number] for number in numbers])
-    attacked = robust.adversarial[chosen]
+    indices = torch.tensor([places[number] for number in numbers])
+    attacked = robust.adversarial[indices]
     clean = drawn.inputs_of(numbers)
     with attackable(model, purpose="predictions") as net:
         found = net.logits(net.prepare(attacked.to(device_of(model)))).argmax(1).tolist()

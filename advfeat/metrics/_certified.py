@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from advfeat import checks, plots, seeding
+from advfeat.attacks import Batch
 from advfeat.attacks.base import prepare_batch
 from advfeat.loading import Data, Source
 from advfeat.metrics._outcome import Accuracy
@@ -210,7 +211,7 @@ def certified_accuracy(
     checks.seed(seed)
     checks.model(model)
     source = Source(data, batch_size)
-    votes = _Votes(seeding.resolve(seed), float(sigma), source.batch_size)
+    votes = _Votes(seeding.resolve(seed), float(sigma), source.pool_size)
     found: list[tuple[int, float, bool, int]] = []
     batches = with_progress(
         source.batches(device_of(model)),
@@ -220,17 +221,16 @@ def certified_accuracy(
     )
     with attackable(model, purpose="predictions") as net:
         for rows in batches:
-            batch = prepare_batch(net, rows.inputs, rows.labels, rows.ids, (-math.inf, math.inf))
-            classes = net.class_count(batch.inputs)
-            for place, label in enumerate(batch.labels.tolist()):
-                here = slice(place, place + 1)
-                inputs, ids = batch.inputs[here], batch.ids[here]
-                chosen = int(votes.count(net, inputs, ids, 0, n0, classes)[:-1].argmax())
-                count = int(votes.count(net, inputs, ids, n0, n, classes)[chosen])
-                p = lower_bound(count, n, alpha)
-                radius = sigma * NormalDist().inv_cdf(p) if p > 0.5 else 0.0
-                chosen = chosen if radius > 0 else ABSTAINED
-                found.append((chosen, radius, chosen == label, int(ids)))
+            everywhere = (-math.inf, math.inf)
+            batch = prepare_batch(
+                net, rows.inputs, rows.labels, rows.ids, everywhere, extras=rows.entries
+            )
+            with net.given(batch.extras):
+                for place, label in enumerate(batch.labels.tolist()):
+                    chosen, p = votes.certify(net, batch, place, n0, n, alpha)
+                    radius = sigma * NormalDist().inv_cdf(p) if p > 0.5 else 0.0
+                    chosen = chosen if radius > 0 else ABSTAINED
+                    found.append((chosen, radius, chosen == label, int(batch.ids[place])))
     predictions, radii, correct, index = zip(*found, strict=True)
     result = CertifiedAccuracy(
         torch.tensor(predictions, device="cpu"),
@@ -258,17 +258,26 @@ class _Votes:
     def __init__(self, seed: int, sigma: float, batch_size: int) -> None:
         self._seed, self._sigma, self._batch_size = seed, sigma, batch_size
 
-    def count(
-        self, net: Network, inputs: Tensor, ids: Tensor, first: int, number: int, classes: int
-    ) -> Tensor:
+    def certify(
+        self, net: Network, batch: Batch, place: int, n0: int, n: int, alpha: float
+    ) -> tuple[int, float]:
+        """Class of a sample of the batch, and the lower bound of its probability."""
+        chosen = int(self._count(net, batch, place, 0, n0)[:-1].argmax())
+        count = int(self._count(net, batch, place, n0, n)[chosen])
+        return chosen, lower_bound(count, n, alpha)
+
+    def _count(self, net: Network, batch: Batch, place: int, first: int, number: int) -> Tensor:
         """Votes for each class ``(C + 1,)``, from copies ``first`` on; the last are for none."""
+        inputs, ids = batch.inputs[place : place + 1], batch.ids[place : place + 1]
+        classes = net.class_count(batch.inputs)
         key, votes = seeding.keys(self._seed, ids), ids.new_zeros(classes + 1)
         for begin in range(first, first + number, self._batch_size):
             end = min(begin + self._batch_size, first + number)
             draws = torch.arange(begin, end, device=ids.device)
             uniform = seeding.uniform(key.expand(len(draws)), draws, inputs.numel())
             noise = torch.special.ndtri(uniform).view(-1, *inputs.shape[1:])
-            logits = net.logits(inputs + self._sigma * noise)
+            with net.selected(torch.full_like(draws, place)):
+                logits = net.logits(inputs + self._sigma * noise)
             # NaN among the logits is no class at all.
             predicted = logits.argmax(1).where(~logits.isnan().any(1), classes)
             votes += torch.bincount(predicted, minlength=classes + 1)

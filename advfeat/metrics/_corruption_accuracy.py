@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
 from collections.abc import Mapping, Sequence
@@ -246,15 +247,20 @@ class _BuiltIn:
         )
         low, size = self._low, self._high - self._low
         with attackable(model, purpose="predictions") as net:
-            net.batches.usual = self._source.batch_size
+            net.batches.usual = self._source.pool_size
             for rows in batches:
-                batch = prepare_batch(net, rows.inputs, rows.labels, rows.ids, (low, self._high))
+                own = low, self._high
+                batch = prepare_batch(
+                    net, rows.inputs, rows.labels, rows.ids, own, extras=rows.entries
+                )
                 unit = ((batch.inputs - low) / size).contiguous()
                 keys = seeding.keys(self._seed, batch.ids)
                 index.extend(batch.ids.tolist())
-                clean.extend(is_success(net.logits(batch.inputs), batch.labels, True).tolist())
-                for name in self._fitting(unit):
-                    for severity in self._severities:
+                cases = list(itertools.product(self._fitting(unit), self._severities))
+                with net.given(batch.extras):
+                    hits = is_success(net.logits(batch.inputs), batch.labels, True)
+                    clean.extend(hits.tolist())
+                    for name, severity in cases:
                         images = corrupted(unit, name, severity, self._constants, keys)
                         inputs = net.prepare(low + size * images)
                         hits = is_success(net.logits(inputs), batch.labels, True)

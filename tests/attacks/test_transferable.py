@@ -142,6 +142,18 @@ def test_bad_settings_are_named(wrong):
         DIFGSM(eps=EPS, norm="linf", **wrong)
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+def test_masked_features_stay(norm):
+    model, x = convolution(), images()
+    y, mask = predicted(model, x), torch.zeros(3, 12, 12, dtype=torch.bool)
+    mask[:, 3:9, 3:9] = True
+    moved = MIFGSM(eps=0.2, norm=norm, mask=mask)(model, x, y)
+    assert torch.equal(moved[:, ~mask], x[:, ~mask])
+    assert not torch.equal(moved, x)
+    with pytest.raises(ValueError, match="whole images"):
+        DIFGSM(eps=0.2, norm=norm, mask=mask)(model, x, y)
+
+
 def test_a_transfer_matrix_takes_them():
     models = {"a": convolution(0), "b": convolution(1)}
     x = images(24)

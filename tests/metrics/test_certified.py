@@ -135,6 +135,24 @@ def test_nan_among_the_logits_is_no_vote():
     assert 0.9 * exact < float(found.radius) < exact
 
 
+def test_arguments_that_go_with_the_samples():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plane = half_plane()[0]
+
+        def forward(self, x, gate=None):
+            return self.plane(x) * gate[:, None]
+
+    model, inputs, distance = half_plane()
+    labels, gate = (distance < 0).long(), torch.tensor([1.0, -1.0] * 3)
+    data = [{"x": inputs, "labels": labels, "gate": gate}]
+    found = certified_accuracy(Gated(), data, sigma=SIGMA, n=300)
+    plain = certified_accuracy(model, (inputs, labels), sigma=SIGMA, n=300)
+    assert torch.equal(found.radius, plain.radius)
+    assert torch.equal(found.correct, plain.correct & (gate > 0))
+
+
 def test_accuracy_over_the_radius():
     model, inputs, _ = half_plane()
     labels = torch.zeros(6, dtype=torch.int64)

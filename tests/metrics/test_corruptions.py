@@ -136,6 +136,24 @@ def test_bounds_scale_the_corruption():
     }
 
 
+def test_arguments_that_go_with_the_samples():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+
+        def forward(self, x, gate=None):
+            return self.own(x) * gate[:, None]
+
+    torch.manual_seed(0)
+    net, x = Gated(), images()
+    y = net(x, torch.ones(6)).argmax(1)
+    data = [{"x": x, "labels": y, "gate": torch.tensor([1.0, -1.0] * 3)}]
+    found = corruption_accuracy(net, data, severities=[1], corruptions=["contrast"])
+    assert found.clean.correct.tolist() == [True, False] * 3
+    assert not bool(found.accuracy["contrast"][0].correct[1::2].any())
+
+
 def test_inputs_that_are_no_images_get_noise_alone():
     net, x = nn.Linear(5, 3), torch.rand(6, 5)
     data = TensorDataset(x, torch.arange(6) % 3)

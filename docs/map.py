@@ -9,6 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SAYS = {
     "__init__": "the names used most",
+    "__main__": "python -m advfeat",
+    "cli": "evaluate, construct, study",
     "study": "the whole paper in one call",
     "analysis": "one file a question of the paper",
     "training": "standard and adversarial fitting",

@@ -34,6 +34,8 @@ LEVELS = [
     {"training"},
     {"analysis"},
     {"study"},
+    {"cli"},
+    {"__main__"},
     {"__init__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

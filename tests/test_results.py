@@ -48,6 +48,8 @@ def some_results():
     finding = metrics.Diagnosis.__annotations__ and metrics._diagnose.Finding
     one = finding("zero_gradients", 0.5, 0.01, "what", "do this")
     yield one
+    certified = (torch.tensor([0, -1]), torch.tensor([0.5, 0.0]), torch.tensor([True, False]))
+    yield metrics.CertifiedAccuracy(*certified, torch.arange(2), 0.25, 100, 1000, 0.001)
     yield metrics.Diagnosis({"zero_gradients": one})
     yield History([{"epoch": 1, "loss": 0.5, "accuracy": 0.25, "lr": 1e-5}], 1)
     det = af.construct_det_dataset(MODEL, DATA, eps=0.1, steps=2)

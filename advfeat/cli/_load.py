@@ -75,13 +75,13 @@ def model_maker(options: Any) -> Callable[[], nn.Module]:
 
 
 def model(options: Any) -> nn.Module:
-    """The model with its weights, on its device, in evaluation mode."""
+    """The model with its weights, on its device."""
     made = model_maker(options)()
     if options.weights is not None:
         target = made.model if isinstance(made, Normalize) else made
         assert isinstance(target, nn.Module)
         load_weights(target, options.weights)
-    return made.to(options.device).eval()
+    return made.to(options.device)
 
 
 def load_weights(target: nn.Module, path: str) -> None:

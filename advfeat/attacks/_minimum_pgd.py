@@ -79,9 +79,8 @@ class MinimumPGD(MinimumNorm):
     step_size: float | None = None
     noise: float = 6.0
     targets: int = 4
+    targeted: bool = False
     seed: int | torch.Generator | None = None
-
-    targeted = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -111,9 +110,13 @@ class MinimumPGD(MinimumNorm):
         """Put every sample at its clean input, and measure how far each class seems to be."""
         inputs, labels = batch.inputs, batch.labels
         logits = net.logits(inputs)
-        classes = likely_others(logits, labels, self.targets)
+        classes = labels[:, None]
+        if not self.targeted:
+            classes = likely_others(logits, labels, self.targets)
         low, high = bounds = threat.bounds_of(batch.box, self.bounds)
-        distances, gaps = linearised_distances(net, batch, classes, self.norm, bounds)
+        distances, gaps = linearised_distances(
+            net, batch, classes, self.norm, bounds, self.targeted
+        )
         nearest = distances.argmin(1, keepdim=True)
         farthest = threat.size(torch.maximum(high - inputs, inputs - low), self.norm)
         radius = distances.amin(1).minimum(_FIRST_RADIUS * farthest)
@@ -132,7 +135,7 @@ class MinimumPGD(MinimumNorm):
             farthest=farthest,
             **self._nothing_kept(batch),
         )
-        state = self._keep(state, inputs, is_success(logits, labels, False))
+        state = self._keep(state, inputs, is_success(logits, labels, self.targeted))
         kept: MinimumPGDState = self._keep_start(net, state, batch.start)
         # Without a start that fools the model, a sample begins at its clean input.
         found = kept.distance.isfinite()
@@ -146,7 +149,8 @@ class MinimumPGD(MinimumNorm):
         scale = self._noise_scale(state)
         plain = scale == 0
         points = state.current if not self.is_random else self._with_noise(state, scale)
-        found, uncertain = evaluated(net, points, lead_of(state.target, state.labels))
+        lead = lead_of(state.target, state.labels, self.targeted)
+        found, uncertain = evaluated(net, points, lead)
         hits = plain & self._fools(found.output, state.labels, uncertain)
         state = self._keep(state, state.current, hits)
         target = torch.where(plain, self._nearest(state, found.output), state.target)
@@ -223,6 +227,7 @@ def minimum_pgd(
     step_size: float | None = None,
     noise: float = 6.0,
     targets: int = 4,
+    targeted: bool = False,
     bounds: FeatureBounds = (0.0, 1.0),
     mask: Tensor | None = None,
     scale: Tensor | None = None,
@@ -248,7 +253,7 @@ def minimum_pgd(
     inputs
         Floating point, ``(N, ...)`` of any rank from 2, within ``bounds``.
     labels
-        True class indices ``(N,)``.
+        Class indices ``(N,)``: true labels, or the targets when ``targeted``.
     norm
         What is minimised: ``"l1"``, ``"l2"`` or ``"linf"``.
     steps
@@ -266,6 +271,8 @@ def minimum_pgd(
     targets
         Among how many other classes to find the nearest, the most likely first: a gradient each,
         before the first step.
+    targeted
+        Search for the closest inputs classified as ``labels``; ``targets`` does not matter then.
     bounds, mask
         As in `advfeat.pgd`.
     scale
@@ -310,6 +317,7 @@ def minimum_pgd(
         step_size=step_size,
         noise=noise,
         targets=targets,
+        targeted=targeted,
         bounds=bounds,
         mask=mask,
         scale=scale,

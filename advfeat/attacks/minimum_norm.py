@@ -50,8 +50,10 @@ def step_direction(gradient: Tensor, norm: Norm) -> Tensor:
     return threat.steepest(gradient, "linf" if norm == "linf" else "l2")
 
 
-def lead_of(targets: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """Objective: the targets' logits less the labels'."""
+def lead_of(targets: Tensor, labels: Tensor, targeted: bool = False) -> Callable[[Tensor], Tensor]:
+    """Objective: the targets' logits less the labels', or less the largest other one."""
+    if targeted:
+        return lambda logits: losses.margin_to_target(logits, targets)
     pairs = torch.stack([targets, labels], 1)
 
     def lead(logits: Tensor) -> Tensor:
@@ -86,7 +88,12 @@ def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
 
 
 def linearised_distances(
-    net: Network, batch: Batch, classes: Tensor, norm: Norm, bounds: FeatureBounds
+    net: Network,
+    batch: Batch,
+    classes: Tensor,
+    norm: Norm,
+    bounds: FeatureBounds,
+    targeted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """How far each class is by its gradient at the clean input, and what its logit lacks there.
 
@@ -95,7 +102,7 @@ def linearised_distances(
     """
     distances, gaps = [], []
     for target in classes.unbind(1):
-        found, _ = evaluated(net, batch.inputs, lead_of(target, batch.labels))
+        found, _ = evaluated(net, batch.inputs, lead_of(target, batch.labels, targeted))
         gaps.append(-found.value.to(batch.inputs.dtype))
         distances.append(_distance(batch.inputs, found.gradient, gaps[-1], norm, bounds))
     return torch.stack(distances, 1), torch.stack(gaps, 1)

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from toys import DUAL, NORMS, batch, curved, predicted, sizes
 
 from advfeat import attacks
-from advfeat.attacks import APGD, FAB, FMN, PGD, AutoAttack, SmoothedPGD, Square
+from advfeat.attacks import APGD, FAB, FMN, PGD, AutoAttack, MinimumPGD, SmoothedPGD, Square
 from advfeat.metrics import transfer_matrix
 
 WIDE = (-50.0, 50.0)
@@ -60,7 +60,7 @@ def test_a_targeted_attack_reaches_the_face_of_the_ball_towards_the_target(name,
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", [FAB, FMN])
+@pytest.mark.parametrize("kind", [FAB, FMN, MinimumPGD])
 def test_a_targeted_minimum_norm_attack_finds_the_distance_of_the_target(kind, norm):
     model, x = three_classes(offset=1.0), inputs()
     labels = predicted(model, x)

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from advfeat import losses
 from advfeat.attacks.restricted import restricted
-from advfeat.attacks.samples import Batch, concat_samples, sample_count, select_samples
+from advfeat.attacks.samples import (
+    Batch,
+    concat_samples,
+    sample_count,
+    sample_shapes,
+    select_samples,
+)
 from advfeat.model import Network
 
 ROBUST = -1
@@ -295,8 +301,15 @@ def worst_case(
     place in the pool of the next. Memory holds the pools alone, however many samples there are and
     whatever becomes of them: verdicts are given as they fall.
     """
-    entries = _numbered(batches)
     attacks = [restricted(attack) for attack in attacks]
+    # Samples of one shape after the other, where batches are padded to lengths of their own.
+    for _, entries in itertools.groupby(_numbered(batches), lambda e: sample_shapes(e.batch)):
+        yield from _worst_case(attacks, net, entries, pool_size)
+
+
+def _worst_case(
+    attacks: Sequence[Steps], net: Network, entries: Iterator[_Entry], pool_size: int
+) -> Iterator[Verdict]:
     if not attacks:
         for place, batch in entries:
             nobody, nothing = torch.full_like(batch.ids, ROBUST), batch.inputs[:0].flatten()

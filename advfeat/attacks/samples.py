@@ -70,6 +70,11 @@ def _rebuilt(like: Any, fields: list[Any]) -> Any:
     return type(like)(*fields) if hasattr(like, "_fields") else tuple(fields)
 
 
+def sample_shapes(batch: Batch) -> tuple[torch.Size, ...]:
+    """Shapes of a sample and its further arguments: samples of others cannot share a batch."""
+    return tuple(field.shape[1:] for field in (batch.inputs, *(batch.extras or {}).values()))
+
+
 def sample_count(samples: Any) -> int:
     """Number of samples: the length of the first tensor."""
     if isinstance(samples, Tensor):

@@ -248,6 +248,9 @@ class CleanPass:
             self._right.extend(right.tolist())
             if self._inputs is not None:
                 self._inputs.append(batch.inputs.cpu())
+                first, last = self._inputs[0].shape[1:], self._inputs[-1].shape[1:]
+                if first != last:
+                    checks.fail("keep_inputs", True, f"inputs of two shapes, {first} and {last}")
             yield batch, right
 
     def resisting(self, net: Network) -> Iterator[Batch]:

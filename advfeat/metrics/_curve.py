@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from advfeat.attacks import FAB, Attack, Batch, MinimumPGD, SmoothedPGD
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.minimum_norm import MinimumNorm, rounding
 from advfeat.attacks.restricted import entered
-from advfeat.attacks.samples import concat_samples, select_samples
+from advfeat.attacks.samples import concat_samples, sample_shapes, select_samples
 from advfeat.attacks.settings import own_bounds, own_mask
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
@@ -222,8 +223,15 @@ def _chunks(clean: CleanPass, net: Network, size: int) -> Iterator[tuple[Batch, 
 
     Some models take one batch size alone.
     """
+    for _, batches in itertools.groupby(clean.resisting(net), sample_shapes):
+        yield from _chunks_of_one_shape(batches, clean, size)
+
+
+def _chunks_of_one_shape(
+    batches: Iterable[Batch], clean: CleanPass, size: int
+) -> Iterator[tuple[Batch, int]]:
     held: list[Batch] = []
-    for batch in clean.resisting(net):
+    for batch in batches:
         held.append(batch)
         while (count := sum(len(part.ids) for part in held)) >= size:
             whole = concat_samples(*held)

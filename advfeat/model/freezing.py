@@ -139,8 +139,13 @@ def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
         )
 
 
-def check_no_inference_tensors(module: nn.Module) -> None:
+def check_tensors(module: nn.Module) -> None:
+    """Raise an error for parameters and buffers that hold no values, or that can enter no gradient."""
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            checks.fail("model", name, "not initialised yet; call the model once on some inputs")
+        if tensor.is_meta:
+            checks.fail("model", name, "on the meta device, without values; load the weights first")
         if tensor.is_inference():
             checks.fail(
                 "model",

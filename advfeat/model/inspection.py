@@ -230,14 +230,16 @@ def _warn_of_changing_outputs(
     every = torch.arange(count, device=inputs.device)
     changed = differ(exchanged, same)
     is_random = (changed and drew) or any(
-        differ(inputs, every) for _ in range(8 if drew else int(changed))
+        # More than one call: a model may alternate.
+        differ(inputs, every)
+        for _ in range(16 if drew else 2 * changed)
     )
     if is_random:
         checks.warn(
-            "the model is random: two calls on the same inputs differ (noise, random crops, or "
-            "dropout that is on in evaluation mode). An attack then keeps the worst of many "
-            "draws; use expectation=k to attack and judge the average of k calls, or switch the "
-            "randomness off",
+            "the model is random: two calls on the same inputs differ (noise, random crops, "
+            "dropout that is on in evaluation mode, or a state that calls change). An attack then "
+            "keeps the worst of many draws; use expectation=k to attack and judge the average of k "
+            "calls, or switch the randomness off",
             topic="random",
         )
     elif changed:

@@ -26,7 +26,7 @@ from advfeat.model.formats import (
     supported_precision,
 )
 from advfeat.model.freezing import (
-    check_no_inference_tensors,
+    check_tensors,
     copy_for_thread,
     frozen,
     is_compiled,
@@ -415,7 +415,7 @@ def attackable(
     checks.one_of("precision", precision, checks.PRECISIONS)
     checks.count("expectation", expectation, low=1)
     module = unwrapped(module)
-    check_no_inference_tensors(module)
+    check_tensors(module)
     layer = find_layer(module, layer)
     if threading.current_thread() is not threading.main_thread():
         module, layer = copy_for_thread(module, layer)

@@ -454,11 +454,11 @@ def test_one_large_batch_is_not_copied_for_every_sample_that_leaves():
 
     def begin(batch):
         begun.append(batch.inputs)
-        return batch.ids, attack_of().init(net, batch)
+        return batch, attack_of().init(net, batch)
 
     with attackable(model) as net:
         pool = Pool(attack_of(), net, 16, begin)
-        left = [ids for ids, _ in drive(pool, [whole])]
+        left = [kept.ids for kept, _ in drive(pool, [whole])]
     assert torch.equal(torch.cat(left).sort().values, whole.ids)
     storage = whole.inputs.untyped_storage().data_ptr()
     assert all(part.untyped_storage().data_ptr() == storage for part in begun)

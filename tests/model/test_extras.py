@@ -311,6 +311,29 @@ def test_ways_to_name_arguments(kind):
         assert ((plain(made, mask).argmax(1) == y) == exact).float().mean() > 0.95
 
 
+def test_batches_padded_to_lengths_of_their_own():
+    """Each batch is as long as its longest sequence; results are those of one long batch."""
+    model, x, lengths, y = case(Recurrent)
+    batches = []
+    for i in range(0, COUNT, 2):
+        part = slice(i, i + 2)
+        longest = int(lengths[part].max())
+        batches.append({"inputs": x[part, :longest], "labels": y[part], "lengths": lengths[part]})
+    assert len({batch["inputs"].shape for batch in batches}) > 1
+    data = Entries(x, y, lengths=lengths)
+    attack = attacks.APGD(eps=EPS, norm="linf", steps=5, seed=0)
+    found, expected = (
+        af.robust_accuracy(model, given, attack=attack, batch_size=6) for given in (batches, data)
+    )
+    assert torch.equal(found.correct, expected.correct)
+    assert 0 < found.count < COUNT
+    with pytest.raises(ValueError, match="keep_inputs=True: inputs of two shapes"):
+        af.robust_accuracy(model, batches, attack=attack, keep_inputs=True)
+    fmn = attacks.FMN(norm="linf", steps=10)
+    curves = (robustness_curve(model, given, norm="linf", attack=fmn) for given in (batches, data))
+    torch.testing.assert_close(*(curve.distance for curve in curves))
+
+
 def test_an_entry_that_is_no_tensor():
     model, x, _, y = case(Masked)
     data = Entries(x, y, attention_mask=["all"] * COUNT)

@@ -349,3 +349,30 @@ def test_saturated_probabilities_of_one_class_are_recognised():
     model = Function(after=lambda z: (z + torch.tensor([500.0, 0, 0, 0])).softmax(1))
     with pytest.warns(ResultWarning, match="probabilities"):
         af.pgd(model, X, torch.zeros(24, dtype=torch.int64), eps=0.01, norm="linf", steps=1)
+
+
+class Alternating(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model, self.calls = linear(4), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.model(x) * (-1) ** self.calls
+
+
+def test_a_model_that_alternates_is_not_said_to_depend_on_its_batch():
+    with pytest.warns(ResultWarning, match="two calls on the same inputs differ"):
+        af.accuracy(Alternating(), TensorDataset(X, torch.zeros(24, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize(
+    ("model", "cause"),
+    [
+        (nn.LazyLinear(3), "not initialised"),
+        (nn.Linear(12, 3, device="meta"), "without values"),
+    ],
+)
+def test_models_without_weights(model, cause):
+    with pytest.raises(ValueError, match=rf"model='weight': .*{cause}"):
+        af.accuracy(model, TensorDataset(X, torch.zeros(24, dtype=torch.int64)))

@@ -1,0 +1,133 @@
+"""The examples of docs/models.md that need other libraries; no warnings for healthy models."""
+
+import importlib
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import advfeat as af
+
+PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+
+
+def library(name, attribute):
+    """A library that can be imported and is no folder of the same name; else skip."""
+    try:
+        found = importlib.import_module(name)
+        if hasattr(found, attribute):
+            return found
+    except Exception as error:  # one that does not fit its own dependencies
+        pytest.skip(f"{name}: {error}")
+    pytest.skip(f"{name} is another module")
+
+
+def example(title):
+    section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return re.findall(r"^```py\n(.*?)^```", section, re.S | re.M)
+
+
+def names():
+    torch.manual_seed(0)
+    data = TensorDataset(torch.rand(12, 3, 8, 8), torch.arange(12) % 10)
+    return {"af": af, "torch": torch, "data": data}
+
+
+def run(title, **others):
+    namespace = names() | others
+    for block in example(title):
+        exec(compile(block, title, "exec"), namespace)
+    return namespace
+
+
+def test_timm():
+    library("timm", "create_model")
+    data = TensorDataset(torch.rand(4, 3, 32, 32), torch.arange(4))
+    run("timm", data=data)
+
+
+def test_transformers():
+    library("transformers", "ViTForImageClassification")
+    found = run("Hugging Face transformers")
+    assert found["text"].total == 12
+
+
+def test_onnx(tmp_path, monkeypatch):
+    library("onnx", "load")
+    library("onnx2torch", "convert")
+    library("onnxscript", "script")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 10)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, (torch.rand(12, 3, 8, 8),), "model.onnx", verbose=False)
+    found = run("ONNX")
+    data = found["data"]
+    for measure in (af.accuracy, lambda *a, **k: af.robust_accuracy(
+        *a, eps=4 / 255, norm="linf", steps=2, **k
+    )):  # fmt: skip
+        own, converted = (measure(m, data, batch_size=12) for m in (model, found["classifier"]))
+        assert torch.equal(own.correct, converted.correct)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(4, 8, 2, batch_first=True, dropout=0.2, bidirectional=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def vision(name, size, **settings):
+    timm = library("timm", "create_model")
+    model = timm.create_model(name, pretrained=False, num_classes=10, **settings)
+    return model, torch.rand(6, 3, size, size)
+
+
+def language(kind):
+    transformers = library("transformers", "ViTForImageClassification")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {"intermediate_size": 64, "num_labels": 4}
+    if kind == "ViT":
+        config = transformers.ViTConfig(image_size=16, patch_size=8, **small)
+        return transformers.ViTForImageClassification(config), torch.rand(6, 3, 16, 16)
+    config = transformers.BertConfig(vocab_size=20, **small)
+    return transformers.BertForSequenceClassification(config), torch.rand(6, 5, 32)
+
+
+MODELS = {
+    "LSTM": lambda: (Recurrent(), torch.rand(6, 5, 4)),
+    "timm ViT": lambda: vision("vit_tiny_patch16_224", 32, img_size=32, patch_size=8),
+    "timm ConvNeXt": lambda: vision("convnext_atto", 64),
+    "timm ResNet": lambda: vision("resnet18", 32),
+    "timm MobileNet": lambda: vision("mobilenetv3_small_050", 32),
+    "transformers ViT": lambda: language("ViT"),
+    "transformers BERT": lambda: language("BERT"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_no_warning_for_healthy_models(name, dtype):
+    torch.manual_seed(0)
+    model, x = MODELS[name]()
+    model = model.to(dtype).eval()
+    with torch.no_grad():
+        out = model(inputs_embeds=x.to(dtype)) if "BERT" in name else model(x.to(dtype))
+    y = getattr(out, "logits", out).argmax(1)
+    data = TensorDataset(x, y)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", af.checks.ResultWarning)
+        assert af.accuracy(model, data) == 1.0
+        af.pgd(model, x, y, eps=0.01, norm="linf", steps=2)
+        af.robust_accuracy(model, data, eps=0.01, norm="linf", steps=2)
+        af.construct_det_dataset(model, data, eps=0.1, steps=2)

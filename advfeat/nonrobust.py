@@ -47,6 +47,24 @@ def construct_nonrobust_dataset(
     Training on the result gives a model that is accurate and not robust. The arguments, the result
     and the errors are those of `advfeat.construct_robust_dataset`.
 
+    Parameters
+    ----------
+    model
+        A standard model; any module.
+    data, layer, start, starts, steps, step_size, momentum, bounds, seed, patience, \
+    straight_through, batch_size, precision, compile, progress, out, dtype
+        As in `advfeat.construct_robust_dataset`.
+
+    Returns
+    -------
+    ConstructedDataset
+        As in `advfeat.construct_robust_dataset`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch
@@ -213,6 +231,11 @@ compile, expectation, progress, out, dtype
     -------
     ConstructedDataset
         As in `construct_det_dataset`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

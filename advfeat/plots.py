@@ -116,6 +116,15 @@ def bars(
     ax
         Axes to draw into, in place of a new figure.
 
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> from advfeat import plots
@@ -233,6 +242,15 @@ def curves(
     ax
         Axes to draw into, in place of a new figure: one for accuracies, one for other quantities.
 
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> from advfeat import plots
@@ -328,6 +346,15 @@ def robustness_curves(
     ax
         Axes to draw into, in place of a new figure.
 
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch
@@ -386,6 +413,15 @@ def samples(
         For samples by name, what stands under each image.
     bounds
         Values drawn black and white.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------
@@ -463,6 +499,15 @@ def differences(
         Factor of the difference; by default the one that takes its largest entry to black or white.
     bounds
         Values drawn black and white.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

@@ -78,6 +78,11 @@ def wilson_interval(count: int, total: int, level: float = 0.95) -> Interval:
     tuple of float
         Low and high end.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> low, high = wilson_interval(3, 4)
@@ -107,6 +112,11 @@ def binomial_test(count: int, total: int, chance: float) -> float:
     -------
     float
         P(X >= count) for X binomial.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------
@@ -212,6 +222,11 @@ def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
         variance is that between the means of samples plus that between the means of models,
         each over its number, and the degrees of freedom are Satterthwaite's.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> right = torch.tensor([[True, True, True, False], [True, False, True, False]])
@@ -258,6 +273,11 @@ def correlation_interval(correlation: float, count: int, level: float = 0.95) ->
     tuple of float
         Low and high end.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> low, high = correlation_interval(0.9, 6)
@@ -298,6 +318,11 @@ def bootstrap_interval(
     tuple of float
         Low and high end.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> low, high = bootstrap_interval(torch.arange(100.0), torch.mean, seed=0)
@@ -336,6 +361,11 @@ def holm(p_values: Sequence[float] | Tensor) -> Tensor:
     -------
     Tensor
         float64 of the same shape, at most 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

@@ -1,52 +1,93 @@
-"""Make notebooks/quickstart.ipynb from examples/quickstart.py, and run it (minutes).
+"""Run the notebooks: from notebooks/NAME.txt make notebooks/NAME.ipynb and the page NAME.md.
 
-    pip install -e ".[examples]" nbformat nbclient ipykernel && python docs/notebook.py
+    pip install -e ".[examples]" nbformat nbclient ipykernel && python docs/notebook.py [NAME ...]
 
-The docstring and the comments between paragraphs become text, the code below each a cell.
+A source is text and code, divided by lines "%% text" and "%% code"; the line "@prelude" stands for
+notebooks/prelude.txt. Pictures of the page are in figures/notebooks.
 """
 
+import base64
 import re
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).parents[1]
-OUT = ROOT / "docs/notebooks/quickstart.ipynb"
-# A cell has no command line, and shows its pictures in place of writing files.
-CHANGES = [
-    ("parser.parse_args()", "parser.parse_args([])"),
-    ("found.plot()\nplt.savefig(options.out, dpi=110)\n", "\n# The accuracies.\nfound.plot()\n"),
-    ("found.save_report(options.report)\n", "\n# Samples of every set.\nfound.pictures()\n"),
-    ('print(f"figure: {options.out}, report: {options.report}")\n', ""),
-]
-PARAGRAPH = re.compile(r"\n\n((?:# .*\n)+)")
+DOCS = Path(__file__).parent
+FOLDER, FIGURES = DOCS / "notebooks", DOCS / "figures/notebooks"
+NAMES = ("attack", "evaluation", "robust_training", "datasets", "transfer", "tabular")
+HIDDEN = "%matplotlib inline\nimport torch\ntorch.set_num_threads(1)"
+USED = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
 
 
-def notebook() -> nbformat.NotebookNode:
-    _, docstring, code = (ROOT / "examples/quickstart.py").read_text().split('"""', 2)
-    for old, new in CHANGES:
-        assert old in code, old
-        code = code.replace(old, new)
-    title, text = docstring.split("\n", 1)
-    about = text[text.index("A scaled-down") :].strip()  # after the command line
-    said = [f"# {title}\n\n{about}"]
-    first, *rest = PARAGRAPH.split(code)
-    said += [comment.replace("# ", "").strip() for comment in rest[::2]]
-    cells = []
-    for words, done in zip(said, [first + "\n%matplotlib inline", *rest[1::2]], strict=True):
-        cells.append(nbformat.v4.new_markdown_cell(words))
-        cells.append(nbformat.v4.new_code_cell(done.strip()))
+def parts(name: str) -> list[tuple[str, str]]:
+    """Kind and text of every cell."""
+    source = (FOLDER / f"{name}.txt").read_text()
+    prelude = (FOLDER / "prelude.txt").read_text()
+    cells = [("text", source.split("%% ", 1)[0])]
+    for kind, text in re.findall(r"^%% (\w+)\n(.*?)(?=^%% |\Z)", source, re.S | re.M):
+        cells.append((kind, text.replace("@prelude\n", prelude)))
+    return [(kind, text.strip()) for kind, text in cells]
+
+
+def executed(name: str) -> Any:
+    """The notebook with its outputs, and its run time in the first cell."""
+    make = {"text": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    cells = [make[kind](text) for kind, text in parts(name)]
+    ends = [nbformat.v4.new_code_cell(HIDDEN), *cells, nbformat.v4.new_code_cell(USED)]
+    notebook = nbformat.v4.new_notebook(cells=ends)
+    NotebookClient(notebook, timeout=1800, kernel_name="python3").execute()
+    seconds = float(notebook.cells.pop().outputs[0].text)
+    notebook.cells.pop(0)
+    date = time.strftime("%Y-%m-%d")
+    cells[0].source += f"\n\nRun time: {seconds:.0f} s on one CPU core ({date})."
     for place, cell in enumerate(cells):
-        cell.id = f"cell-{place}"  # not random: the same notebook from the same example
-    return nbformat.v4.new_notebook(cells=cells)
+        cell.id = f"cell-{place}"  # not random: the same notebook from the same source
+        cell.metadata.clear()
+        if cell.cell_type == "code":
+            kept = [o for o in cell.outputs if o.get("name") != "stderr"]  # progress bars
+            # Jupyter shows a figure as the value of the cell and once more by pyplot.
+            shown = [o.get("data", {}).get("image/png") for o in kept]
+            kept = [o for at, o in enumerate(kept) if not shown[at] or shown[at] not in shown[:at]]
+            cell.outputs, cell.execution_count = kept, place
+            for output in kept:
+                if "execution_count" in output:
+                    output["execution_count"] = place
+    return notebook
+
+
+def page(name: str, notebook: Any) -> str:
+    """The notebook as a page of the site."""
+    written: list[str] = []
+    for place, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            written.append(cell.source)
+            continue
+        code = cell.source.replace("    display(figure)", "    # display(figure), in Jupyter")
+        written.append(f"```python\n{code}\n```")
+        printed = ""
+        for number, output in enumerate(cell.outputs):
+            data = output.get("data", {})
+            if "image/png" in data:
+                file = FIGURES / f"{name}_{place}_{number}.png"
+                file.write_bytes(base64.b64decode(data["image/png"]))
+                written.append(f"![Figure of the block above](../figures/notebooks/{file.name})")
+            else:
+                printed += output.get("text") or data.get("text/plain", "")
+        if printed:
+            written.append(f"```text\n{printed.strip()}\n```")
+    written.append(f"[Download this notebook]({name}.ipynb)")
+    return "\n\n".join(written) + "\n"
 
 
 if __name__ == "__main__":
-    made = notebook()
-    NotebookClient(made, timeout=3600, kernel_name="python3").execute()
-    for cell in made.cells:
-        cell.metadata.clear()  # the times of the run
-    OUT.parent.mkdir(exist_ok=True)
-    nbformat.write(made, OUT)
-    print(f"{OUT}: {OUT.stat().st_size / 1000:.0f} kB")
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[1:] or NAMES:
+        notebook = executed(name)
+        file = FOLDER / f"{name}.ipynb"
+        nbformat.write(notebook, file)
+        (FOLDER / f"{name}.md").write_text(page(name, notebook))
+        print(f"{file}: {file.stat().st_size / 1000:.0f} kB", flush=True)

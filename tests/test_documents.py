@@ -1,8 +1,8 @@
 """Every Python block of the README and of docs/ runs, in the order of the page.
 
-The pages of the guide run in one session, as a reader would paste them, but on fewer digits,
-with fewer epochs and steps; `tests/benchmarks/newcomer.py` runs them as they are. Any other page
-has a session of its own.
+The pages of the guide run in one session, as a reader would paste them, and notebooks each in
+their own: on fewer digits, with fewer epochs and steps. `tests/benchmarks/newcomer.py` runs the
+guide as it is. Any other page has a session of its own.
 """
 
 import ast
@@ -38,6 +38,9 @@ FEWER = [
     ("1437", "96"),
     (r"range\(200\)", "range(20)"),
     (r"eps in \(.*\)", "eps in (0.5,)"),
+    (r"\[:1200\]", "[:96]"),  # of the notebooks
+    (r"1200:1500", "1200:1232"),
+    (r"range\(100\)", "range(10)"),
 ]
 
 
@@ -62,7 +65,15 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = yours()
     for block in blocks(page):
-        exec(compile(block, page.name, "exec"), namespace)
+        exec(compile(shortened(block, page), page.name, "exec"), namespace)
+
+
+def shortened(block, page):
+    """Fewer samples, epochs and steps, in the guide and the notebooks."""
+    if page in GUIDE or page.parent.name == "notebooks":
+        for longer, shorter in FEWER:
+            block = re.sub(longer, shorter, block)
+    return block
 
 
 @pytest.mark.slow
@@ -77,9 +88,7 @@ def test_the_blocks_of_the_guide_run_one_after_another(tmp_path, monkeypatch):
     namespace = {}
     for page in GUIDE:
         for block in blocks(page):
-            for longer, shorter in FEWER:
-                block = re.sub(longer, shorter, block)
-            exec(compile(block, page.name, "exec"), namespace)
+            exec(compile(shortened(block, page), page.name, "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -203,3 +212,23 @@ def test_the_readme_is_short():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") < 150
     assert "## How fast" in readme
+
+
+def test_every_address_has_the_same_owner():
+    owner = re.compile(r"(?:github\.com/|https://)([\w-]+)(?:/|\.github\.io/)advfeat\b")
+    files = [
+        ROOT / name for name in ("pyproject.toml", ".mkdocs.yml", "docs/CITATION.cff", "README.md")
+    ]
+    found = {name for file in files for name in owner.findall(file.read_text())}
+    assert len(found) == 1, f"set it with docs/owner.py: {found}"
+
+
+def test_every_notebook_was_run():
+    sources = sorted((ROOT / "docs/notebooks").glob("*.txt"))
+    names = [source.stem for source in sources if source.stem != "prelude"]
+    assert len(names) >= 6
+    for name in names:
+        page = (ROOT / f"docs/notebooks/{name}.md").read_text()
+        assert re.search(r"^Run time: \d+ s", page, re.M), name
+        assert (ROOT / f"docs/notebooks/{name}.ipynb").exists()
+        assert f"notebooks/{name}.md" in SITE

@@ -121,6 +121,16 @@ def alignment(
     seed
         Of the random points; None draws one number from torch's default generator.
 
+    Returns
+    -------
+    Alignment
+        Cosines of every model, and the gradients themselves for pictures.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch
@@ -271,6 +281,16 @@ def layer_robustness(
         Of PGD from a random start (at the input itself the distance has no gradient).
     seed
         Of the starts; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    LayerRobustness
+        R(g) of each layer.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

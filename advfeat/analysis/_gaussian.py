@@ -285,6 +285,11 @@ def gaussian(
     GaussianStudy
         The learned parameters at each radius; prints as a table, plots as figure 4.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> from advfeat import analysis
@@ -326,6 +331,16 @@ def fit_gaussian(
         Of Adam; the rate falls to zero along a cosine.
     attack_steps
         Steps of gradient ascent in each.
+
+    Returns
+    -------
+    Gaussian
+        The model that adversarial training found.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

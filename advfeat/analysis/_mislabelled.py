@@ -145,6 +145,16 @@ def mislabelled(
     learn
         ``dataset -> model``: makes a model and trains it on the mistakes.
 
+    Returns
+    -------
+    Mislabelled
+        Accuracy after learning from the mistakes, with its interval.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

@@ -102,6 +102,16 @@ def spectrum(
     eps, norm, steps, bounds
         Of PGD.
 
+    Returns
+    -------
+    Spectrum
+        Energy of images and perturbations by frequency and by scale.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch
@@ -242,6 +252,16 @@ def filtered_accuracy(
         Cycles a pixel, at least 0; the corner of the spectrum is at 0.71. Low-pass keeps
         frequencies up to it, high-pass those above.
 
+    Returns
+    -------
+    FilteredAccuracy
+        Accuracy of every model on low-pass and high-pass images, for each cutoff.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch
@@ -351,6 +371,16 @@ def fourier_sensitivity(
         l2 size of the wave in each channel, in the units of the inputs.
     seed
         Of the signs; None draws one number from torch's default generator.
+
+    Returns
+    -------
+    FourierSensitivity
+        Error of the model under each wave of the Fourier basis.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

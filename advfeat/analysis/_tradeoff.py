@@ -85,6 +85,16 @@ def tradeoff(
     attack
         What every model is attacked with, the same for all: ``PGD(eps=0.5, norm="l2", steps=20)``.
 
+    Returns
+    -------
+    Tradeoff
+        Accuracy and robust accuracy for each radius of training.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch
@@ -200,6 +210,16 @@ def robust_dataset_cost(
         What every model is attacked with.
     construct
         ``(robust model, data) -> dataset``; by default `advfeat.construct_robust_dataset`.
+
+    Returns
+    -------
+    RobustDatasetCost
+        Accuracy, robust accuracy and seconds of each way of training.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

@@ -252,6 +252,11 @@ def just_bugs(
     ConstructedDataset
         As `advfeat.construct_det_dataset` gives; ``success`` is that of fooling ``model``.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

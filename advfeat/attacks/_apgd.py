@@ -405,6 +405,11 @@ def apgd(
     Tensor
         A success where one was found, else the iterate of the largest objective; as in `pgd`.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

@@ -436,6 +436,22 @@ def fgsm(
     The arguments are those of `pgd`. ``step_size`` defaults to ``eps``; with ``random_start`` the
     fast adversarial training of Wong et al. (2020) uses ``1.25 * eps``.
 
+    Parameters
+    ----------
+    model, inputs, labels, eps, norm, step_size, targeted, random_start, loss, bounds, seed, \
+    precision
+        As in `pgd`; ``step_size`` defaults to ``eps``.
+
+    Returns
+    -------
+    Tensor
+        Adversarial inputs with the shape, dtype and device of ``inputs``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

@@ -162,6 +162,11 @@ def invert(
     Tensor
         The last iterates, the shape of ``start``, float32 (float64 for float64 inputs).
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

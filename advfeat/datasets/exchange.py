@@ -75,10 +75,28 @@ def export_released(dataset: ConstructedDataset, folder: Folder) -> None:
     Fields of samples and bounds go into two further files, which readers of the release leave
     alone. Nothing appears under the name until all of it is written.
 
+    Parameters
+    ----------
+    dataset
+        Any constructed dataset.
+    folder
+        Must not exist.
+
+    Returns
+    -------
+    None
+
     Raises
     ------
     FileExistsError
         The folder exists.
+
+    Examples
+    --------
+    >>> from advfeat.datasets import export_released, import_released
+    >>> export_released(dataset, "d_robust")  # doctest: +SKIP
+    >>> len(import_released("d_robust"))  # doctest: +SKIP
+    50000
     """
     parts = [dataset.subset(slice(at, at + _BATCH)) for at in range(0, len(dataset), _BATCH)]
     with whole_folder(folder) as partial:
@@ -114,6 +132,12 @@ def import_images(folder: Folder) -> ConstructedDataset:
         pillow is missing.
     ValueError
         There is no image, a file is no image, or one is of another size.
+
+    Examples
+    --------
+    >>> from advfeat.datasets import import_images
+    >>> import_images("pngs").labels.unique()  # doctest: +SKIP
+    tensor([0, 1, 2])
     """
     image_module = _pillow()
     folder = as_path(folder)
@@ -171,6 +195,17 @@ def export_images(dataset: ConstructedDataset, folder: Folder) -> None:
     ``ImageFolder`` reads the folder; its labels are places among the classes that occur. Bounds and
     fields are kept in two further files. Needs pillow.
 
+    Parameters
+    ----------
+    dataset
+        With images of one or three channels.
+    folder
+        Must not exist.
+
+    Returns
+    -------
+    None
+
     Raises
     ------
     FileExistsError
@@ -179,6 +214,13 @@ def export_images(dataset: ConstructedDataset, folder: Folder) -> None:
         pillow is missing.
     ValueError
         The images do not have one or three channels.
+
+    Examples
+    --------
+    >>> from advfeat.datasets import export_images, import_images
+    >>> export_images(dataset, "pngs")  # doctest: +SKIP
+    >>> import_images("pngs").images.shape  # doctest: +SKIP
+    torch.Size([50000, 3, 32, 32])
     """
     image_module = _pillow()
     shape = tuple(dataset.fields["images"].shape)

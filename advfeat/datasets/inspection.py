@@ -248,6 +248,11 @@ def noise_control(
     ConstructedDataset
         In memory: ``images``, ``labels``, ``index`` and ``size``.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch
@@ -293,6 +298,11 @@ def moved_control(
     ConstructedDataset
         In memory: ``images``, ``labels``, ``index``, ``size`` and ``moved_from``, the sample of
         ``dataset`` that the perturbation is from.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
 
     Examples
     --------

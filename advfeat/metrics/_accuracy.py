@@ -66,6 +66,11 @@ def accuracy(
 
     A sample with NaN among its logits is wrong.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

@@ -153,6 +153,11 @@ def diagnose(
         ``more_steps_help``: fraction that APGD fools by 100 steps from 2 starts and not by 25.
         ``large_eps_resists``: accuracy under PGD in a ball that covers the whole valid range.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

@@ -28,6 +28,11 @@ def crop_flip(images: Tensor, padding: int = 4) -> Tensor:
     Tensor
         Shape, dtype and device of ``images``.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, its value and the usual cause.
+
     Examples
     --------
     >>> import torch

@@ -38,6 +38,7 @@ th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align:
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 img { max-width: 100%; height: auto; background: #fff; }
 pre { overflow-x: auto; background: var(--soft); padding: 1rem; }
+@media (max-width: 32rem) { th, td { padding: .3rem .45rem; } body { margin-top: 1rem; } }
 .note { color: var(--grey); } summary { cursor: pointer; }
 """
 

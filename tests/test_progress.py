@@ -113,3 +113,29 @@ def test_total_unknown(monkeypatch, clock):
         meter.update(7)
     assert "read 7, 0:01" in shown.getvalue()
     assert "left" not in shown.getvalue()
+
+
+def test_evaluations_name_the_attack_and_count_samples(monkeypatch):
+    import torch
+    from torch.utils.data import TensorDataset
+
+    import advfeat as af
+    from advfeat.metrics import diagnose, robustness_curve
+
+    monkeypatch.setattr(progress, "_REDRAW", 0.0)
+    model = torch.nn.Linear(6, 3)
+    inputs = torch.rand(20, 6, generator=torch.Generator().manual_seed(0))
+    labels = model(inputs).argmax(1)
+    labels[:3] = (labels[:3] + 1) % 3  # wrong without an attack
+    data, ball = TensorDataset(inputs, labels), {"eps": 0.02, "norm": "linf"}
+    for run, said in (
+        (lambda: af.robust_accuracy(model, data, **ball, seed=0), "robust accuracy 20/20 samples"),
+        (lambda: robustness_curve(model, data, norm="l2"), "robustness curve 20/20 samples"),
+        (lambda: robustness_curve(model, data, norm="l2"), "attack=FAB 3/3"),
+        (lambda: diagnose(model, data, **ball, seed=0), "diagnose 7/7"),
+        (lambda: af.report(model, data, **ball, budget=2), "report: robust accuracy"),
+    ):
+        shown = stream(monkeypatch, Terminal)
+        run()
+        assert said in shown.getvalue()
+        assert "\n" not in shown.getvalue()

@@ -22,7 +22,7 @@ from advfeat.metrics._masking import ZeroGradients, masking_signs
 from advfeat.metrics._outcome import WRONG, Accuracy, RobustAccuracy
 from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable, device_of
-from advfeat.progress import with_progress
+from advfeat.progress import Meter, with_progress
 from advfeat.suggestions import suggests
 from advfeat.threat import FeatureBounds, Norm
 
@@ -178,19 +178,25 @@ def robust_accuracy(
     shared = SharedSamples(source, "robust_accuracy")
     attacks = choose_attacks(attack, eps, norm, steps, bounds, shared.seed(seed), mask)
     progress = progress if shared.process.is_first else False
-    clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", progress, keep_inputs)
+    clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", False, keep_inputs)
     zero_gradients = ZeroGradients(attacks)
     ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
     unmoved = 0
     # In a ball of radius 0 a random model would be asked again until it is wrong.
     moving = attacks if any(map(can_move, attacks)) else ()
     settings: dict[str, Any] = {"precision": precision, "compile": compile}
-    with attackable(model, expectation=expectation, **settings) as net:
+    total = None if source.is_stream else len(source)
+    with (
+        Meter(progress, "robust accuracy", total, unit="samples") as meter,
+        attackable(model, expectation=expectation, **settings) as net,
+    ):
         for verdict in pool.worst_case(moving, net, clean.resisting(net), source.pool_size):
             zero_gradients.add(net, verdict)
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
             values.extend(verdict.value.tolist())
+            attack_now = type(attacks[max(broken[-1], -1)]).__name__
+            meter.update(clean.settled(len(verdict.ids)), {"attack": attack_now})
             adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
             still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
             unmoved += int(still.sum())
@@ -237,7 +243,8 @@ class CleanPass:
             progress=progress,
         )
         self._bounds, self._batch_size = bounds, source.pool_size
-        self._index, self._right = array("q"), array("b")
+        self._index, self._right, self._counted = array("q"), array("b"), 0
+        self._wrong = 0
         self._inputs: list[Tensor] | None = [] if keep_inputs else None
 
     def read(self, net: Network) -> Iterator[tuple[Batch, Tensor]]:
@@ -250,7 +257,9 @@ class CleanPass:
             with net.given(batch.extras):
                 right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
             self._index.extend(rows.ids.tolist())
-            self._right.extend(right.tolist())
+            outcomes = right.tolist()
+            self._right.extend(outcomes)
+            self._wrong += len(outcomes) - sum(outcomes)
             if self._inputs is not None:
                 self._inputs.append(batch.inputs.cpu())
                 first, last = self._inputs[0].shape[1:], self._inputs[-1].shape[1:]
@@ -263,6 +272,11 @@ class CleanPass:
         for batch, right in self.read(net):
             if bool(right.any()):
                 yield select_samples(batch, right)
+
+    def settled(self, count: int) -> int:
+        """Samples settled since the last call: ``count`` attacked ones, and those wrong anyway."""
+        found, self._counted = count + self._wrong - self._counted, self._wrong
+        return found
 
     @property
     def index(self) -> Tensor:

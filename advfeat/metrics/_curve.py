@@ -25,6 +25,7 @@ from advfeat.metrics._accuracy import CleanPass, places, tensor
 from advfeat.metrics._outcome import Accuracy
 from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable
+from advfeat.progress import Meter
 from advfeat.results import Result
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
@@ -183,13 +184,18 @@ def robustness_curve(
     progress = progress if shared.process.is_first else False
     number = seeding.resolve(shared.seed(seed))
     attacks = tuple(each for each in seed_attacks(attacks, number) if isinstance(each, MinimumNorm))
-    clean = CleanPass(source, model, attacks[0].bounds, "robustness curve", progress)
+    clean = CleanPass(source, model, attacks[0].bounds, "robustness curve", False)
+    total = None if source.is_stream else len(source)
     ids, found, unresolved = array("q"), array("f"), array("b")
-    with attackable(model, precision=precision, expectation=expectation) as net:
+    with (
+        Meter(progress, "robustness curve", total, unit="samples") as meter,
+        attackable(model, precision=precision, expectation=expectation) as net,
+    ):
         for batch, count in _chunks(clean, net, source.pool_size):
             with net.given(batch.extras):
                 unresolved.extend(_unresolved(net, batch)[:count].tolist())
-                distance = _closest(net, batch, attacks, polish, number)
+                distance = _closest(net, batch, attacks, polish, number, meter)
+            meter.update(clean.settled(count))
             ids.extend(batch.ids[:count].tolist())
             found.extend(distance[:count].tolist())
     distances = torch.zeros(clean.index.shape, dtype=torch.float32, device="cpu")
@@ -249,6 +255,7 @@ def _closest(
     attacks: Sequence[MinimumNorm],
     polish: MinimumNorm | None,
     seed: int,
+    meter: Meter,
 ) -> Tensor:
     """Distance of the closest point that any of the attacks finds, ``(N,)``."""
     others = [entered(attack, net, batch)[0] for attack in attacks[1:]]
@@ -257,12 +264,14 @@ def _closest(
     attacks = [first, *others]
     closest, distance = batch.inputs, batch.inputs.new_full((len(batch.ids),), torch.inf)
     found = []
-    for attack in attacks:
+    for place, attack in enumerate(attacks, 1):
+        meter.update(0, {"attack": f"{type(attack).__name__} {place}/{len(attacks)}"})
         state = attack.run(net, attack.init(net, batch))
         found.append(state.distance)
         closest, distance = _closer(closest, distance, attack.result(state), state.distance)
     norm, bounds = attacks[0].norm, attacks[0].bounds
     if polish is not None:
+        meter.update(0, {"attack": "search around the closest points"})
         masked = found[0] < _MASKED * torch.stack(found[1:]).amin(0)
         search = _Search(net, norm, bounds, replace(polish, steps=_POLISH_STEPS), seed)
         closest, distance = search.run(batch, closest, distance, masked)

@@ -20,6 +20,7 @@ from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.model import Network, attackable, device_of
+from advfeat.progress import Meter
 from advfeat.results import Result
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
@@ -119,6 +120,7 @@ def diagnose(
     queries: int = 1000,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    progress: bool | None = None,
 ) -> Diagnosis:
     """Look for signs of gradient masking, or of a random or non-differentiable defence.
 
@@ -127,7 +129,7 @@ def diagnose(
 
     Parameters
     ----------
-    model, data, bounds
+    model, data, bounds, progress
         As in `robust_accuracy`.
     eps, norm
         The ball of the result in question.
@@ -180,13 +182,17 @@ def diagnose(
     checks.count("samples", samples, low=1)
     checks.count("queries", queries, low=1)
     checks.seed(seed)
-    findings = _findings(model, data, eps, norm, samples, queries, bounds, seeding.resolve(seed))
+    number = seeding.resolve(seed)
+    with Meter(progress, "diagnose", _ATTACKS) as meter:
+        findings = _findings(model, data, eps, norm, samples, queries, bounds, number, meter)
     diagnosis = Diagnosis({finding.name: finding for finding in findings})
     if diagnosis.suspicious:
         signs = "\n".join(str(diagnosis[name]) for name in diagnosis.suspicious)
         warnings.warn(f"the model may be less robust than it looks\n{signs}", stacklevel=3)
     return diagnosis
 
+
+_ATTACKS = 7  # runs of the checks
 
 # Of each check: the limit above which it is suspicious, what was measured, what to do.
 _CHECKS: dict[str, tuple[float, str, str]] = {
@@ -244,6 +250,7 @@ def _findings(
     queries: int,
     bounds: Bounds,
     seed: int,
+    meter: Meter,
 ) -> list[Finding]:
     ball: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds}
     with attackable(model, purpose=None) as net, warnings.catch_warnings():
@@ -256,6 +263,7 @@ def _findings(
             chosen = torch.arange(len(batch.ids), device=batch.ids.device)
             chosen = chosen if only is None else chosen[only]
             found = torch.zeros_like(batch.ids, dtype=torch.bool)
+            meter.update(figures={"attack": type(attacks[0]).__name__})
             if len(chosen):
                 part = select_samples(batch, chosen)
                 runs = (a.stop_at_success() for a in seed_attacks(attacks, seed))

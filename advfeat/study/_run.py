@@ -14,6 +14,7 @@ from torch import nn
 from advfeat import checks, distributed
 from advfeat.loading import Data
 from advfeat.model import Precision
+from advfeat.progress import Meter
 from advfeat.study._calibrate import Calibration, calibrate
 from advfeat.study._data import dataset_of, plain
 from advfeat.study._findings import Run
@@ -164,11 +165,16 @@ def _run_one(
     work: Work, stages: Iterable[str] | None, on_stage: Callable[[str, float], object] | None
 ) -> Run:
     todo = work.order()
-    for name in work.needed(todo if stages is None else stages):
-        began = time.perf_counter()
-        todo[name].work()
-        if on_stage is not None and work.stages.is_first:
-            on_stage(name, time.perf_counter() - began)
+    needed = work.needed(todo if stages is None else stages)
+    progress = work.progress if work.stages.is_first else False
+    with Meter(progress, "study", len(needed)) as meter:
+        for name in needed:
+            began = time.perf_counter()
+            with Meter(progress, name):
+                todo[name].work()
+            meter.update()
+            if on_stage is not None and work.stages.is_first:
+                on_stage(name, time.perf_counter() - began)
     run = Run(work)
     if work.stages.folder is not None:
         for name in run.made:  # opened by all ranks, for the first one's report

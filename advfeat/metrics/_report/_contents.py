@@ -168,7 +168,7 @@ class Stages:
             try:
                 return diagnose(
                     self.model, self.drawn.part(0, count), samples=count, seed=self.seed,
-                    **self._plain_ball(),
+                    **self._plain_ball(), progress=False,
                 )  # fmt: skip
             except ValueError as error:
                 self.budget.left_out.append(f"signs of masked gradients: {error}")

@@ -69,7 +69,8 @@ def curve_svg(curve: RobustnessCurve, eps: Any, *, chance: float) -> str:
     parts += [_line(_LEFT, y(p), _WIDTH - 12, y(p), "var(--line)") for p in (0, 25, 50, 75, 100)]
     for place in range(5):
         value = end * place / 4
-        parts.append(_text(x(value), _HEIGHT - _BOTTOM + 20, f"{value:.3g}", "middle"))
+        anchor = "end" if place == 4 else "middle"  # the last one ends with the axis
+        parts.append(_text(x(value), _HEIGHT - _BOTTOM + 20, f"{value:.3g}", anchor))
     parts.append(_text(_WIDTH / 2, _HEIGHT - 6, f"{curve.norm} size of the perturbation", "middle"))
     parts.append(_line(_LEFT, y(100 * chance), _WIDTH - 12, y(100 * chance), "var(--grey)", "2 4"))
     parts.append(_text(_WIDTH - 14, y(100 * chance) - 5, "commonest class", "end"))

@@ -195,8 +195,9 @@ def robust_accuracy(
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
             values.extend(verdict.value.tolist())
-            attack_now = type(attacks[max(broken[-1], -1)]).__name__
-            meter.update(clean.settled(len(verdict.ids)), {"attack": attack_now})
+            last = broken[-1] if broken else pool.ROBUST
+            name = type(attacks[max(last, -1)]).__name__
+            meter.update(clean.settled(len(verdict.ids)), {"attack": name})
             adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
             still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
             unmoved += int(still.sum())

@@ -14,6 +14,17 @@ from torch.utils.data import TensorDataset
 import advfeat as af
 
 collect_ignore = ["benchmarks"]  # scripts, to be run by hand
+SLOW_DOCTESTS = {  # whole studies, and other trainings
+    "advfeat.study._calibrate.calibrate",
+    "advfeat.study._run.run",
+    "advfeat.analysis._gaussian.fit_gaussian",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.name in SLOW_DOCTESTS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

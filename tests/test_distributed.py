@@ -76,6 +76,7 @@ def torchrun(script):
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_make_what_one_process_makes(tmp_path):
     half_built(tmp_path / "half", "D_R")
     script = tmp_path / "build.py"

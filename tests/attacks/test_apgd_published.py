@@ -350,6 +350,7 @@ def torchattacks_run(model, x, y, norm, loss):
     return best.detach(), value.detach(), (x + EPS[norm] * noise / sizes).clamp(0, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["cross_entropy", "dlr"])
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_from_the_same_start_it_finds_what_torchattacks_finds(norm, loss):

@@ -320,6 +320,7 @@ def test_rows_at_different_stages_go_on_as_if_alone(norm):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("limited", [False, True])
 def test_the_pool_does_not_matter(norm, limited):

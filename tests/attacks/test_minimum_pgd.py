@@ -76,6 +76,7 @@ class Dead(nn.Module):
         return torch.stack([torch.full_like(rise, self.size / 2), rise], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_noise_leads_past_dead_units(norm):
     x = torch.full((8, 16), 0.5)
@@ -123,6 +124,7 @@ def test_more_restarts_are_never_farther(norm):
     assert (thrice < once).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", [FMN, FAB, MinimumPGD])
 def test_a_start_that_fools_the_model_is_kept_and_one_that_does_not_is_not(kind, norm):
@@ -156,6 +158,7 @@ def test_without_any_gradient_it_returns_inputs_within_the_bounds():
 # --- What a result depends on, and what it does not ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_sample_does_not_depend_on_its_batch(norm):
     model, x, y = curved(), batch(), torch.arange(8) % 4

@@ -43,6 +43,7 @@ def test_the_model_knows_digits(standard, digits):
     assert af.accuracy(standard, digits[1]) > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_last_iterate_is_as_strong_as_the_peers(standard, digits, norm, peer):
@@ -53,6 +54,7 @@ def test_the_last_iterate_is_as_strong_as_the_peers(standard, digits, norm, peer
     assert 0.1 < theirs < 0.8  # neither too weak nor too strong an attack to compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", BALLS)
 @pytest.mark.parametrize("peer", PEERS)
 def test_the_examples_lie_in_the_same_ball(standard, digits, norm, peer):

@@ -75,6 +75,7 @@ def test_every_row_leaves_exactly_once(count, portion, pool_size, steps, restart
     assert success.shape == (count,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
 def test_the_pool_size_does_not_change_a_verdict(norm):
     model = curved()

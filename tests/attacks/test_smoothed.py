@@ -54,6 +54,7 @@ def test_results_lie_in_ball_and_bounds(norm):
     assert x_adv.max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_it_finds_the_way_past_a_dead_unit(norm):
     # All inputs are 4 x 0.5, so the sum has to grow by 0.4; the gradient is zero at the start.
@@ -66,6 +67,7 @@ def test_it_finds_the_way_past_a_dead_unit(norm):
     assert (model(plain).argmax(1) == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_sample_does_not_depend_on_its_batch_or_pool(norm):
     x, y, ids = torch.rand(7, 3, 6, 6), torch.arange(7), torch.arange(40, 47)
@@ -123,6 +125,7 @@ class Quantised(nn.Module):
         return torch.round(16 * x) / 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_it_passes_rounding_by_straight_through_gradients(norm):
     # On the grid of 1/16 the optimum of a linear model is that of the rounded ball.

@@ -351,6 +351,7 @@ def test_no_more_queries_than_allowed_and_none_once_fooled(norm):
 # --- What a result depends on, and what it does not ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [Exact, ExactWithConvolution])
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_row_does_not_depend_on_its_batch(norm, model_type):

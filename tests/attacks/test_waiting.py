@@ -95,6 +95,7 @@ def test_the_count_sees_reads_and_constants():
     assert operators.of(CONSTANTS) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", attacks("l2"))
 @pytest.mark.parametrize("norm", NORMS)
 def test_what_is_left_out_where_nothing_is_due_changes_nothing(monkeypatch, norm, name):

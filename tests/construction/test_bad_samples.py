@@ -73,6 +73,7 @@ def test_labels_that_are_kept_and_not_returned_are_no_error():
 # --- In use ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["this thread", "another thread", "another process"])
 def test_a_folder_in_use_is_refused_to_threads_and_processes(who, tmp_path):
     out, errors = tmp_path / "set", []

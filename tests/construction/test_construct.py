@@ -76,6 +76,7 @@ def test_a_set_has_a_row_for_each_source_row(method):
     assert ((found.images >= 0) & (found.images <= 1)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_set_goes_into_a_loader_and_a_model_learns_it(method):
     loader = DataLoader(made(method), batch_size=8, shuffle=True)
@@ -343,6 +344,7 @@ def test_a_layer_by_name_module_and_callable_is_the_same():
 # --- Patience: rows leave when they are finished, others take their places ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 24, 100])
 def test_a_row_does_not_depend_on_the_pool(size):
     rows, model = dataset(dtype=torch.float64), network(torch.float64)
@@ -355,6 +357,7 @@ def test_a_row_does_not_depend_on_the_pool(size):
     assert torch.equal(found.labels, rows.tensors[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 24, 100])
 def test_an_attacked_row_does_not_depend_on_the_pool(size):
     rows, model = dataset(dtype=torch.float64), network(torch.float64)
@@ -495,6 +498,7 @@ def test_pairs_and_subsets_keep_rows_together(opened, tmp_path):
 # --- Compilation ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [

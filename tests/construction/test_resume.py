@@ -79,6 +79,7 @@ def test_a_read_only_finished_folder_is_returned_too(tmp_path):
 # --- Killed ---
 
 
+@pytest.mark.slow
 @forks
 def test_killed_at_every_system_call_and_gone_on_with(tmp_path):
     method = "D_R"
@@ -127,6 +128,7 @@ def _die_at(moment):
         setattr(os, name, counted)
 
 
+@pytest.mark.slow
 @forks
 @pytest.mark.parametrize("method", ONE_OF_EACH)
 def test_killed_at_random_moments_and_gone_on_with(method, tmp_path):
@@ -209,6 +211,7 @@ build("D_rand", {folder!r}, data=Watched(-1, None))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_in_order_and_tells_how_to_go_on(number, tmp_path):

@@ -183,6 +183,7 @@ def test_the_same_seed_gives_the_same_result_and_another_another(standard, digit
     assert torch.equal(again.adversarial, first.adversarial)
 
 
+@pytest.mark.slow
 def test_an_ensembles_own_seed_is_that_of_the_call(standard, digits):
     rows = subset(digits, 40)
     ball = {"eps": 0.06, "norm": "linf", "version": "fast"}

@@ -106,6 +106,7 @@ DOUBTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOUBTS)
 def test_what_is_doubtful_is_warned_of_by_every_call(name):
     model, message = DOUBTS[name]
@@ -218,6 +219,7 @@ def healthy():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", healthy())
 def test_healthy_models_are_silent(name, dtype):
@@ -271,6 +273,7 @@ def test_inspection_costs_two_forward_passes():
     assert model.samples == 2 * len(X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after", [lambda z: z.softmax(1), torch.sigmoid, lambda z: 100 * z.softmax(1)]
 )
@@ -301,6 +304,7 @@ def by_numpy(x):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [torch.relu_, scaling, lambda x: F.hardtanh_(x, 0.2, 0.8), by_numpy]
 )

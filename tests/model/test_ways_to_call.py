@@ -152,6 +152,7 @@ def test_a_certain_model_loses_no_gradient(scale):
     assert measured(certain, (X, y)) == measured(model, (X, y)) < 1
 
 
+@pytest.mark.slow
 def test_clean_inputs_are_not_returned_without_a_warning():
     model, y = model_and_labels()
     constant = Changed(model, lambda z: 0 * z + F.one_hot(torch.zeros(len(z)).long(), 4))
@@ -236,6 +237,7 @@ class Wrapper(nn.Module):
         return self.model((x * self.scale).to(self.cast))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "dtype"),
     [(torch.float64, torch.float32), (torch.float32, torch.float64),
@@ -266,6 +268,7 @@ def test_inputs_stay_float32_where_the_model_takes_them():
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_default_device_and_type_do_not_matter(dtype, device):

@@ -101,6 +101,7 @@ def test_what_is_against_the_paper_is_said_plainly():
     assert "The model of D_det predicts shifted labels more often than original ones" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_models_that_guess_confirm_nothing(seeds):
     """100 studies of models that know nothing: each difference is wrong in at most 8%."""
@@ -181,6 +182,7 @@ def three(tmp_path_factory):
     return run(seeds=3, out=tmp_path_factory.mktemp("seeds"), stages=STAGES)
 
 
+@pytest.mark.slow
 def test_a_control_is_trained_as_its_dataset_is():
     """The same first weights, steps and settings; the original images of the same samples."""
     found = run(stages=STAGES)
@@ -246,6 +248,7 @@ def test_without_a_control_of_its_own_training_must_be_the_same():
     assert some.control("D_R") is None
 
 
+@pytest.mark.slow
 def test_several_seeds_are_the_studies_of_each(three):
     assert [part.settings["seed"] for part in three.runs] == [3, 4, 5]
     alone = run(seed=4, stages=STAGES)
@@ -276,6 +279,7 @@ def test_what_is_of_one_seed_is_asked_of_one_run(three):
     assert len(bars.get_xticklabels()) == 6
 
 
+@pytest.mark.slow
 def test_several_seeds_resume_and_grow(three):
     out = three._found.work.stages.folder.parent
     page = (out / "report.html").read_text()

@@ -161,6 +161,7 @@ def test_shifted_labels_go_round():
 # --- Once each ---
 
 
+@pytest.mark.slow
 def test_stages_are_done_in_order_and_only_once(tmp_path):
     done = []
     first = run(out=tmp_path, on_stage=lambda name, seconds: done.append((name, seconds)))
@@ -172,6 +173,7 @@ def test_stages_are_done_in_order_and_only_once(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in written} == written
 
 
+@pytest.mark.slow
 def test_a_stage_alone_does_what_it_needs_and_no_more(tmp_path):
     part = run(out=tmp_path, stages=["train on D_det"])
     assert {p.name for p in (tmp_path / "models").iterdir()} == {"standard", "D_det"}
@@ -186,6 +188,7 @@ class _Cut(Exception):  # noqa: N818 - no error
     pass
 
 
+@pytest.mark.slow
 def test_cut_after_any_stage_it_goes_on_to_the_same_table(tmp_path, found):
     def cut(name, seconds):
         raise _Cut
@@ -286,6 +289,7 @@ def test_other_data_and_another_model_are_refused(found):
         study.run(lambda: nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3)), TRAIN, TEST, **given)
 
 
+@pytest.mark.slow
 def test_without_a_seed_a_folder_keeps_its_own(tmp_path):
     torch.manual_seed(11)
     first = run(out=tmp_path, seed=None, stages=["train standard"])
@@ -379,6 +383,7 @@ def test_the_report_without_matplotlib_says_what_to_install(found, tmp_path, mon
     assert "<td>D_rand</td>" in page
 
 
+@pytest.mark.slow
 def test_pictures_show_every_model_and_set():
     images = TensorDataset(torch.rand(12, 1, 4, 4), torch.arange(12) % 3)
     recipe = study.Recipe(standard={"epochs": 1}, sets={"D_det": {"steps": 1}})

@@ -363,6 +363,7 @@ def test_sigterm_saves_the_middle_of_an_epoch_and_ends_the_process(kind, step, t
     assert without_seconds(found) == without_seconds(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_sigterm_in_the_middle_of_an_epoch_loses_nothing(kind, tmp_path):
     # The same within one process, whose own handler has the last word.

@@ -711,6 +711,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_last_good_checkpoint(tmp_path)
 # --- Models ---
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_saved_as_the_model_inside(tmp_path):
     models = [normed(), normed()]
     compiled = torch.compile(models[0], backend="eager")

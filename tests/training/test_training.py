@@ -493,6 +493,7 @@ def test_models_may_return_dicts_and_tuples(kind):
     assert_same_weights(weights(model.net), weights(twin))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_models_of_other_precision_train(dtype):
     rows = blobs(dtype=dtype)

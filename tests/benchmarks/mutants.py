@@ -38,6 +38,7 @@ TESTS = {
     "attacks/inversion.py": ["test_inversion.py"],
     "losses.py": ["test_losses.py", "test_objectives.py"],
     "threat.py": ["test_threat.py"],
+    "metrics/_outcome.py": ["test_metrics.py"],
     "metrics/_accuracy.py": ["test_metrics.py", "test_robust_accuracy.py"],
     "metrics/_curve.py": ["test_curve.py"],
     "metrics/_transfer.py": ["test_transfer_matrix.py"],
@@ -192,8 +193,8 @@ def named_mutants() -> list[Mutant]:
 class Copy:
     """A copy of the checkout that mutants are tried in."""
 
-    def __init__(self, folder: str, extra_path: str) -> None:
-        self.root = Path(folder)
+    def __init__(self, folder: str, extra_path: str, fast: bool = False) -> None:
+        self.root, self._fast = Path(folder), fast
         self.path = os.pathsep.join(p for p in (extra_path, folder) if p)
         skip = shutil.ignore_patterns("__pycache__", "*.pyc", "benchmarks")
         for part in ("advfeat", "tests"):
@@ -221,6 +222,7 @@ class Copy:
         if not tests:
             raise SystemExit(f"no tests of {file}: {TESTS[file]}")
         command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command += ["-m", "not slow"] if self._fast else []
         environment = {**os.environ, "PYTHONPATH": self.path, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run([*command, *tests], cwd=self.root, env=environment,
@@ -238,6 +240,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=list(TESTS), help="modules to change")
     parser.add_argument("--sample", type=int, default=200, help="how many mutants of all of them")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fast", action="store_true", help="without the tests marked slow")
     parser.add_argument("--path", default="", help="further folders for PYTHONPATH")
     options = parser.parse_args()
     if options.named:
@@ -248,7 +251,7 @@ def main() -> None:
         chosen.sort(key=lambda mutant: options.files.index(mutant.file))
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
-        checkout = Copy(folder, options.path)
+        checkout = Copy(folder, options.path, options.fast)
         for number, mutant in enumerate(chosen, 1):
             how = checkout.notices(mutant)
             print(

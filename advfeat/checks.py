@@ -222,7 +222,7 @@ def seed(value: object) -> None:
 
 
 def inputs(value: object, bounds: FeatureBounds, name: str = "inputs") -> None:
-    """Refuse inputs that are not a batch of finite floating-point numbers within the bounds."""
+    """Check that inputs are a batch of finite floating-point numbers within the bounds."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks._apgd_schedule import Schedule, phases, schedule_of
 from advfeat.attacks.base import Attack, per_sample_eps, random_points
-from advfeat.attacks.restricted import refuse_restricted
+from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
 from advfeat.losses import LossName, Objective, is_success
@@ -97,7 +97,7 @@ class APGD(Attack):
 
     def init(self, net: Network, batch: Batch) -> APGDState:
         """Choose each sample's targets and put it at a random point of the ball."""
-        refuse_restricted(self, batch)
+        check_not_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         eps = per_sample_eps(self.eps, inputs)

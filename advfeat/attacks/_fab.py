@@ -108,12 +108,12 @@ class FAB(MinimumNorm):
             logits = verified_logits(net, current, state.labels, self.targeted, inside)
         hits = self._fools(logits, state.labels)
         state = self._keep(state, current, hits)
-        steps_taken = state.step + 1
+        count = state.step + 1
         fraction = torch.ones_like(state.distance).masked_fill(hits, _BETA)
-        fraction = fraction.masked_fill(steps_taken % self.steps == 0, 0.0)
+        fraction = fraction.masked_fill(count % self.steps == 0, 0.0)
         current = state.inputs + threat.per_sample(fraction, current) * (current - state.inputs)
         current = threat.clip(current, threat.bounds_of(state.box, self.bounds))
-        return state._replace(current=current, step=steps_taken)
+        return state._replace(current=current, step=count)
 
     @property
     def max_evaluations(self) -> int:

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks.base import Attack, per_sample_eps, random_points, track_patience
-from advfeat.attacks.restricted import refuse_restricted
+from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
 from advfeat.losses import LossName, Objective, is_success
@@ -96,7 +96,7 @@ class PGD(Attack):
 
     def init(self, net: Network, batch: Batch) -> PGDState:
         """Put every sample at its start: the clean input, or a random point of the ball."""
-        refuse_restricted(self, batch)
+        check_not_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         random = self.random_start or self.restarts > 1

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
-from advfeat.attacks.restricted import refuse_restricted
+from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
 from advfeat.losses import LossName, Objective, is_success
@@ -88,7 +88,7 @@ class SmoothedPGD(Attack):
 
     def init(self, net: Network, batch: Batch) -> SmoothedPGDState:
         """Start every sample at its input; with `masking_ratio`, evaluate the gradient there."""
-        refuse_restricted(self, batch)
+        check_not_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         eps = per_sample_eps(self.eps, inputs)
         expected = torch.full_like(eps, -torch.inf)

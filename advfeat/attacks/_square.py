@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
-from advfeat.attacks.restricted import refuse_restricted
+from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
 from advfeat.losses import is_success
@@ -77,7 +77,7 @@ class Square(Attack):
 
     def init(self, net: Network, batch: Batch) -> SquareState:
         """Put every sample at its start: stripes (linf) or a grid of bumps (l1, l2) of its own."""
-        refuse_restricted(self, batch)
+        check_not_restricted(self, batch)
         inputs, labels = batch.inputs, batch.labels
         count = inputs.shape[0]
         state = SquareState(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from advfeat import checks, losses, threat
 from advfeat.attacks.base import Attack
-from advfeat.attacks.restricted import refuse_restricted
+from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical, scale_of_features
 from advfeat.model import Evaluation, Network
@@ -201,7 +201,7 @@ class MinimumNorm(Attack):
 
     def _nothing_kept(self, batch: Batch) -> dict[str, Any]:
         """Fields of a state before anything was found."""
-        refuse_restricted(self, batch)
+        check_not_restricted(self, batch)
         inputs = batch.inputs
         distance = inputs.new_full((inputs.shape[0],), torch.inf)
         return {

@@ -305,7 +305,7 @@ def is_by_feature(eps: object, inputs: Tensor | None) -> bool:
     return count != len(eps)
 
 
-def refuse_restricted(attack: Any, batch: Batch) -> None:
+def check_not_restricted(attack: Any, batch: Batch) -> None:
     """Raise an error where the first state is asked for and mask or tensors would be ignored."""
     if batch.box is None and (attack.mask is not None or isinstance(attack.bounds[0], Tensor)):
         raise TypeError(

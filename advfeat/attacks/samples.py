@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     @property
     def state_box(self) -> Tensor:
-        """The box as states hold it: ``(N, 0)`` for None."""
+        """The own bounds as states hold them: ``(N, 0)`` for None."""
         return self.inputs.new_empty(len(self.ids), 0) if self.box is None else self.box
 
 

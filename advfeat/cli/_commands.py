@@ -180,7 +180,7 @@ def _model_options(parser: argparse.ArgumentParser, *, weights: bool = True) -> 
     )
     if weights:
         parser.add_argument(
-            "--weights", metavar="FILE", help="state dict; files that hold code are refused"
+            "--weights", metavar="FILE", help="state dict; a file that holds code raises an error"
         )
     for name, text in (("--mean", "normalisation before the model"), ("--std", "the same")):
         parser.add_argument(name, type=float, nargs="+", help=f"{text}, by channel")

@@ -85,7 +85,7 @@ def model(options: Any) -> nn.Module:
 
 
 def load_weights(target: nn.Module, path: str) -> None:
-    """Load a state dict, or one inside a checkpoint; files that hold code are refused."""
+    """Load a state dict, or one inside a checkpoint; a file that holds code raises an error."""
     try:
         found = torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

@@ -248,10 +248,10 @@ class _BuiltIn:
         low, size = self._low, self._high - self._low
         with attackable(model, purpose="predictions") as net:
             net.batches.usual = self._source.pool_size
-            for rows in batches:
+            for read in batches:
                 own = low, self._high
                 batch = prepare_batch(
-                    net, rows.inputs, rows.labels, rows.ids, own, extras=rows.entries
+                    net, read.inputs, read.labels, read.ids, own, extras=read.entries
                 )
                 unit = ((batch.inputs - low) / size).contiguous()
                 keys = seeding.keys(self._seed, batch.ids)

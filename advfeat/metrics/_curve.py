@@ -313,10 +313,10 @@ class _Search:
             chosen = (masked | (failures < _PATIENCE)).nonzero().squeeze(1)
             if not len(chosen):
                 break
-            rows = select_samples(batch, chosen)
-            attack = self._attack(number, rows, (distance * (1 - fraction))[chosen])
+            samples = select_samples(batch, chosen)
+            attack = self._attack(number, samples, (distance * (1 - fraction))[chosen])
             with self.net.selected(chosen):
-                found, size, hits = self._attacked(attack, rows, distance[chosen])
+                found, size, hits = self._attacked(attack, samples, distance[chosen])
             best = _closer(closest[chosen], distance[chosen], found, size)
             closest = closest.index_copy(0, chosen, best[0])
             distance = distance.index_copy(0, chosen, best[1])
@@ -325,15 +325,15 @@ class _Search:
             failures[chosen] = torch.where(hits, 0, failures[chosen] + 1)
         return closest, distance
 
-    def _attack(self, number: int, rows: Batch, eps: Tensor) -> Attack:
+    def _attack(self, number: int, samples: Batch, eps: Tensor) -> Attack:
         """Two rounds of three are of the kind that is the stronger one in the norm."""
         seed = seeding.derive(self.seed, number)
         if (number % 3 == 2) != (self.norm == "l1"):
             return MinimumPGD(norm=self.norm, bounds=self.bounds, seed=seed)
-        low, high = threat.bounds_of(rows.box, self.bounds)
-        room = torch.maximum(high - rows.inputs, rows.inputs - low)
-        eps = eps.minimum(threat.size(room, self.norm))
-        if self.norm == "linf" and rows.box is None:
+        low, high = threat.bounds_of(samples.box, self.bounds)
+        most = torch.maximum(high - samples.inputs, samples.inputs - low)
+        eps = eps.minimum(threat.size(most, self.norm))
+        if self.norm == "linf" and samples.box is None:
             eps = eps.clamp_max(high - low)
         return SmoothedPGD(
             eps=eps,
@@ -346,23 +346,23 @@ class _Search:
         )
 
     def _attacked(
-        self, attack: Attack, rows: Batch, distance: Tensor
+        self, attack: Attack, samples: Batch, distance: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What an attack found, polished where it is closer; its distance, and where that is so."""
-        found, size = self._result(attack, rows)
+        found, size = self._result(attack, samples)
         hits = size < distance
         if bool(hits.any()):
             with self.net.selected(hits):
-                near = select_samples(rows, hits)._replace(start=found[hits])
+                near = select_samples(samples, hits)._replace(start=found[hits])
                 polished = self._result(self.polish, near)
             found[hits], size[hits] = _closer(found[hits], size[hits], *polished)
         return found, size, hits
 
-    def _result(self, attack: Attack, rows: Batch) -> tuple[Tensor, Tensor]:
+    def _result(self, attack: Attack, samples: Batch) -> tuple[Tensor, Tensor]:
         """What an attack found, and its distance: infinite where it failed."""
-        state = attack.run(self.net, attack.init(self.net, rows))
+        state = attack.run(self.net, attack.init(self.net, samples))
         found = attack.result(state)
-        size = threat.size(found - rows.inputs, self.norm)
+        size = threat.size(found - samples.inputs, self.norm)
         return found.clone(), torch.where(state.success, size, torch.inf)
 
 

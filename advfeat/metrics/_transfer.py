@@ -120,7 +120,7 @@ def transfer_matrix(
     target_labels
         For a targeted attack, a function from the labels of a batch to the classes to aim at, such
         as ``lambda y: (y + 1) % 10``. A model is then fooled where it says that class, and
-        ``clean_error`` is the fraction of clean inputs on which it says so.
+        ``clean_error`` is the fraction of clean inputs on which it does.
 
     Returns
     -------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from advfeat import checks
-from advfeat.attacks import APGD, FAB, FGSM, FMN, PGD, Attack, AutoAttack, Square
+from advfeat.attacks import APGD, DIFGSM, FAB, FGSM, FMN, MIFGSM, PGD, Attack, AutoAttack, Square
 from advfeat.attacks.base import check_attack
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.settings import own_bounds, own_mask
@@ -74,6 +74,8 @@ def _named(
         "fab": FAB,
         "fmn": FMN,
         "square": Square,
+        "mifgsm": MIFGSM,
+        "difgsm": DIFGSM,
     }
     checks.one_of("attack", name, tuple(kinds))
     if eps is None or norm is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,8 +114,8 @@ def corruption_accuracy(
     model: nn.Module,
     data: Data | str | os.PathLike[str] | Mapping[str, Mapping[int, Data]],
     *,
-    corruptions: Sequence[str] | None = None,
-    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    corruptions: str | Sequence[str] | None = None,
+    severities: int | Sequence[int] = (1, 2, 3, 4, 5),
     constants: Constants = "cifar10",
     baseline: nn.Module | None = None,
     bounds: Bounds = (0.0, 1.0),
@@ -135,11 +135,11 @@ def corruption_accuracy(
         ``(5 * N, H, W, C)``, severity after severity. Or for each corruption its data by severity,
         such as image folders of ImageNet-C.
     corruptions
-        Names. Built in are "gaussian_noise", "impulse_noise", "speckle_noise" (inputs of any
-        shape), "gaussian_blur", "contrast", "brightness" and, with Pillow, "jpeg_compression"
+        A name or several. Built in are "gaussian_noise", "impulse_noise", "speckle_noise" (inputs
+        of any shape), "gaussian_blur", "contrast", "brightness" and, with Pillow, "jpeg_compression"
         (images). By default all that fit the data, or that are in the folder.
     severities
-        From 1 to 5.
+        From 1 to 5, one or several.
     constants
         ``"cifar10"`` or ``"imagenet"``: how strong the built-in ones are at each severity, as in
         the code of CIFAR-10-C and ImageNet-C. Unlike there, values are not cut to 8 bits (except
@@ -178,6 +178,7 @@ def corruption_accuracy(
     2
     """
     severities = _checked_severities(severities)
+    corruptions = [corruptions] if isinstance(corruptions, str) else corruptions
     checks.one_of("constants", constants, ("cifar10", "imagenet"))
     checks.seed(seed)
     models = [model] if baseline is None else [model, baseline]
@@ -206,8 +207,8 @@ def corruption_accuracy(
     return CorruptionAccuracy(accuracies, severities, clean, other)
 
 
-def _checked_severities(severities: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(severities)
+def _checked_severities(severities: int | Sequence[int]) -> tuple[int, ...]:
+    found = tuple(severities) if isinstance(severities, Iterable) else (severities,)
     if not found or any(s not in range(1, SEVERITIES + 1) for s in found):
         checks.fail("severities", list(found), "numbers from 1 to 5")
     return tuple(int(s) for s in found)

@@ -154,6 +154,15 @@ def test_masked_features_stay(norm):
         DIFGSM(eps=0.2, norm=norm, mask=mask)(model, x, y)
 
 
+@pytest.mark.parametrize("name", ["mifgsm", "difgsm"])
+def test_they_are_known_by_name(name):
+    model, x = convolution(), images()
+    robust = af.robust_accuracy(
+        model, (x, predicted(model, x)), attack=name, eps=EPS, norm="linf", seed=0
+    )
+    assert type(robust.attacks[0]).__name__.lower() == name
+
+
 def test_a_transfer_matrix_takes_them():
     models = {"a": convolution(0), "b": convolution(1)}
     x = images(24)

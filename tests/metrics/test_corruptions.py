@@ -215,6 +215,13 @@ def test_data_by_name_and_severity():
         corruption_accuracy(net, {"fog": TensorDataset(x, y)})
 
 
+def test_one_name_and_one_severity():
+    net, data = model(), TensorDataset(images(), torch.arange(6) % 3)
+    found = corruption_accuracy(net, data, corruptions="contrast", severities=3)
+    assert list(found.accuracy) == ["contrast"]
+    assert found.severities == (3,)
+
+
 def test_what_is_not_there_is_named(tmp_path):
     net, data = model(), TensorDataset(images(), torch.arange(6) % 3)
     for wrong, message in (

@@ -135,9 +135,9 @@ def corruption_accuracy(
         ``(5 * N, H, W, C)``, severity after severity. Or for each corruption its data by severity,
         such as image folders of ImageNet-C.
     corruptions
-        A name or several. Built in are "gaussian_noise", "impulse_noise", "speckle_noise" (inputs
-        of any shape), "gaussian_blur", "contrast", "brightness" and, with Pillow, "jpeg_compression"
-        (images). By default all that fit the data, or that are in the folder.
+        A name or several. Built in are "gaussian_noise", "impulse_noise" and "speckle_noise" for
+        inputs of any shape, and for images "gaussian_blur", "contrast", "brightness" and, with
+        Pillow, "jpeg_compression". By default all that fit the data, or that are in the folder.
     severities
         From 1 to 5, one or several.
     constants

@@ -33,7 +33,13 @@ class ExtraArguments:
 
     def expect(self, extras: Mapping[str, Any] | None) -> None:
         """Raise an error for arguments that the user gives and forward does not take."""
-        for name in extras or ():
+        if not (extras is None or isinstance(extras, Mapping)):
+            raise TypeError(
+                f"extras: expected a mapping, such as {{'mask': mask}}, got {type(extras).__name__}"
+            )
+        for name, value in (extras or {}).items():
+            if value is None:
+                raise TypeError(f"extras[{name!r}]: expected a tensor, got None; leave it out")
             if self._takes_any:
                 self._names.add(name)
             elif name not in self._names:
@@ -115,8 +121,11 @@ def input_name(module: nn.Module, entries: Mapping[str, Any] | None) -> str | No
     own = next((name for name, value in (entries or {}).items() if value is None), None)
     if own in names and positional[:1] != [own]:
         return own
-    takes_positional = positional or any(p.kind == p.VAR_POSITIONAL for p in parameters)
-    return None if takes_positional or len(names) != 1 else names[0]
+    if positional or any(p.kind == p.VAR_POSITIONAL for p in parameters):
+        return None
+    if own is not None and any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return own
+    return names[0] if len(names) == 1 else None
 
 
 def forward_names(module: nn.Module) -> tuple[set[str], bool]:
@@ -167,7 +176,7 @@ def _as_tensor(value: Any) -> Tensor | None:
     if isinstance(value, Tensor):
         return value
     try:
-        array = np.asarray(value)
+        numeric = np.asarray(value).dtype.kind in "fiub" and np.ndim(value) > 0
     except ValueError:
         return None
-    return torch.from_numpy(array) if array.dtype.kind in "fiub" and array.ndim else None
+    return torch.as_tensor(value, device="cpu") if numeric else None

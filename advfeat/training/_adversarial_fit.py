@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from advfeat.attacks import PGD
-from advfeat.loading import Data
+from advfeat.loading import Data, as_dataset
 from advfeat.model import Precision
 from advfeat.threat import Bounds, Norm
 from advfeat.training._adversarial import AdversarialSettings, Method, Objective
@@ -144,7 +144,7 @@ batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progr
     """
     settings = TrainingSettings(
         model=model,
-        data=data,
+        data=as_dataset(data),
         epochs=epochs,
         lr=lr,
         momentum=momentum,
@@ -157,7 +157,7 @@ batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progr
         loss=loss,
         augment=augment,
         precision=precision,
-        validation=validation,
+        validation=as_dataset(validation),
         checkpoint=checkpoint,
         on_step=on_step,
         on_epoch=on_epoch,

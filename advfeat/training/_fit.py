@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from advfeat.loading import Data
+from advfeat.loading import Data, as_dataset
 from advfeat.model import Precision
 from advfeat.training._history import History
 from advfeat.training._loop import train
@@ -162,7 +162,7 @@ def fit(
     """
     settings = TrainingSettings(
         model=model,
-        data=data,
+        data=as_dataset(data),
         epochs=epochs,
         lr=lr,
         momentum=momentum,
@@ -175,7 +175,7 @@ def fit(
         loss=loss,
         augment=augment,
         precision=precision,
-        validation=validation,
+        validation=as_dataset(validation),
         checkpoint=checkpoint,
         on_step=on_step,
         on_epoch=on_epoch,

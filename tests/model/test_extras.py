@@ -339,3 +339,42 @@ def test_an_entry_that_is_no_tensor():
     data = Entries(x, y, attention_mask=["all"] * COUNT)
     with pytest.raises(ValueError, match="attention_mask of a batch='list'"):
         af.accuracy(model, data)
+
+
+class OnlyKeywords(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **entries):
+        return self.module(entries["inputs"])
+
+
+def test_lists_of_numbers_and_inputs_among_keywords():
+    plain, x, mask, y = case(Masked)
+    batches = [{"inputs": x, "labels": y, "attention_mask": mask.float().tolist()}]
+    assert af.accuracy(plain, batches) == 1.0
+    with torch.no_grad():
+        expected = (plain(x).argmax(1) == y).float().mean().item()
+    assert af.accuracy(OnlyKeywords(plain), Entries(x, y)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("extras", "cause"),
+    [([1], "expected a mapping"), ({"attention_mask": None}, "leave it out")],
+)
+def test_extras_that_are_no_tensors_by_name(extras, cause):
+    model, x, _, y = case(Masked)
+    with pytest.raises(TypeError, match=cause):
+        af.pgd(model, x, y, eps=EPS, norm="linf", extras=extras)
+
+
+@pytest.mark.parametrize("kind", [lambda t: t, lambda t: t.numpy()])
+def test_training_on_a_pair_of_tensors(kind):
+    model, x, _, y = case(Masked)
+    pair = (kind(x), kind(y))
+    history = af.fit(model, pair, epochs=2, batch_size=10, validation=pair, seed=0)
+    assert history.rows[-1]["val_accuracy"] == af.accuracy(model, pair)
+    af.adversarial_fit(
+        model, pair, eps=EPS, norm="linf", steps=1, epochs=1, validation=pair, seed=0
+    )

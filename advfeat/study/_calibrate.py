@@ -38,7 +38,7 @@ from advfeat.tables import Table, table
 from advfeat.threat import Bounds, Norm
 
 _RADII = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of evaluation, as multiples of eps
-_TARGETED = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)  # of targeted perturbations
+_TARGETED = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # of targeted perturbations
 _LENGTHS = (20, 40, 80, 160, 320)  # steps of inversion
 _GOOD_DISTANCE, _STEP = 0.10, 0.05
 _MANY = 20_000  # training samples from which one start for each image is enough
@@ -142,7 +142,7 @@ def calibrate(
 ) -> Calibration:
     """Choose a study's settings on held-out training samples, cheaply, and say why.
 
-    On at most 2,000 training samples a standard and a robust model are trained, and on 500 held
+    On at most 10,000 training samples a standard and a robust model are trained, and on 500 held
     out of them is measured: whether the robust model is accurate enough to be a control (else its
     learning rate is lowered, then its ball), and at which radius it is furthest above the standard
     one; with which radius targeted perturbations reach their target on the standard model and not

@@ -57,7 +57,7 @@ def test_pyramid_levels_hold_all_the_energy_and_find_the_scale():
     checkers[::2, ::2] = checkers[1::2, 1::2] = -1
     blocks = checkers[:4, :4].repeat_interleave(2, 0).repeat_interleave(2, 1)
     for level, image in ((0, checkers), (1, blocks), (3, torch.ones(8, 8))):
-        shares = _spectrum._shares(_spectrum._pyramid_energy(image[None, None]))
+        shares = _spectrum._fractions(_spectrum._pyramid_energy(image[None, None]))
         assert float(shares[level]) == pytest.approx(1)
 
 
@@ -66,9 +66,9 @@ def test_the_spectrum_of_a_linear_model_is_that_of_its_weights():
     weight = torch.randn(8, 8, generator=generator)
     found = analysis.spectrum({"mine": linear(weight)}, made(), eps=0.5, norm="l2", bounds=WIDE)
     _, ring = _spectrum._ring_of(8, 8)
-    expected = _spectrum._shares(_spectrum._ring_energy(weight[None, None], ring))
+    expected = _spectrum._fractions(_spectrum._ring_energy(weight[None, None], ring))
     torch.testing.assert_close(found.rings["mine"], expected, atol=1e-4, rtol=0)
-    expected = _spectrum._shares(_spectrum._pyramid_energy(weight[None, None]))
+    expected = _spectrum._fractions(_spectrum._pyramid_energy(weight[None, None]))
     torch.testing.assert_close(found.levels["mine"], expected, atol=1e-4, rtol=0)
     assert set(found.rings) == {"images", "mine"}
 

@@ -97,7 +97,8 @@ def construct_robust_dataset(
         Of a random model, take the mean logits or activations of so many calls, always with the
         same random numbers, at so many times the cost.
     progress
-        Draw a bar; by default where stderr is a terminal and tqdm is installed.
+        Show stage, count and time left: one line in a terminal or notebook, lines at intervals
+        in a log, there by default from ten seconds on. True says it at once, False never.
     out
         A folder to build the dataset in, sample by sample, not in memory. It can be killed at
         any moment: the same call on the same folder continues where it was (with ``seed=None``,

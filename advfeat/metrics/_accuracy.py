@@ -57,7 +57,8 @@ def accuracy(
         Of a random model, take the mean logits of so many calls, always with the same random
         numbers, at so many times the cost.
     progress
-        Draw a bar; by default where stderr is a terminal and tqdm is installed.
+        Show stage, count and time left: one line in a terminal or notebook, lines at intervals
+        in a log, there by default from ten seconds on. True says it at once, False never.
 
     Returns
     -------

@@ -91,7 +91,7 @@ def run(
     on_stage
         Called with the name and the seconds of each stage that was done.
     progress
-        Draw bars; by default where stderr is a terminal and tqdm is installed.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------

@@ -116,7 +116,8 @@ def fit(
         augmentation, the order of a loader), which are put back after it. None draws one number
         from torch's default generator.
     progress
-        Draw a bar; by default where stderr is a terminal and tqdm is installed.
+        Show stage, count and time left: one line in a terminal or notebook, lines at intervals
+        in a log, there by default from ten seconds on. True says it at once, False never.
 
     Returns
     -------

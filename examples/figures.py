@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
@@ -125,6 +126,21 @@ def robustly_fitted(data: Any, eps: float, number: int, epochs: int = 25) -> nn.
     return model
 
 
+def pair(file: str, quantity: str, results: dict[str, Any]) -> None:
+    """Results of the standard and of the robust model, on shared axes and colours."""
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, (name, result) in zip(panels, results.items(), strict=True):
+        result.plot(axes)
+        axes.set_title(f"{name} model: {quantity}", fontsize=11)
+        axes.label_outer()
+    maps = [image for axes in panels for image in axes.images]
+    for image in maps:
+        image.set_clim(0, max(each.get_clim()[1] for each in maps))
+    print("\n".join(f"{name}\n{result}" for name, result in results.items()))
+    figure.savefig(out / file, dpi=200)
+
+
 def show(name: str, result: object, drawn: Any) -> None:
     """Print a result and keep its figure, whose axes or whole were drawn."""
     axes = drawn[0] if isinstance(drawn, tuple) else drawn
@@ -149,12 +165,12 @@ both = {"standard": standard, "robust": robust}
 
 # Sections 2 and 3: what is robust, and what a model learns from the constructed sets.
 few = Subset(test, range(200))
-for name, model in both.items():
-    # Before the last ReLU: behind it a unit that is 0 has no gradient, and looks robust.
-    useful = analysis.usefulness(
-        model, few, layer="9", units=range(64), eps=EPS, norm="l2", seed=seed
-    )
-    show(f"usefulness_{name}", useful, useful.plot())
+# Before the last ReLU: behind it a unit that is 0 has no gradient, and looks robust.
+useful = {
+    name: analysis.usefulness(model, few, layer="9", units=range(64), eps=EPS, norm="l2", seed=seed)
+    for name, model in both.items()
+}
+pair("usefulness.png", f"useful and robustly useful units, l2 {EPS}", useful)
 
 d_r = af.construct_robust_dataset(robust, train, steps=100, seed=seed, progress=False)
 det = functools.partial(af.construct_det_dataset, eps=MOVED, steps=20, progress=False)
@@ -233,18 +249,19 @@ spectrum = analysis.spectrum(both, test, eps=EPS, norm="l2")
 show("spectrum", spectrum, spectrum.plot())
 filtered = analysis.filtered_accuracy(both, test, cutoffs=[0.0, 0.125, 0.25, 0.375, 0.5, 0.625])
 show("filtered_accuracy", filtered, filtered.plot())
-for name, model in both.items():
-    waves = analysis.fourier_sensitivity(model, test, size=2.0, seed=seed)
-    show(f"fourier_{name}", waves, waves.plot())
+waves = {n: analysis.fourier_sensitivity(m, test, size=2.0, seed=seed) for n, m in both.items()}
+pair("fourier.png", "error (%) under each wave", waves)
 
 # Gradients that mean something, and where layers give way.
 aligned = analysis.alignment(both, test, eps=EPS, seed=seed)
 show("alignment", aligned, aligned.pictures())
-for name, model in both.items():
-    layers = analysis.layer_robustness(
+layers = {
+    name: analysis.layer_robustness(
         model, few, layers=["2", "5", "10", "11"], eps=EPS, norm="l2", seed=seed
     )
-    show(f"layers_{name}", layers, layers.plot())
+    for name, model in both.items()
+}
+pair("layers.png", f"R(g) by layer, l2 {EPS}", layers)
 
 # Learning from mistakes alone (Wallace): a network that was stopped early, and its errors.
 hasty = network("CNN", 6)

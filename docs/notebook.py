@@ -19,7 +19,14 @@ from nbclient import NotebookClient
 DOCS = Path(__file__).parent
 FOLDER, FIGURES = DOCS / "notebooks", DOCS / "figures/notebooks"
 NAMES = ("attack", "evaluation", "robust_training", "datasets", "transfer", "tabular")
-HIDDEN = "%matplotlib inline\nimport torch\ntorch.set_num_threads(1)"
+# Progress goes to stderr, which is left out.
+HIDDEN = """\
+%matplotlib inline
+import sys
+import torch
+from advfeat import progress
+progress._stream = lambda: sys.stderr
+torch.set_num_threads(1)"""
 USED = "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
 
 
@@ -54,6 +61,8 @@ def executed(name: str) -> Any:
             kept = [o for at, o in enumerate(kept) if not shown[at] or shown[at] not in shown[:at]]
             cell.outputs, cell.execution_count = kept, place
             for output in kept:
+                if "text" in output:  # a progress bar writes over its line
+                    output["text"] = re.sub(r"[^\n]*\r", "", output["text"])
                 if "execution_count" in output:
                     output["execution_count"] = place
     return notebook

@@ -130,10 +130,14 @@ def pair(file: str, quantity: str, results: dict[str, Any]) -> None:
     """Results of the standard and of the robust model, on shared axes and colours."""
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    ends = []
     for axes, (name, result) in zip(panels, results.items(), strict=True):
         result.plot(axes)
+        ends.append(axes.get_ylim())
         axes.set_title(f"{name} model: {quantity}", fontsize=11)
         axes.label_outer()
+    if not panels[0].images:
+        panels[0].set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     maps = [image for axes in panels for image in axes.images]
     for image in maps:
         image.set_clim(0, max(each.get_clim()[1] for each in maps))

@@ -63,6 +63,7 @@ def yours():
 @pytest.mark.filterwarnings("ignore")
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     namespace = yours()
     for block in blocks(page):
         exec(compile(shortened(block, page), page.name, "exec"), namespace)

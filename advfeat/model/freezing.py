@@ -140,7 +140,7 @@ def warn_about_training_submodules(module: nn.Module) -> Iterator[None]:
 
 
 def check_tensors(module: nn.Module) -> None:
-    """Refuse parameters and buffers that hold no values, or can enter no gradient."""
+    """Raise an error for parameters and buffers that hold no values, or can enter no gradient."""
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             checks.fail("model", name, "not initialised yet; call the model once on some inputs")

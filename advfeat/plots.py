@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["bars", "curves", "differences", "robustness_curves", "samples"]
+__all__ = ["attack_steps", "bars", "curves", "differences", "robustness_curves", "samples"]
 
 # Okabe and Ito (2008), without their yellow, which is faint on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -322,6 +322,39 @@ def trainings(histories: Mapping[str, Sequence[Mapping[str, float]] | Any]) -> F
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
+
+
+def attack_steps(steps: Sequence[Any], *, ax: Sequence[Axes] | None = None) -> Figure:
+    """Draw what ``on_step`` of an attack was called with: means over the samples of a batch.
+
+    Parameters
+    ----------
+    steps
+        The `advfeat.attacks.AttackStep` of every step, as ``on_step=steps.append`` gathers them.
+    ax
+        Four axes to draw on: loss, gradient norm, success and distance. None for a new figure.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from advfeat.attacks import PGD
+    >>> steps, attack = [], PGD(eps=0.1, norm="l2")
+    >>> _ = attack(torch.nn.Linear(4, 3), torch.rand(2, 4), torch.tensor([0, 2]),
+    ...            on_step=steps.append)
+    >>> figure = attack_steps(steps)
+    """
+    if not len(steps):
+        checks.fail("steps", steps, "no step at all; pass on_step=steps.append to the attack")
+    panels = new_panels(ax, 4, 10.4, 2.4)
+    names = {"loss": "loss", "gradient_norm": "l2 norm of the gradient"}
+    names |= {"success": "fooled, %", "distance": "distance"}
+    for axes, (name, title) in zip(panels, names.items(), strict=True):
+        means = [getattr(step, name).double().mean().item() for step in steps]
+        means = [100 * mean for mean in means] if name == "success" else means
+        axes.plot([step.step for step in steps], means, color=COLORS[0])
+        axes.set(xlabel="step", title=title)
+        axes.grid(alpha=0.3)
+    return figure_of(panels[0])
 
 
 def robustness_curves(

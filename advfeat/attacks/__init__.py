@@ -11,6 +11,7 @@ from advfeat.attacks._transferable import DIFGSM, MIFGSM
 from advfeat.attacks.base import Attack
 from advfeat.attacks.inversion import invert
 from advfeat.attacks.samples import Batch
+from advfeat.attacks.tracing import AttackStep
 from advfeat.model import Network
 
 # Above the single attacks, which it is made of.
@@ -25,6 +26,7 @@ __all__ = [
     "MIFGSM",
     "PGD",
     "Attack",
+    "AttackStep",
     "AutoAttack",
     "Batch",
     "MinimumPGD",

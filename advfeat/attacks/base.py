@@ -15,6 +15,7 @@ from advfeat import checks, threat
 from advfeat.attacks.pool import attack_batch
 from advfeat.attacks.restricted import is_by_feature, restricted
 from advfeat.attacks.samples import Batch
+from advfeat.attacks.tracing import OnStep, run_traced
 from advfeat.losses import is_success
 from advfeat.model import Network, Precision, attackable
 from advfeat.threat import FeatureBounds, Norm
@@ -117,11 +118,14 @@ class Attack(ABC):
         train: bool = False,
         expectation: int = 1,
         extras: Mapping[str, Tensor] | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Attack one batch; see `advfeat.attacks.pgd` for the arguments.
 
         ``expectation=k`` attacks the mean of k calls of a random model (EOT, Athalye et al. 2018),
-        at k times the cost.
+        at k times the cost. ``on_step`` is called after every gradient step with an
+        `advfeat.attacks.AttackStep`: step, loss, gradient norm, success and distance of all
+        samples. `advfeat.plots.attack_steps` draws a list of them.
 
         Returns
         -------
@@ -133,7 +137,12 @@ class Attack(ABC):
             net.expect_extras(extras)
             batch = prepare_batch(net, inputs, labels, index, self.bounds, self.targeted, extras)
             attack = restricted(self, batch.inputs)
-            adversarial: Tensor = attack.result(attack_batch(attack, net, batch))
+            if on_step is None:
+                state = attack_batch(attack, net, batch)
+            else:
+                norm: Norm = getattr(self, "norm", "l2")
+                state = run_traced(attack, net, batch, norm, self.targeted, on_step)
+            adversarial: Tensor = attack.result(state)
             _warn_of_unmoved(self, net, batch, adversarial)
         return adversarial.contiguous()
 

@@ -203,6 +203,12 @@ class MinimumNorm(Attack):
         """Fields of a state before anything was found."""
         check_not_restricted(self, batch)
         inputs = batch.inputs
+        if isinstance(self.eps, Tensor):
+            shape = tuple(inputs.shape[1:])
+            cause = (
+                f"expected a number, or radii by feature that broadcast against one sample, {shape}"
+            )
+            checks.fail("eps.shape", tuple(self.eps.shape), cause)
         distance = inputs.new_full((inputs.shape[0],), torch.inf)
         return {
             "x_best": inputs,

@@ -84,7 +84,12 @@ class Stages:
         began = time.perf_counter()
         if alone_after is not None:
             alone_after()
-        result = work() if self._team.rank == 0 or alone_after is None else None
+        result = None
+        if alone_after is None:
+            result = work()
+        elif self._team.rank == 0:
+            with distributed.on_one_rank():
+                result = work()
         seconds = time.perf_counter() - began
         self._team.barrier()
         record = {"settings": settings, "seconds": seconds, "result": result}

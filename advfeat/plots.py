@@ -334,6 +334,16 @@ def attack_steps(steps: Sequence[Any], *, ax: Sequence[Axes] | None = None) -> F
     ax
         Four axes to draw on: loss, gradient norm, success and distance. None for a new figure.
 
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A panel each for loss, gradient norm, success and distance, over the steps.
+
+    Raises
+    ------
+    ValueError
+        There is no step.
+
     Examples
     --------
     >>> import torch

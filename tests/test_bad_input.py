@@ -119,8 +119,8 @@ CASES = {
     "model elsewhere": (
         lambda m: pgd(nn.Linear(4, 3, device="meta"), X),
         V,
-        "inputs.device",
-        "the model is on meta",
+        "model",
+        "on the meta device",
     ),
     "index of another length": (
         lambda m: ATTACK(m, X, Y, index=torch.arange(5)),

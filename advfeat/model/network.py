@@ -163,10 +163,11 @@ class Network:
         self._label_name = name
 
     def class_count(self, inputs: Tensor) -> int:
-        """Number of logits; looked up on the first sample if no forward pass has told it yet."""
+        """Number of logits; looked up on two samples if no forward pass has told it yet."""
         if self.classes is None:
-            with self.selected(slice(0, 1)):
-                self.logits(inputs[:1])
+            # Of a single one a BatchNorm without running statistics makes an error.
+            with self.selected(slice(0, 2)):
+                self.logits(inputs[:2])
         assert self.classes is not None
         return self.classes
 

@@ -21,11 +21,14 @@ def test_an_example_of_at_most_ten_lines(function):
 def test_the_names_are_these():
     results = {name for name in analysis.__all__ if not name.islower()}
     assert {function.__name__ for function in FUNCTIONS} == {
+        "attack_gap", "gradient_measures", "linear_probe", "noise_perturbations", "poison",
+        "poisoning", "purify", "robustified_accuracy", "superposition", "targeted_transfer",
         "alignment", "filtered_accuracy", "fit_gaussian", "fourier_sensitivity", "gaussian",
         "just_bugs", "layer_robustness", "leakage", "linear_usefulness", "mislabelled", "mistakes",
         "planted",
         "robust_dataset_cost", "spectrum", "tradeoff", "transfer", "usefulness",
     }  # fmt: skip
-    for name in results - {"Gaussian", "Planted"}:  # data, not an answer
+    for name in results:
+        assert issubclass(getattr(analysis, name), Result), name
+    for name in results - {"Gaussian", "LinearProbe", "Superposition"}:  # nothing to draw
         assert callable(getattr(analysis, name).plot), name
-        assert "__str__" in vars(getattr(analysis, name)), name

@@ -72,7 +72,9 @@ case $part in
         step "${name// /-}" 240 "${study[@]}" --out "$CACHE/study" --stages "$name"
         keep
     done
-    step study 500 "${study[@]}" --out "$CACHE/study"
+    all=("${study[@]}" --out "$CACHE/study")
+    [ -z "$tiny" ] || all+=(--stages "measure D_R")
+    step study 500 "${all[@]}"
     keep
     ;;
 *) echo "part $part: 1, 2 or 3" >&2 && exit 2 ;;

@@ -188,8 +188,8 @@ def report(
     >>> x = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
     >>> data = torch.utils.data.TensorDataset(x, x.argmax(1))
     >>> found = af.report(torch.nn.Identity(), data, eps=0.1, norm="linf", budget=10)
-    >>> found.clean, found.verdict.robustness
-    (1.0000 (60/60, 95% interval 0.9398 to 1.0000), 'green')
+    >>> found.clean
+    1.0000 (60/60, 95% interval 0.9398 to 1.0000)
     """
     checks.model(model)
     norm = checks.norm(norm)

@@ -6,6 +6,7 @@ import inspect
 import pytest
 
 from advfeat import analysis, plots
+from advfeat.results import Result
 
 FUNCTIONS = [getattr(analysis, name) for name in analysis.__all__ if name.islower()]
 PICTURES = [plots.bars, plots.curves, plots.differences, plots.robustness_curves, plots.samples]

@@ -102,7 +102,7 @@ def test_radii_and_bounds_as_tensors():
     assert attack.bounds == (0.0, 1.0)
     by_feature = af.PGD(eps=0.1, norm="l2", bounds=(torch.zeros(12), torch.ones(12)))
     scalar = af.PGD(eps=0.1, norm="l2")
-    assert torch.equal(by_feature(model, X, y), scalar(model, X, y))
+    torch.testing.assert_close(by_feature(model, X, y), scalar(model, X, y))
 
 
 def test_one_image_without_a_batch_axis():

@@ -134,20 +134,23 @@ class Source:
     def batches(
         self, device: torch.device, chunks: list[list[int]] | None = None
     ) -> Iterator[Samples]:
-        """Give all samples, in order, on the device; or those of the chunks, by their numbers."""
+        """Give all samples, in order, on the device; or those of the chunks, by their numbers.
+
+        Workers of a loader start at this call, not at the first batch: `prefetched` reads batches
+        in a thread, and a process that is forked from a thread may fail as it ends.
+        """
         if self.is_stream:
             # A loader's iterator takes a number from the global generator, which is put back.
             with torch.random.fork_rng(devices=[]):
                 stream = iter(self._batches)
-            yield from _numbered(stream, device)
-            return
+            return _numbered(stream, device)
         if chunks is None:
             chunks = [
                 self.indices[start : start + self._batch_size]
                 for start in range(0, len(self.indices), self._batch_size)
             ]
-        for chunk, batch in zip(chunks, self._read(chunks), strict=True):
-            yield _samples(torch.tensor(chunk, device="cpu"), batch, device)
+        read = zip(chunks, iter(self._read(chunks)), strict=True)
+        return (_samples(torch.tensor(chunk, device="cpu"), batch, device) for chunk, batch in read)
 
     def samples(
         self, indices: list[int], device: torch.device, check: Check | None = None

@@ -1,6 +1,7 @@
 """Any dataset or loader as indexed samples: each once, with its own label, in any order."""
 
 import itertools
+import multiprocessing
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from advfeat.loading import Source, unpack
+from advfeat.loading import Source, prefetched, unpack
 
 CPU = torch.device("cpu")
 ROWS = 11
@@ -456,3 +457,11 @@ def test_copies_towards_the_cpu_wait(monkeypatch):
     list(Source(tensors()).batches(torch.device("cpu")))
     assert waits
     assert all(waits)
+
+
+def test_workers_start_before_a_thread_reads_ahead():
+    """A worker that was forked from a thread ended with code 1, now and then."""
+    data = TensorDataset(torch.rand(6, 3), torch.arange(6) % 3)
+    batches = Source(DataLoader(data, batch_size=2, num_workers=1)).batches(CPU)
+    assert multiprocessing.active_children()
+    assert sum(len(batch.labels) for batch in prefetched(batches)) == 6

@@ -144,10 +144,9 @@ class _Builder:
             source_index(torch.tensor(own, device="cpu")).tolist() + self._recipe.companions(own)
             for own in ids
         ]
-        for own, samples in zip(
-            ids, self._source.batches(torch.device("cpu"), wanted), strict=True
-        ):
-            yield samples._replace(ids=torch.tensor(own, device="cpu"))
+        # Now, for workers of a loader start here and not in the thread that reads ahead.
+        read = zip(ids, self._source.batches(torch.device("cpu"), wanted), strict=True)
+        return (samples._replace(ids=torch.tensor(own, device="cpu")) for own, samples in read)
 
     def example(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """All fields of the first sample, before any step; and what is known of the model."""

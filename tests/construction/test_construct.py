@@ -3,6 +3,8 @@
 import functools
 import importlib.metadata
 import json
+import os
+import threading
 import warnings
 
 import numpy as np
@@ -528,3 +530,13 @@ def test_one_model_is_compiled_for_several_layers(monkeypatch):
         expected = made("D_R", data, model, layer=layer)
         found = made("D_R", data, model, layer=layer, compile=True)
         torch.testing.assert_close(found.images, expected.images, atol=1e-5, rtol=0.0)
+
+
+def test_workers_are_not_forked_from_the_thread_that_reads_ahead(monkeypatch):
+    threads, fork = [], os.fork
+    monkeypatch.setattr(os, "fork", lambda: (threads.append(threading.current_thread()), fork())[1])
+    rows = dataset()
+    loader = DataLoader(rows, batch_size=24, num_workers=1, multiprocessing_context="fork")
+    made("D_det", loader)
+    assert threads
+    assert set(threads) == {threading.main_thread()}

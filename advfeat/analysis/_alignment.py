@@ -16,6 +16,7 @@ from advfeat.analysis._features import (
     batches,
     feature_attack,
     named_models,
+    nearby,
 )
 from advfeat.attacks import Batch
 from advfeat.loading import Data
@@ -177,11 +178,8 @@ def _cosines(
     """The three cosines of a batch's samples, and their gradients."""
     with net.given(batch.extras):
         gradient, other = _gradient(net, batch.inputs, batch.labels)
-    keys, width = seeding.keys(seed, batch.ids), batch.inputs[0].numel()
     local = torch.zeros(len(gradient), dtype=gradient.dtype, device=gradient.device)
-    for draw in range(draws):
-        delta = threat.point_in_ball(seeding.uniform(keys, draw, width + 1), eps, norm)
-        near = batch.inputs + delta.view(batch.inputs.shape).to(batch.inputs.dtype)
+    for near in nearby(batch, draws, eps, norm, seed):
         # Against the same class, so that only the place differs.
         with net.given(batch.extras):
             moved, _ = _gradient(net, near, batch.labels, other)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from advfeat import checks
+from advfeat import checks, seeding, threat
 from advfeat.attacks import PGD, Batch
 from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.pool import attack_batch
@@ -73,6 +73,14 @@ def batches(
         prepare_batch(net, found.inputs, found.labels, found.ids, bounds, extras=found.entries)
         for found in source.batches(device_of(model))
     ]
+
+
+def nearby(batch: Batch, draws: int, eps: float, norm: Norm, seed: int) -> Iterator[Tensor]:
+    """The batch's inputs moved to random points of the ball, by the seed and the sample's index."""
+    keys, width = seeding.keys(seed, batch.ids), batch.inputs[0].numel()
+    for draw in range(draws):
+        delta = threat.point_in_ball(seeding.uniform(keys, draw, width + 1), eps, norm)
+        yield batch.inputs + delta.view(batch.inputs.shape).to(batch.inputs.dtype)
 
 
 def named_models(models: object) -> dict[str, nn.Module]:

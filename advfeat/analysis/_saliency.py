@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advfeat import checks, plots, seeding, threat
-from advfeat.analysis._features import batches, named_models
+from advfeat.analysis._features import batches, named_models, nearby
 from advfeat.loading import Data
 from advfeat.model import attackable
 from advfeat.results import Result
@@ -143,11 +143,8 @@ def gradient_measures(
 
                 saliency = _unit(net.logits_gradient(inputs, largest).gradient)
                 here = _unit(net.logits_gradient(inputs, loss).gradient)
-                keys, width = seeding.keys(seed, batch.ids), inputs[0].numel()
                 total = torch.zeros(len(inputs), dtype=here.dtype, device=here.device)
-                for draw in range(draws):
-                    delta = threat.point_in_ball(seeding.uniform(keys, draw, width + 1), eps, norm)
-                    near = inputs + delta.view(inputs.shape).to(inputs.dtype)
+                for near in nearby(batch, draws, eps, norm, seed):
                     there = _unit(net.logits_gradient(near, loss).gradient)
                     total += (here * there).sum(1) / draws
                 parts.append(((inputs.flatten(1) * saliency).sum(1).abs().cpu(), total.cpu()))

@@ -82,14 +82,14 @@ class Stages:
             self._check_same(_file(name), found["settings"], settings)
             return found["result"]
         began = time.perf_counter()
-        if alone_after is not None:
-            alone_after()
         result = None
         if alone_after is None:
             result = work()
-        elif self._team.rank == 0:
-            with distributed.on_one_rank():
-                result = work()
+        else:
+            alone_after()
+            if self._team.rank == 0:
+                with distributed.on_one_rank():
+                    result = work()
         seconds = time.perf_counter() - began
         self._team.barrier()
         record = {"settings": settings, "seconds": seconds, "result": result}

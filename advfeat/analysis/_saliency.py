@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from advfeat import checks, plots, seeding, threat
 from advfeat.analysis._features import batches, named_models, nearby
+from advfeat.attacks import Batch
 from advfeat.loading import Data
-from advfeat.model import attackable
+from advfeat.model import Network, attackable
 from advfeat.results import Result
 from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
@@ -133,23 +134,33 @@ def gradient_measures(
         parts: list[tuple[Tensor, Tensor]] = []
         with attackable(model) as net:
             for batch in batches(net, model, data, bounds, batch_size):
-                inputs, labels = batch.inputs, batch.labels
-
-                def loss(logits: Tensor, labels: Tensor = labels) -> Tensor:
-                    return F.cross_entropy(logits.double(), labels, reduction="none")
-
-                def largest(logits: Tensor) -> Tensor:
-                    return logits.amax(1)
-
-                saliency = _unit(net.logits_gradient(inputs, largest).gradient)
-                here = _unit(net.logits_gradient(inputs, loss).gradient)
-                total = torch.zeros(len(inputs), dtype=here.dtype, device=here.device)
-                for near in nearby(batch, draws, eps, norm, seed):
-                    there = _unit(net.logits_gradient(near, loss).gradient)
-                    total += (here * there).sum(1) / draws
-                parts.append(((inputs.flatten(1) * saliency).sum(1).abs().cpu(), total.cpu()))
+                with net.given(batch.extras):
+                    parts.append(
+                        _measures(net, batch, nearby(batch, draws, eps, norm, seed), draws)
+                    )
         aligned[name], similar[name] = (torch.cat(p) for p in zip(*parts, strict=True))
     return GradientMeasures(aligned, similar, eps, norm)
+
+
+def _measures(
+    net: Network, batch: Batch, points: Iterator[Tensor], draws: int
+) -> tuple[Tensor, Tensor]:
+    """Both measures of a batch's samples, on the host."""
+    inputs = batch.inputs
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.double(), batch.labels, reduction="none")
+
+    def largest(logits: Tensor) -> Tensor:
+        return logits.amax(1)
+
+    saliency = _unit(net.logits_gradient(inputs, largest).gradient)
+    here = _unit(net.logits_gradient(inputs, loss).gradient)
+    total = torch.zeros(len(inputs), dtype=here.dtype, device=here.device)
+    for near in points:
+        there = _unit(net.logits_gradient(near, loss).gradient)
+        total += (here * there).sum(1) / draws
+    return (inputs.flatten(1) * saliency).sum(1).abs().cpu(), total.cpu()
 
 
 def _unit(gradient: Tensor) -> Tensor:

@@ -244,6 +244,18 @@ def test_similarity_falls_where_the_gradient_turns():
     assert float(far["linear"].min()) > 0.999
 
 
+def test_gradient_measures_pass_on_what_goes_with_the_samples():
+    class Masked(nn.Module):
+        def forward(self, x, mask=None):
+            score = (x if mask is None else x * mask).sum(1)
+            return torch.stack([score, -score], 1)
+
+    x, mask = torch.rand(4, 3), torch.tensor([[1.0, 0.0, 0.0]]).expand(4, 3)
+    data = [{"inputs": x, "labels": torch.zeros(4, dtype=torch.int64), "mask": mask}]
+    found = analysis.gradient_measures({"a": Masked()}, data, eps=0.1, bounds=WIDE, seed=0)
+    torch.testing.assert_close(found.alignment["a"], x[:, 0])
+
+
 def test_superposition_of_known_arrangements():
     angles = 2 * math.pi * torch.arange(5) / 5
     pentagon = torch.stack([angles.cos(), angles.sin()], 1)

@@ -64,10 +64,15 @@ class Source:
         A map-style dataset, a DataLoader, or a list of batches. A loader over an iterable dataset
         must have a length; its samples are numbered in the order they come.
     batch_size
-        Samples to a batch; by default the loader's own, 128 for a dataset.
+        Samples to a batch; by default the loader's own; for a dataset 128, and up to 1024 small
+        samples where they go to a GPU.
+    device
+        Where the batches go to.
     """
 
-    def __init__(self, data: Data, batch_size: int | None = None) -> None:
+    def __init__(
+        self, data: Data, batch_size: int | None = None, device: torch.device | None = None
+    ) -> None:
         if batch_size is not None:
             checks.count("batch_size", batch_size, low=1)
         data = as_dataset(data)
@@ -84,14 +89,21 @@ class Source:
         if self._loader is not None and self._loader.collate_fn is not None:
             self._collate = self._loader.collate_fn
         own = None if self._loader is None else self._loader.batch_size
-        self._batch_size: int = batch_size or own or 128
         self.indices = _sample_numbers(dataset, self._loader)
         if not self.indices and not _is_sharded(self._loader):
             checks.fail("data", type(data).__name__, "it has no samples")
+        self._batch_size: int = batch_size or own or self._usual_batch_size(device)
 
     def __len__(self) -> int:
         """Samples, for map-style data."""
         return len(self.indices)
+
+    def _usual_batch_size(self, device: torch.device | None) -> int:
+        """128; on a GPU, which small batches leave idle, 1024 samples of CIFAR-10's size."""
+        if device is None or device.type == "cpu":
+            return 128
+        inputs, _ = unpack(self.fetch(self.indices[:1]))
+        return min(1024, max(128, 1024 * 3072 // max(1, inputs.numel())))
 
     @property
     def dataset(self) -> Any:

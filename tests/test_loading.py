@@ -465,3 +465,15 @@ def test_workers_start_before_a_thread_reads_ahead():
     batches = Source(DataLoader(data, batch_size=2, num_workers=1)).batches(CPU)
     assert multiprocessing.active_children()
     assert sum(len(batch.labels) for batch in prefetched(batches)) == 6
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((3, 32, 32), 1024), ((1, 8, 8), 1024), ((3, 64, 64), 256), ((3, 224, 224), 128)],
+)
+def test_batches_are_larger_where_they_go_to_a_gpu(shape, expected):
+    data = TensorDataset(torch.zeros(2, *shape), torch.tensor([0, 1]))
+    assert Source(data, device=torch.device("cuda")).batch_size == expected
+    assert Source(data, device=torch.device("cpu")).batch_size == 128
+    assert Source(data, 7, torch.device("cuda")).batch_size == 7
+    assert Source(DataLoader(data, 5), device=torch.device("cuda")).batch_size == 5

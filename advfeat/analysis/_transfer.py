@@ -298,7 +298,7 @@ def just_bugs(
     settings: dict[str, object] = {"shift": shift, "others": len(others), "loss": "just bugs"}
     recipe = _JustBugs("just bugs", attack, choose, settings)
     recipe.models = 1 + len(others)
-    made = build_dataset(side_by_side, indexed_source(data, options), recipe, options)
+    made = build_dataset(side_by_side, indexed_source(side_by_side, data, options), recipe, options)
     made.manifest["model"] = type(model).__name__
     return made
 

@@ -286,9 +286,9 @@ def _command() -> str:
     return shlex.join(sys.orig_argv)
 
 
-def indexed_source(data: Data, options: BuildOptions) -> Source:
+def indexed_source(model: nn.Module, data: Data, options: BuildOptions) -> Source:
     """Samples that can be fetched by number, which every construction needs."""
-    source = Source(data, options.batch_size)
+    source = Source(data, options.batch_size, device_of(model))
     if source.is_stream:
         checks.fail(
             "data",

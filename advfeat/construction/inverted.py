@@ -147,7 +147,7 @@ def build_inverted(
         steps=steps, step_size=step_size, momentum=momentum, bounds=bounds, patience=patience
     )
     checks.seed(seed)
-    source = indexed_source(data, options)
+    source = indexed_source(model, data, options)
     _check_start(start, starts, len(source), attack.bounds)
     drawn = options.seed(seed)
     recipe = InvertedDataset(method, attack, layer, start, starts, drawn, source, straight_through)

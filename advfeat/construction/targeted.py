@@ -54,7 +54,7 @@ def build_targeted(
         mask=mask,
     )
     recipe = TargetedDataset(method, attack, choose, settings)
-    return build_dataset(model, indexed_source(data, options), recipe, options)
+    return build_dataset(model, indexed_source(model, data, options), recipe, options)
 
 
 class TargetedDataset(DatasetRecipe):

@@ -199,7 +199,7 @@ def corruption_accuracy(
             for each in models
         ]
         return CorruptionAccuracy(found[0], severities, None, found[1] if baseline else None)
-    source = Source(data, batch_size)
+    source = Source(data, batch_size, device_of(model))
     own = _BuiltIn(source, corruptions, severities, constants, seeding.resolve(seed), bounds)
     measured = [own.measure(each, progress) for each in models]
     clean, accuracies = measured[0]

@@ -24,7 +24,7 @@ from advfeat.losses import is_success
 from advfeat.metrics._accuracy import CleanPass, places, tensor
 from advfeat.metrics._outcome import Accuracy
 from advfeat.metrics._sharing import SharedSamples
-from advfeat.model import Network, Precision, attackable
+from advfeat.model import Network, Precision, attackable, device_of
 from advfeat.progress import Meter
 from advfeat.results import Result
 from advfeat.suggestions import suggests
@@ -179,7 +179,7 @@ def robustness_curve(
         own_bounds(bounds, each.bounds)
     checks.seed(seed)
     checks.model(model)
-    source = Source(data, batch_size)
+    source = Source(data, batch_size, device_of(model))
     shared = SharedSamples(source, "robustness_curve")
     progress = progress if shared.process.is_first else False
     number = seeding.resolve(shared.seed(seed))

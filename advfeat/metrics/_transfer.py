@@ -154,7 +154,8 @@ def transfer_matrix(
     if attack.targeted != (target_labels is not None):
         cause = "a targeted attack needs it, to know the classes to aim at; another has none"
         checks.fail("target_labels", target_labels, cause)
-    source_data = Source(data, batch_size)
+    device = device_of(next(iter(sources.values())))
+    source_data = Source(data, batch_size, device)
     if attack.is_random:
         # One seed for all sources: each is attacked from the same random starts.
         attack = attack.with_seed(seeding.resolve(getattr(attack, "seed", None)))
@@ -166,7 +167,7 @@ def transfer_matrix(
         torch.zeros(len(sources), 1, **cpu),
     )
     clean_wrong, total = torch.zeros(len(targets), **cpu), 0
-    batches = source_data.batches(device_of(next(iter(sources.values()))))
+    batches = source_data.batches(device)
     for rows in with_progress(
         batches, total=source_data.batch_count, label="transfer", progress=progress
     ):

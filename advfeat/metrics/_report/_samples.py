@@ -23,7 +23,8 @@ class Drawn:
     most
         How many samples to draw at most; None is all.
     batch_size
-        Samples to a batch; by default the loader's own, 128 for a dataset.
+        Samples to a batch; by default the loader's own; for a dataset 128, up to
+        1024 on a GPU.
     seed
         Of the order.
     """

@@ -64,8 +64,7 @@ class Source:
         A map-style dataset, a DataLoader, or a list of batches. A loader over an iterable dataset
         must have a length; its samples are numbered in the order they come.
     batch_size
-        Samples to a batch; by default the loader's own; for a dataset 128, and up to 1024 small
-        samples where they go to a GPU.
+        Samples to a batch; by default the loader's own; for a dataset 128, up to 1024 on a GPU.
     device
         Where the batches go to.
     """
@@ -79,29 +78,30 @@ class Source:
         self._loader = data if isinstance(data, DataLoader) else None
         dataset = data.dataset if isinstance(data, DataLoader) else data
         self.is_stream = is_stream(data)
+        self.batch_size = 128  # of a stream: what evaluation attacks together
         if self.is_stream:
             check_length(data)
             self._batches: Iterable[Any] = data  # type: ignore[assignment]
             self.indices: list[int] = []
             return
         self._dataset: Any = dataset
-        self._collate: Callable[[list[Any]], Any] = default_collate
+        self.collate: Callable[[list[Any]], Any] = default_collate
         if self._loader is not None and self._loader.collate_fn is not None:
-            self._collate = self._loader.collate_fn
+            self.collate = self._loader.collate_fn
         own = None if self._loader is None else self._loader.batch_size
         self.indices = _sample_numbers(dataset, self._loader)
         if not self.indices and not _is_sharded(self._loader):
             checks.fail("data", type(data).__name__, "it has no samples")
-        self._batch_size: int = batch_size or own or self._usual_batch_size(device)
+        self.batch_size = batch_size or own or self._usual_batch_size(device)
 
     def __len__(self) -> int:
         """Samples, for map-style data."""
         return len(self.indices)
 
     def _usual_batch_size(self, device: torch.device | None) -> int:
-        """128; on a GPU, which small batches leave idle, 1024 samples of CIFAR-10's size."""
         if device is None or device.type == "cpu":
             return 128
+        # Small batches leave a GPU idle: as many features as 1024 images of CIFAR-10 have.
         inputs, _ = unpack(self.fetch(self.indices[:1]))
         return min(1024, max(128, 1024 * 3072 // max(1, inputs.numel())))
 
@@ -120,28 +120,13 @@ class Source:
         """Batches that `batches` gives."""
         if self.is_stream:
             return len(self._batches)  # type: ignore[arg-type]
-        return -(-len(self.indices) // self._batch_size)
-
-    @property
-    def pool_size(self) -> int:
-        """Samples to attack together in evaluation: a batch of these data."""
-        return 128 if self.is_stream else self._batch_size
-
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        """What makes a batch of samples, for map-style data."""
-        return self._collate
+        return -(-len(self.indices) // self.batch_size)
 
     def raw_batches(self) -> Iterator[Any]:
         """Batches of a stream as they come, not unpacked."""
         with torch.random.fork_rng(devices=[]):
             stream = iter(self._batches)
         yield from stream
-
-    @property
-    def batch_size(self) -> int:
-        """Samples to a batch, for map-style data."""
-        return self._batch_size
 
     def batches(
         self, device: torch.device, chunks: list[list[int]] | None = None
@@ -158,8 +143,8 @@ class Source:
             return _numbered(stream, device)
         if chunks is None:
             chunks = [
-                self.indices[start : start + self._batch_size]
-                for start in range(0, len(self.indices), self._batch_size)
+                self.indices[start : start + self.batch_size]
+                for start in range(0, len(self.indices), self.batch_size)
             ]
         read = zip(chunks, iter(self._read(chunks)), strict=True)
         return (_samples(torch.tensor(chunk, device="cpu"), batch, device) for chunk, batch in read)
@@ -178,7 +163,7 @@ class Source:
         return DataLoader(
             self._dataset,
             batch_sampler=chunks,
-            collate_fn=self._collate,
+            collate_fn=self.collate,
             num_workers=workers,
             pin_memory=self._loader.pin_memory,
             worker_init_fn=self._loader.worker_init_fn,
@@ -191,12 +176,12 @@ class Source:
     def fetch(self, indices: list[int]) -> Any:
         """Read samples by their indices, as one batch that is not unpacked."""
         dataset = self._dataset
-        if type(dataset) is TensorDataset and self._collate is default_collate:
+        if type(dataset) is TensorDataset and self.collate is default_collate:
             # Whole-batch indexing is known to mean the same as sample by sample.
             return dataset[torch.tensor(indices, device="cpu")]
         if hasattr(dataset, "__getitems__"):
-            return self._collate(dataset.__getitems__(indices))
-        return self._collate([dataset[i] for i in indices])
+            return self.collate(dataset.__getitems__(indices))
+        return self.collate([dataset[i] for i in indices])
 
 
 def prefetched(items: Iterable[T]) -> Iterator[T]:

@@ -172,7 +172,7 @@ def test_batches_have_the_loaders_size_or_the_one_asked_for(data, options, sizes
     assert [len(rows.ids) for rows in source.batches(CPU)] == sizes
     assert source.batch_count == len(sizes)
     assert len(source) == sum(sizes)
-    assert source.pool_size == sizes[0]
+    assert source.batch_size == sizes[0]
 
 
 def test_a_source_can_be_read_twice():

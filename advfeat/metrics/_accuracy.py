@@ -192,7 +192,7 @@ def robust_accuracy(
         Meter(progress, "robust accuracy", total, unit="samples") as meter,
         attackable(model, expectation=expectation, **settings) as net,
     ):
-        for verdict in pool.worst_case(moving, net, clean.resisting(net), source.pool_size):
+        for verdict in pool.worst_case(moving, net, clean.resisting(net), source.batch_size):
             zero_gradients.add(net, verdict)
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
@@ -245,7 +245,7 @@ class CleanPass:
             label=label,
             progress=progress,
         )
-        self._bounds, self._batch_size = bounds, source.pool_size
+        self._bounds, self._batch_size = bounds, source.batch_size
         self._index, self._right, self._counted = array("q"), array("b"), 0
         self._wrong = 0
         self._inputs: list[Tensor] | None = [] if keep_inputs else None

@@ -212,7 +212,7 @@ def certified_accuracy(
     checks.seed(seed)
     checks.model(model)
     source = Source(data, batch_size, device_of(model))
-    votes = _Votes(seeding.resolve(seed), float(sigma), source.pool_size)
+    votes = _Votes(seeding.resolve(seed), float(sigma), source.batch_size)
     found: list[tuple[int, float, bool, int]] = []
     batches = with_progress(
         source.batches(device_of(model)),

@@ -248,7 +248,7 @@ class _BuiltIn:
         )
         low, size = self._low, self._high - self._low
         with attackable(model, purpose="predictions") as net:
-            net.batches.usual = self._source.pool_size
+            net.batches.usual = self._source.batch_size
             for read in batches:
                 own = low, self._high
                 batch = prepare_batch(

@@ -191,7 +191,7 @@ def robustness_curve(
         Meter(progress, "robustness curve", total, unit="samples") as meter,
         attackable(model, precision=precision, expectation=expectation) as net,
     ):
-        for batch, count in _chunks(clean, net, source.pool_size):
+        for batch, count in _chunks(clean, net, source.batch_size):
             with net.given(batch.extras):
                 unresolved.extend(_unresolved(net, batch)[:count].tolist())
                 distance = _closest(net, batch, attacks, polish, number, meter)

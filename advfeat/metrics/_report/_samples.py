@@ -32,7 +32,7 @@ class Drawn:
     def __init__(self, data: Data, most: int | None, batch_size: int | None, seed: int) -> None:
         source = Source(data, batch_size)
         self._collate: Any = default_collate
-        self.batch_size = source.pool_size if batch_size is None else batch_size
+        self.batch_size = source.batch_size if batch_size is None else batch_size
         if source.is_stream:
             self._dataset: Any = _listed(source, most)
             numbers = list(range(len(self._dataset)))

@@ -254,7 +254,7 @@ class Budget:
 
 BUDGETS = {
     "small": Budget(
-        small_resnet, 25_000, 2_000, lambda: study.Recipe.short(eps=0.5, rows=16_000)
+        small_resnet, 25_000, 2_000, lambda: study.Recipe.short(eps=0.5, samples=16_000)
     ),
     "cpu": Budget(fast_net, 50_000, 4_000, cpu_recipe),
     "gpu": Budget(resnet18, 50_000, 10_000, gpu_recipe),
@@ -328,10 +328,12 @@ def work(options: argparse.Namespace) -> dict[str, Work]:
     found: dict[str, Work] = {}
     for name in ("standard", "robust", *chosen.sets):
         own = chosen.training(name)
-        count = samples if name in ("standard", "robust") else min(samples, chosen.rows or samples)
+        count = (
+            samples if name in ("standard", "robust") else min(samples, chosen.samples or samples)
+        )
         images = own["epochs"] * count
         found[f"train {name}"] = Work(images, images * own["steps"] if name == "robust" else 0)
-    made = min(samples, chosen.rows or samples)
+    made = min(samples, chosen.samples or samples)
     for name in chosen.sets:
         if name not in ("D_R control", "D_NR control"):
             own = chosen.construction(name)
@@ -389,7 +391,7 @@ def estimate(options: argparse.Namespace, speed: Work) -> str:
         hours = sum(n / rate for n, rate in zip(count, speed, strict=True)) / 3600
         lines.append(f"{name:<24}{passes * flop / 1e15:8.2f}{hours:8.2f}")
     chosen = recipe(options)
-    images = min(options.samples or 50_000, chosen.rows or 50_000)
+    images = min(options.samples or 50_000, chosen.samples or 50_000)
     starts = sum(chosen.starts(n) for n in chosen.sets if f"make {n}" in counts)
     return "\n".join([*lines, f"disk: {4 * 3072 * images * starts / 1e9:.1f} GB"])
 

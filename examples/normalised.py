@@ -20,7 +20,7 @@ import advfeat as af
 
 parser = argparse.ArgumentParser(description="Normalisation inside the model")
 parser.add_argument("--epochs", type=int, default=4)
-parser.add_argument("--rows", type=int, default=1437, help="training images")
+parser.add_argument("--samples", type=int, default=1437, help="training images")
 options = parser.parse_args()
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -78,7 +78,7 @@ digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1) / 16
 order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
 images, labels = images[order], torch.tensor(digits.target)[order]
-train = TensorDataset(images[: options.rows], labels[: options.rows])
+train = TensorDataset(images[: options.samples], labels[: options.samples])
 test = TensorDataset(images[1437:], labels[1437:])
 
 torch.manual_seed(0)

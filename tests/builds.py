@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import advfeat as af
 
-CLASSES, ROWS, BATCH = 4, 22, 5
+CLASSES, SAMPLES, BATCH = 4, 22, 5
 INVERTED = {"D_R": af.construct_robust_dataset, "D_NR": af.construct_nonrobust_dataset}
 TARGETED = {"D_det": af.construct_det_dataset, "D_rand": af.construct_rand_dataset}
 METHODS = [*INVERTED, *TARGETED]
@@ -20,7 +20,7 @@ ONE_OF_EACH = ["D_R", "D_rand"]
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def dataset(count=ROWS):
+def dataset(count=SAMPLES):
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(count, 1, 3, 3, generator=generator)
     return TensorDataset(x, torch.randint(CLASSES, (count,), generator=generator))

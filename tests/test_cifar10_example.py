@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROWS = 24
+SAMPLES = 24
 SCRIPT = Path(__file__).parents[1] / "examples" / "cifar10.py"
 
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slow
 def images(seed):
     """Images whose class is the brightness of a corner, and labels."""
     random = np.random.default_rng(seed)
-    labels = np.arange(ROWS) % 10
-    pixels = random.integers(0, 200, (ROWS, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(SAMPLES) % 10
+    pixels = random.integers(0, 200, (SAMPLES, 32, 32, 3), dtype=np.uint8)
     pixels[:, :8, :8] = (25 * labels)[:, None, None, None]
     return pixels, labels
 
@@ -42,7 +42,7 @@ def as_batches(folder):
     parts = dict(zip([f"data_batch_{i}" for i in range(1, 6)], range(5), strict=True))
     pixels, labels = images(0)
     for name, place in parts.items():
-        own = slice(place * 5, min(ROWS, place * 5 + 5))
+        own = slice(place * 5, min(SAMPLES, place * 5 + 5))
         _batch(path / name, pixels[own], labels[own])
     _batch(path / "test_batch", *images(1))
     return path
@@ -54,7 +54,7 @@ def _batch(file, pixels, labels):
 
 
 def run(data, out, *more):
-    command = [sys.executable, SCRIPT, "--data", data, "--out", out, "--samples", str(ROWS)]
+    command = [sys.executable, SCRIPT, "--data", data, "--out", out, "--samples", str(SAMPLES)]
     command += ["--epochs", "1", "--precision", "float32", "--device", "cpu", *more]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -76,7 +76,7 @@ def test_it_goes_on_and_prints_the_table_and_where_the_report_is(study):
     assert str(out / "report.html") in printed
     made = json.loads((out / "sets" / "D_det" / "manifest.json").read_text())
     assert made["settings"]["eps"] == 1.0
-    assert made["rows"] == ROWS
+    assert made["samples"] == SAMPLES
 
 
 def test_both_formats_are_the_same_data(study, tmp_path):
@@ -114,15 +114,15 @@ def test_the_download_is_checked_unpacked_and_read(tmp_path):
 
 def test_the_estimate_is_from_this_machine_and_lists_every_stage(tmp_path):
     module = runpy.run_path(str(SCRIPT))
-    given = ["--data", str(as_npz(tmp_path)), "--budget", "cpu", "--samples", str(ROWS)]
+    given = ["--data", str(as_npz(tmp_path)), "--budget", "cpu", "--samples", str(SAMPLES)]
     options = module["parser"].parse_args([*given, "--device", "cpu"])
     speed = module["Work"](training=10.0, gradients=20.0, evaluated=100.0)
     printed = module["estimate"](options, speed)
     chosen = module["cpu_recipe"]()
     hours = {line[:24].strip(): line[24:].split()[-1] for line in printed.splitlines()[2:-1]}
-    train, invert = 12 * ROWS / 10, 60 * ROWS / 20
+    train, invert = 12 * SAMPLES / 10, 60 * SAMPLES / 20
     assert float(hours["train standard"]) == pytest.approx(train / 3600, abs=0.005)
-    robust = 12 * ROWS * (1 / 10 + 3 / 20)
+    robust = 12 * SAMPLES * (1 / 10 + 3 / 20)
     assert float(hours["train robust"]) == pytest.approx(robust / 3600, abs=0.005)
     assert float(hours["make D_R"]) == pytest.approx(invert / 3600, abs=0.005)
     assert {f"train {name}" for name in chosen.sets} < set(hours)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from builds import METHODS, ROWS, build, contents, dataset, half_built
+from builds import METHODS, SAMPLES, build, contents, dataset, half_built
 from torch.utils.data import DataLoader
 
 import advfeat as af
@@ -92,31 +92,31 @@ def test_two_ranks_make_what_one_process_makes(tmp_path):
         one, joined = build(method), af.ConstructedDataset.open(tmp_path / f"{method}-own")
         for name, array in one.fields.items():
             np.testing.assert_allclose(joined.fields[name], array, rtol=0, atol=1e-6)
-        assert joined.manifest["rows"] == ROWS
+        assert joined.manifest["samples"] == SAMPLES
     seeds = {line for line in run.stdout.splitlines() if line.startswith("seed")}
     assert len(seeds) == 1, seeds
     assert run.stdout.count("ranks divide the samples themselves") == 2
     build("D_R", tmp_path / "alone")
     assert contents(tmp_path / "half") == contents(tmp_path / "alone")
     manifest = json.loads((tmp_path / "D_det" / "manifest.json").read_text())
-    assert manifest["rows"] == ROWS
+    assert manifest["samples"] == SAMPLES
 
 
-def shares(place, count=3):
+def sharded(place, count=3):
     """Folders as ranks make them, each for itself."""
     whole = build("D_det")
     for rank in range(count):
         own = whole.subset(slice(rank, None, count))
-        share = {"rank": rank, "of": count}
-        own.manifest = {**whole.manifest, "share": share, "rows": len(own)}
+        shard = {"rank": rank, "of": count}
+        own.manifest = {**whole.manifest, "shard": shard, "samples": len(own)}
         own.save(place / f"rank-{rank}")
     return whole
 
 
-def test_shares_are_joined_where_they_lie(tmp_path):
-    whole = shares(tmp_path)
+def test_shards_are_joined_where_they_lie(tmp_path):
+    whole = sharded(tmp_path)
     joined = af.ConstructedDataset.open(tmp_path)
-    assert len(joined) == ROWS
+    assert len(joined) == SAMPLES
     assert torch.equal(joined.images, whole.images)
     assert torch.equal(joined.labels, whole.labels)
     assert torch.equal(joined[7][0], whole[7][0])
@@ -124,7 +124,7 @@ def test_shares_are_joined_where_they_lie(tmp_path):
     assert torch.equal(torch.cat([x for x, _ in batches]), whole.images)
     assert torch.equal(joined.subset([5, 0, 21]).images, whole.images[[5, 0, 21]])
     assert torch.equal(joined.subset(slice(3, 9)).images, whole.images[3:9])
-    assert len(list(joined)) == ROWS
+    assert len(list(joined)) == SAMPLES
     source, image = joined.pairs(dataset())[13]
     assert torch.equal(source, dataset()[13][0])
     assert torch.equal(image, whole.images[13])
@@ -133,7 +133,7 @@ def test_shares_are_joined_where_they_lie(tmp_path):
 
 
 def test_shares_that_do_not_belong_together_are_refused(tmp_path):
-    shares(tmp_path)
+    sharded(tmp_path)
     path = tmp_path / "rank-1" / "manifest.json"
     before = path.read_text()
     manifest = json.loads(before)
@@ -149,7 +149,7 @@ def test_shares_that_do_not_belong_together_are_refused(tmp_path):
 
 def test_one_process_has_a_folder_of_its_own_too(tmp_path):
     made = build("D_rand", tmp_path / "rank-{rank}")
-    assert len(made) == ROWS
+    assert len(made) == SAMPLES
     assert torch.equal(af.ConstructedDataset.open(tmp_path).images, made.images)
-    with pytest.raises(ValueError, match="share"):
+    with pytest.raises(ValueError, match="shard"):
         build("D_rand", tmp_path / "rank-0")

@@ -14,7 +14,7 @@ SMALL = {
     "training_loop": ["--epochs", "1"],
     "huggingface_style": ["--epochs", "1"],
     "huggingface_datasets": ["--epochs", "1"],
-    "normalised": ["--epochs", "1", "--rows", "128"],
+    "normalised": ["--epochs", "1", "--samples", "128"],
     "tabular": ["--epochs", "2"],
     "callbacks": ["--enough", "0"],
     "lightning_module": ["--epochs", "1"],

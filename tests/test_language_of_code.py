@@ -71,12 +71,6 @@ TABLES = {
     *("training/_resume.py", "training/_schedule.py", "training/_settings.py"),
     *("study/_calibrate.py", "study/_claims.py", "study/_report.py", "study/_sections.py"),
 }
-# `Recipe.rows`, `rows` of a manifest: the number of samples, in files that users have.
-FIELDS = {
-    *("construction/builder.py", "construction/provenance.py", "datasets/dataset.py"),
-    *("datasets/folder.py", "datasets/inspection.py", "study/_data.py"),
-    *("study/_recipe.py", "study/_work.py", "metrics/_accuracy.py"),
-}
 
 
 def name_of(path):
@@ -121,7 +115,7 @@ def parts(name):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_texts_use_the_terms_of_the_field(path):
     rows = r"\brows?\b"
-    legitimate = name_of(path) in TABLES | FIELDS
+    legitimate = name_of(path) in TABLES
     terms = {term: instead for term, instead in TERMS.items() if term != rows or not legitimate}
     found = list(hits(path.read_text(), terms))
     assert not found, "\n".join(found)
@@ -129,7 +123,7 @@ def test_texts_use_the_terms_of_the_field(path):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_names_use_the_terms_of_the_field(path):
-    avoid = NAMES - {"row", "rows"} if name_of(path) in TABLES | FIELDS else NAMES
+    avoid = NAMES - {"row", "rows"} if name_of(path) in TABLES else NAMES
     found = Counter(name for name in identifiers(path.read_text()) if avoid & set(parts(name)))
     assert not found
 

@@ -21,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from advfeat.loading import Source, prefetched, unpack
 
 CPU = torch.device("cpu")
-ROWS = 11
+SAMPLES = 11
 
 
 def inputs_of(rows):
@@ -29,7 +29,7 @@ def inputs_of(rows):
     return torch.stack([rows.float(), rows.float() ** 2], 1)
 
 
-def tensors(count=ROWS):
+def tensors(count=SAMPLES):
     rows = torch.arange(count)
     return TensorDataset(inputs_of(rows), 10 * rows)
 
@@ -37,7 +37,7 @@ def tensors(count=ROWS):
 class Pairs(Dataset):
     """Row by row, labels as plain integers."""
 
-    def __init__(self, count=ROWS):
+    def __init__(self, count=SAMPLES):
         self.count = count
 
     def __len__(self):
@@ -55,12 +55,12 @@ class Dictionaries(Pairs):
 
 class Stream(IterableDataset):
     def __iter__(self):
-        return (Pairs()[row] for row in reversed(range(ROWS)))
+        return (Pairs()[row] for row in reversed(range(SAMPLES)))
 
 
 class SizedStream(Stream):
     def __len__(self):
-        return ROWS
+        return SAMPLES
 
 
 class Endless(Sampler):
@@ -68,7 +68,7 @@ class Endless(Sampler):
         pass
 
     def __iter__(self):
-        return itertools.cycle(range(ROWS))
+        return itertools.cycle(range(SAMPLES))
 
 
 class Given(Sampler):
@@ -115,17 +115,17 @@ MAP_STYLE = {
     "tensors": tensors,
     "pairs": Pairs,
     "dictionaries": Dictionaries,
-    "subset": lambda: torch.utils.data.Subset(Pairs(20), range(ROWS)),
+    "subset": lambda: torch.utils.data.Subset(Pairs(20), range(SAMPLES)),
     "sequence": lambda: several(tensors()),
     "shuffled": lambda: several(Pairs(), shuffle=True),
     "drop_last": lambda: several(tensors(), shuffle=True, drop_last=True),
     "generator": lambda: several(tensors(), shuffle=True, generator=torch.Generator()),
-    "own sampler": lambda: several(Pairs(), sampler=Shuffling(range(ROWS))),
+    "own sampler": lambda: several(Pairs(), sampler=Shuffling(range(SAMPLES))),
     "without replacement": lambda: several(
-        Pairs(), sampler=WeightedRandomSampler(torch.ones(ROWS), ROWS, replacement=False)
+        Pairs(), sampler=WeightedRandomSampler(torch.ones(SAMPLES), SAMPLES, replacement=False)
     ),
     "batch sampler": lambda: DataLoader(
-        tensors(), batch_sampler=BatchSampler(RandomSampler(range(ROWS)), 3, drop_last=True)
+        tensors(), batch_sampler=BatchSampler(RandomSampler(range(SAMPLES)), 3, drop_last=True)
     ),
     "list of batches": lambda: DataLoader(tensors(), batch_sampler=torch.arange(11).split(4)),
 }
@@ -135,9 +135,9 @@ MAP_STYLE = {
 
 
 @pytest.mark.parametrize("make", MAP_STYLE.values(), ids=MAP_STYLE.keys())
-def test_map_style_data_are_read_by_row_number_each_row_once(make):
+def test_map_style_data_are_read_by_sample_number_each_sample_once(make):
     batches = read(make())
-    assert ids(batches) == list(range(ROWS))
+    assert ids(batches) == list(range(SAMPLES))
     assert_paired(batches)
 
 
@@ -152,7 +152,7 @@ def test_reading_leaves_the_global_random_state(make):
 
 
 @pytest.mark.parametrize("make", MAP_STYLE.values(), ids=MAP_STYLE.keys())
-def test_single_rows_are_fetched_by_number_in_the_order_asked_for(make):
+def test_single_samples_are_fetched_by_number_in_the_order_asked_for(make):
     rows = Source(make()).samples([7, 0, 3], CPU)
     assert rows.ids.tolist() == [7, 0, 3]
     assert_paired([rows])
@@ -188,7 +188,7 @@ def test_a_method_of_a_dataset_that_happens_to_be_called_batch_is_not_used():
     assert_paired(read(Hub()))
 
 
-def test_a_dataset_that_gives_many_rows_at_once_is_asked_so():
+def test_a_dataset_that_gives_many_samples_at_once_is_asked_so():
     class Fast(Pairs):
         def __getitems__(self, rows):
             return [Pairs.__getitem__(self, row) for row in rows]
@@ -228,7 +228,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("make", PARTS.values(), ids=PARTS.keys())
-def test_a_sampler_of_some_rows_gives_these_in_order(make):
+def test_a_sampler_of_some_samples_gives_these_in_order(make):
     source = Source(make())
     assert source.indices == [1, 5, 8]
     assert len(source) == 3
@@ -238,7 +238,7 @@ def test_a_sampler_of_some_rows_gives_these_in_order(make):
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("wrap", [False, True])
-def test_the_shards_of_all_ranks_are_each_row_once(shuffle, drop_last, wrap):
+def test_the_shards_of_all_ranks_are_each_sample_once(shuffle, drop_last, wrap):
     # 11 rows and 3 ranks: the sampler itself repeats a row, or drops two.
     found = []
     for rank in range(3):
@@ -252,13 +252,13 @@ def test_the_shards_of_all_ranks_are_each_row_once(shuffle, drop_last, wrap):
         batches = read(loader)
         assert_paired(batches)
         found += ids(batches)
-    assert sorted(found) == list(range(ROWS))
+    assert sorted(found) == list(range(SAMPLES))
 
 
 REPEATING = {
     "with replacement": lambda: several(tensors(), sampler=RandomSampler(tensors(), True)),
     "a random part": lambda: several(tensors(), sampler=RandomSampler(tensors(), num_samples=5)),
-    "weighted": lambda: several(tensors(), sampler=WeightedRandomSampler(torch.ones(ROWS), 50)),
+    "weighted": lambda: several(tensors(), sampler=WeightedRandomSampler(torch.ones(SAMPLES), 50)),
     "subset": lambda: several(tensors(), sampler=SubsetRandomSampler([3, 1, 3])),
     "own": lambda: several(tensors(), sampler=Given([3, 1, 3])),
     "own batches": lambda: DataLoader(tensors(), batch_sampler=[[3, 1], [3]]),
@@ -270,7 +270,7 @@ REPEATING = {
 
 
 @pytest.mark.parametrize("make", REPEATING.values(), ids=REPEATING.keys())
-def test_a_sampler_that_repeats_rows_or_never_ends_is_refused(make):
+def test_a_sampler_that_repeats_samples_or_never_ends_is_refused(make):
     loader = make()
     before = torch.get_rng_state()
     with pytest.raises(ValueError, match=r"data=.*pass the dataset"):
@@ -283,12 +283,12 @@ def test_a_sampler_that_repeats_rows_or_never_ends_is_refused(make):
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("pin_memory", [False, True])
-def test_workers_read_the_same_rows_and_leave_the_global_random_state(pin_memory):
+def test_workers_read_the_same_samples_and_leave_the_global_random_state(pin_memory):
     loader = several(Pairs(), shuffle=True, num_workers=1, pin_memory=pin_memory)
     before = torch.get_rng_state()
     batches = read(loader)
     assert torch.equal(torch.get_rng_state(), before)
-    assert ids(batches) == list(range(ROWS))
+    assert ids(batches) == list(range(SAMPLES))
     assert_paired(batches)
 
 
@@ -299,7 +299,7 @@ def label_by_hundreds(worker):
 def test_workers_are_set_up_as_the_loader_says():
     loader = several(tensors(), num_workers=1, worker_init_fn=label_by_hundreds)
     labels = torch.cat([rows.labels for rows in read(loader)])
-    assert torch.equal(labels, 100 * torch.arange(ROWS))
+    assert torch.equal(labels, 100 * torch.arange(SAMPLES))
 
 
 # --- Streams ---
@@ -316,7 +316,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS.keys())
-def test_rows_of_a_stream_are_numbered_as_they_come(make):
+def test_samples_of_a_stream_are_numbered_as_they_come(make):
     data = make()
     before = torch.get_rng_state()
     source = Source(data)
@@ -324,9 +324,9 @@ def test_rows_of_a_stream_are_numbered_as_they_come(make):
     assert torch.equal(torch.get_rng_state(), before)
     assert source.is_stream
     assert source.batch_count == len(batches) == 3
-    assert ids(batches) == list(range(ROWS))
+    assert ids(batches) == list(range(SAMPLES))
     labels = torch.cat([rows.labels for rows in batches])
-    assert labels.tolist() == [10 * row for row in reversed(range(ROWS))]
+    assert labels.tolist() == [10 * row for row in reversed(range(SAMPLES))]
     for rows in batches:
         assert torch.equal(rows.inputs, inputs_of(rows.labels // 10))
 
@@ -341,7 +341,7 @@ def test_a_stream_of_single_samples_is_refused():
         Source(SizedStream())
 
 
-def test_a_stream_that_promised_rows_and_gives_none_is_refused():
+def test_a_stream_that_promised_samples_and_gives_none_is_refused():
     class Liar(SizedStream):
         def __iter__(self):
             return iter(())
@@ -393,7 +393,7 @@ def test_a_batch_size_that_is_no_integer_is_refused(batch_size):
         Source(tensors(), batch_size)
 
 
-def test_a_collation_that_loses_rows_is_refused():
+def test_a_collation_that_loses_samples_is_refused():
     loader = several(Pairs(), collate_fn=lambda pairs: (torch.rand(1, 2), torch.tensor([0])))
     with pytest.raises(ValueError, match=r"a batch of 4 came back so"):
         read(loader)

@@ -159,7 +159,7 @@ def test_the_scale_of_dlr_is_that_of_the_classes_that_are_not_masked():
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_a_row_has_the_same_value_alone_and_in_a_batch(loss):
+def test_a_sample_has_the_same_value_alone_and_in_a_batch(loss):
     logits, labels = some_logits(9)
     together = loss(logits, labels)
     assert together.shape == (9,)
@@ -169,7 +169,7 @@ def test_a_row_has_the_same_value_alone_and_in_a_batch(loss):
 
 
 @pytest.mark.parametrize("loss", ALL)
-def test_a_row_has_no_gradient_by_its_batch_mates(loss):
+def test_a_sample_has_no_gradient_by_its_batch_mates(loss):
     logits, labels = some_logits()
     logits.requires_grad_()
     loss(logits, labels)[3].backward()

@@ -51,7 +51,7 @@ def test_numbers_do_not_depend_on_the_batch_split(seed, index, draw, data):
 
 @FAST
 @given(seed=SEEDS, index=INDICES, draws=st.lists(DRAWS, min_size=12, max_size=12))
-def test_a_draw_for_each_row_equals_single_draws(seed, index, draws):
+def test_a_draw_for_each_sample_equals_single_draws(seed, index, draws):
     keys = seeding.keys(seed, torch.tensor(index))
     together = seeding.uniform(keys, torch.tensor(draws[: len(index)]), 3)
     for row, draw in enumerate(draws[: len(index)]):
@@ -107,7 +107,7 @@ def test_other_seeds_draws_and_indices_give_uncorrelated_numbers(one, other):
     assert abs(correlation(sample(**one), sample(**other))) < 5 / np.sqrt(100 * 200)
 
 
-def test_neighbouring_rows_and_columns_are_uncorrelated():
+def test_neighbouring_samples_and_columns_are_uncorrelated():
     sample = numbers(1, torch.arange(200), count=200)
     limit = 5 / np.sqrt(200 * 199)
     assert abs(correlation(sample[1:], sample[:-1])) < limit

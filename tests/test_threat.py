@@ -307,7 +307,7 @@ def test_the_box_holds_exactly_where_its_ends_differ_wildly(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_row_is_projected_alike_alone_and_in_a_batch(norm):
+def test_a_sample_is_projected_alike_alone_and_in_a_batch(norm):
     generator = torch.Generator().manual_seed(6)
     center = torch.rand(8, 3, 5, generator=generator)
     points = center + torch.randn(8, 3, 5, generator=generator)

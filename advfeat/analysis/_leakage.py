@@ -142,10 +142,10 @@ def leakage(
     checks.seed(seed)
     cpu = torch.device("cpu")
     made, true, judged = (
-        Stacked(rows.inputs.flatten(1).float(), rows.labels)
-        for rows in (stacked(data, cpu) for data in (constructed, train, test))
+        Stacked(samples.inputs.flatten(1).float(), samples.labels)
+        for samples in (stacked(data, cpu) for data in (constructed, train, test))
     )
-    classes = max(int(rows.labels.max()) for rows in (made, true, judged)) + 1
+    classes = max(int(samples.labels.max()) for samples in (made, true, judged)) + 1
     drawn = seeding.resolve(seed)
     chosen_on, tested_on = _halves(true, drawn)
     weight = _most_robust(chosen_on, classes, eps, norm)
@@ -154,57 +154,57 @@ def leakage(
     found = linear_usefulness(weight, TensorDataset(*tested_on), eps=eps, norm=norm, seed=drawn)
     weight = weight[(found.kind == ROBUST).any(1)]
 
-    def features(rows: Stacked) -> Tensor:
+    def features(samples: Stacked) -> Tensor:
         scale = (true.inputs @ weight.T).std(0)
-        return (rows.inputs - true.inputs.mean(0)) @ weight.T / scale
+        return (samples.inputs - true.inputs.mean(0)) @ weight.T / scale
 
-    def learned_from(rows: Stacked) -> Accuracy:
+    def learned_from(samples: Stacked) -> Accuracy:
         if not len(weight):
-            return Accuracy.of(judged.labels == rows.labels.bincount().argmax())
-        answer = _logistic_regression(features(rows), rows.labels, classes)
+            return Accuracy.of(judged.labels == samples.labels.bincount().argmax())
+        answer = _logistic_regression(features(samples), samples.labels, classes)
         return Accuracy.of(answer(features(judged)).argmax(1) == judged.labels)
 
     chance = commonest(judged.labels)
     return Leakage(learned_from(made), learned_from(true), chance, len(weight), found)
 
 
-def _halves(rows: Stacked, seed: int) -> tuple[Stacked, Stacked]:
+def _halves(samples: Stacked, seed: int) -> tuple[Stacked, Stacked]:
     """Two halves of the samples at random, with half of each class."""
-    if int(rows.labels.bincount().min()) < 2:
+    if int(samples.labels.bincount().min()) < 2:
         checks.fail("train", "a class of fewer than two samples", "one half chooses, one tests")
-    order = torch.randperm(len(rows.labels), generator=seeding.generator(seed))
-    order = order[rows.labels[order].argsort(stable=True)]
+    order = torch.randperm(len(samples.labels), generator=seeding.generator(seed))
+    order = order[samples.labels[order].argsort(stable=True)]
     first, second = (
-        Stacked(rows.inputs[half], rows.labels[half]) for half in (order[::2], order[1::2])
+        Stacked(samples.inputs[half], samples.labels[half]) for half in (order[::2], order[1::2])
     )
     return first, second
 
 
 def _robust_usefulness(
-    weight: Tensor, rows: Stacked, classes: int, eps: float, norm: Norm
+    weight: Tensor, samples: Stacked, classes: int, eps: float, norm: Norm
 ) -> Tensor:
     """What `_most_robust` maximises, for each class with its own feature."""
-    own = F.one_hot(rows.labels, classes).float()
-    half_gap = (own / own.sum(0) - (1 - own) / (1 - own).sum(0)).T @ rows.inputs / 2
+    own = F.one_hot(samples.labels, classes).float()
+    half_gap = (own / own.sum(0) - (1 - own) / (1 - own).sum(0)).T @ samples.inputs / 2
     return (weight * half_gap).sum(1) - eps * threat.size(weight, DUAL[norm])
 
 
-def _most_robust(rows: Stacked, classes: int, eps: float, norm: Norm) -> Tensor:
+def _most_robust(samples: Stacked, classes: int, eps: float, norm: Norm) -> Tensor:
     """For each class the linear feature of the largest robust usefulness, ``(C, d)``.
 
     Maximises (a^T m - eps ||a||_*) / std(a^T x), with m half the difference of the means of the
     class and of the rest, from the direction in which the numerator is largest.
     """
-    own = F.one_hot(rows.labels, classes).float()
+    own = F.one_hot(samples.labels, classes).float()
     if not bool((own.any(0) & ~own.all(0)).all()):
         checks.fail("train", "a class without samples", "every class needs samples of its own")
     weights = (own / own.sum(0) + (1 - own) / (1 - own).sum(0)) / 2  # (N, C), each column adds to 1
-    half_gap = ((2 * own - 1) * weights).T @ rows.inputs
+    half_gap = ((2 * own - 1) * weights).T @ samples.inputs
     weight = nn.Parameter(threat.steepest(half_gap, norm))
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        values = rows.inputs @ weight.T
+        values = samples.inputs @ weight.T
         variance = (weights * (values - (weights * values).sum(0)).square()).sum(0)
         gain = (weight * half_gap).sum(1) - eps * threat.size(weight, DUAL[norm])
         value = -(gain / variance.sqrt().clamp_min(1e-12)).sum()

@@ -110,12 +110,12 @@ def mistakes(model: nn.Module, data: Data, *, batch_size: int | None = None) -> 
         name: [] for name in ("images", "labels", "index", "source_labels")
     }
     with attackable(model) as net:
-        for rows in Source(data, batch_size).batches(device_of(model)):
-            checks.labels(rows.labels, rows.inputs)
-            with net.given(net.choose_extras(rows.entries, rows.inputs)):
-                said = net.logits(rows.inputs).argmax(1)
-            wrong = said != rows.labels
-            found = (rows.inputs.float(), said, rows.ids, rows.labels)
+        for samples in Source(data, batch_size).batches(device_of(model)):
+            checks.labels(samples.labels, samples.inputs)
+            with net.given(net.choose_extras(samples.entries, samples.inputs)):
+                said = net.logits(samples.inputs).argmax(1)
+            wrong = said != samples.labels
+            found = (samples.inputs.float(), said, samples.ids, samples.labels)
             for name, values in zip(kept, found, strict=True):
                 kept[name].append(values[wrong].cpu())
     fields = {name: torch.cat(values).numpy() for name, values in kept.items()}

@@ -126,14 +126,12 @@ def spectrum(
     attack = PGD(eps=eps, norm=norm, steps=steps, loss="margin", bounds=bounds)
     parts: dict[str, Tensor] = {}
     for name, model in named.items():
-        rows = stacked(data, device_of(model))
-        _check_images(rows.inputs)
-        moved = [
-            attack(model, inputs, labels)
-            for inputs, labels in zip(rows.inputs.split(256), rows.labels.split(256), strict=True)  # type: ignore[no-untyped-call]
-        ]
-        parts.setdefault("images", (rows.inputs - rows.inputs.mean(0)).float().cpu())
-        parts[name] = (torch.cat(moved) - rows.inputs).float().cpu()
+        samples = stacked(data, device_of(model))
+        _check_images(samples.inputs)
+        pairs = zip(samples.inputs.split(256), samples.labels.split(256), strict=True)  # type: ignore[no-untyped-call]
+        moved = [attack(model, inputs, labels) for inputs, labels in pairs]
+        parts.setdefault("images", (samples.inputs - samples.inputs.mean(0)).float().cpu())
+        parts[name] = (torch.cat(moved) - samples.inputs).float().cpu()
     frequency, ring = _ring_of(*parts["images"].shape[-2:])
     rings = {name: _fractions(_ring_energy(part, ring)) for name, part in parts.items()}
     levels = {name: _fractions(_pyramid_energy(part)) for name, part in parts.items()}
@@ -278,13 +276,13 @@ def filtered_accuracy(
     for cutoff in cutoffs:
         checks.number("cutoffs", cutoff, low=0.0)
     checks.bounds(bounds)
-    rows = stacked(data, torch.device("cpu"))
-    _check_images(rows.inputs)
+    samples = stacked(data, torch.device("cpu"))
+    _check_images(samples.inputs)
     low: dict[str, tuple[Accuracy, ...]] = {}
     high: dict[str, tuple[Accuracy, ...]] = {}
     for found, below in ((low, True), (high, False)):
         sets = [
-            TensorDataset(filtered(rows.inputs, cutoff, below).clamp(*bounds), rows.labels)
+            TensorDataset(filtered(samples.inputs, cutoff, below).clamp(*bounds), samples.labels)
             for cutoff in cutoffs
         ]
         for name, model in named.items():
@@ -394,16 +392,16 @@ def fourier_sensitivity(
     checks.number("size", size, low=0.0)
     checks.bounds(bounds)
     checks.seed(seed)
-    rows = stacked(data, device_of(model))
-    _check_images(rows.inputs)
-    inputs = rows.inputs.float()
+    samples = stacked(data, device_of(model))
+    _check_images(samples.inputs)
+    inputs = samples.inputs.float()
     height, width = inputs.shape[-2:]
     keys = seeding.keys(seeding.resolve(seed), torch.arange(len(inputs), device=inputs.device))
     error = torch.zeros(height, width)
     with attackable(model) as net:
 
         def wrong(images: Tensor) -> float:
-            parts = zip(images.split(512), rows.labels.split(512), strict=True)  # type: ignore[no-untyped-call]
+            parts = zip(images.split(512), samples.labels.split(512), strict=True)  # type: ignore[no-untyped-call]
             count = sum(int((net.logits(x).argmax(1) != y).sum()) for x, y in parts)
             return count / len(images)
 

@@ -280,8 +280,8 @@ def linear_usefulness(
     options.check()
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor, got {type(weight).__name__}")
-    rows = stacked(data, weight.device)
-    inputs = rows.inputs.flatten(1).to(torch.float64)
+    samples = stacked(data, weight.device)
+    inputs = samples.inputs.flatten(1).to(torch.float64)
     if weight.ndim != 2 or weight.shape[1] != inputs.shape[1]:
         checks.fail("weight.shape", tuple(weight.shape), f"expected (units, {inputs.shape[1]})")
     weight = weight.detach().to(torch.float64)
@@ -289,7 +289,7 @@ def linear_usefulness(
     loss = eps * threat.size(weight, DUAL[norm])
     found = Extremes(values, values - loss, values + loss)
     units = torch.arange(len(weight))
-    return _result(found, rows.labels, units, torch.zeros_like(values), (eps, norm), options)
+    return _result(found, samples.labels, units, torch.zeros_like(values), (eps, norm), options)
 
 
 def _signed_unit(features: Tensor, choice: Tensor) -> Tensor:

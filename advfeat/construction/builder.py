@@ -61,7 +61,10 @@ def build_dataset(
                 "out", str(out), f"there are more ranks ({process.world_size}) than batches"
             )
         kept = np.concatenate(chunks)
-        manifest |= {"rows": len(kept), "share": {"rank": process.rank, "of": process.world_size}}
+        manifest |= {
+            "samples": len(kept),
+            "shard": {"rank": process.rank, "of": process.world_size},
+        }
         process = distributed.SINGLE  # each for itself from here on
     if out is not None:
         check_same_manifest(out, manifest)
@@ -247,13 +250,13 @@ def _open_writer(
     """Open the place where samples go: in memory, a new folder, or one that was begun before."""
     if out is None:
         example, known = builder.example()
-        with MemoryWriter(example, manifest["rows"], manifest | known) as growing:
+        with MemoryWriter(example, manifest["samples"], manifest | known) as growing:
             yield growing
         return
     with lock_folder(out) if process.rank == 0 else nullcontext():
         if process.rank == 0 and read_manifest(out) is None:
             example, known = builder.example()
-            create_folder(out, example, manifest["rows"], manifest | known)
+            create_folder(out, example, manifest["samples"], manifest | known)
         process.barrier()
         check_same_manifest(out, manifest)
         with FolderWriter(out) as growing:

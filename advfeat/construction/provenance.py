@@ -46,7 +46,7 @@ def build_manifest(
         "method": recipe.method,
         "attack": type(attack).__name__,
         "settings": to_json({**own, **chosen, **recipe.settings(model)}),
-        "rows": len(source) * recipe.starts,
+        "samples": len(source) * recipe.starts,
         "model": {"class": type(unwrapped(model)).__name__, "sha256": model_fingerprint(model)},
         "data": describe_source(source),
         "versions": {

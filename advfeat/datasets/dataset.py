@@ -305,7 +305,7 @@ class ConstructedDataset(Dataset[tuple[Tensor, int]]):
             return _concat_shards([cls.open(shard) for shard in shards], folder)
         if manifest is None:
             raise FileNotFoundError(f"folder={str(folder)!r}: no {MANIFEST}; not a saved dataset")
-        finished, count = int(read_done(folder, manifest).sum()), manifest["rows"]
+        finished, count = int(read_done(folder, manifest).sum()), manifest["samples"]
         if finished < count:
             checks.fail(
                 "folder",
@@ -375,11 +375,11 @@ class _Pairs(Dataset[tuple[Tensor, Tensor]]):
 def _concat_shards(shards: list[D], folder: Path) -> D:
     """Join the datasets that ranks made each for itself."""
     first, *others = (dict(shard.manifest) for shard in shards)
-    ranks = sorted(shard.manifest.get("share", {}).get("rank", -1) for shard in shards)
-    size = first.get("share", {}).get("of")
+    ranks = sorted(shard.manifest.get("shard", {}).get("rank", -1) for shard in shards)
+    size = first.get("shard", {}).get("of")
     if size is None or ranks != list(range(size)):
         checks.fail("folder", str(folder), f"holds the shards of ranks {ranks} of {size}")
-    own = ("rows", "share", "versions")
+    own = ("samples", "shard", "versions")
     alike = {name: value for name, value in first.items() if name not in own}
     for other in others:
         if alike != {name: value for name, value in other.items() if name not in own}:
@@ -390,7 +390,7 @@ def _concat_shards(shards: list[D], folder: Path) -> D:
         name: ConcatArray([shard.fields[name] for shard in shards], order)
         for name in shards[0].fields
     }
-    return type(shards[0])(fields, {**alike, "rows": len(order), "versions": first["versions"]})
+    return type(shards[0])(fields, {**alike, "samples": len(order), "versions": first["versions"]})
 
 
 def _tensor(array: Array) -> Tensor:

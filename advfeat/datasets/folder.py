@@ -20,7 +20,7 @@ import numpy.typing as npt
 from advfeat import checks
 from advfeat.durable import Folder, as_path, write_whole
 
-FORMAT = 2
+FORMAT = 3
 
 
 MANIFEST, DONE, LOCK = "manifest.json", "done", ".lock"
@@ -55,8 +55,8 @@ def read_manifest(folder: Folder) -> dict[str, Any] | None:
             f"format {manifest.get('format')}; this version reads {FORMAT}: make it anew, or use "
             "the version of advfeat that made it",
         )
-    rows, fields = manifest.get("rows"), manifest.get("fields")
-    if not isinstance(rows, int) or not isinstance(fields, dict):
+    samples, fields = manifest.get("samples"), manifest.get("fields")
+    if not isinstance(samples, int) or not isinstance(fields, dict):
         checks.fail(
             "folder", str(folder), f"{MANIFEST} does not give the number of samples and the fields"
         )
@@ -118,10 +118,10 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
         before, now = settings.get(name), here["settings"].get(name)
         if before != now:
             yield f"{name}={before!r} there, {now!r} here"
-    if there.get("share") != here.get("share"):
-        yield f"share={there.get('share')} there, {here.get('share')} here"
-    elif there.get("rows") != here["rows"]:
-        yield f"{there.get('rows')} samples there, {here['rows']} here"
+    if there.get("shard") != here.get("shard"):
+        yield f"shard={there.get('shard')} there, {here.get('shard')} here"
+    elif there.get("samples") != here["samples"]:
+        yield f"{there.get('samples')} samples there, {here['samples']} here"
     elif there.get("data", {}).get("sha256") != here["data"]["sha256"]:
         yield "the source data differ (random augmentation?)"
     if there.get("model") != here["model"]:
@@ -135,12 +135,14 @@ def is_finished(folder: Folder) -> bool:
 
 
 def read_done(folder: Path, manifest: Mapping[str, Any]) -> Array:
-    return _mapped(folder / f"{DONE}.npy", "uint8", (manifest["rows"],))
+    return _mapped(folder / f"{DONE}.npy", "uint8", (manifest["samples"],))
 
 
 def open_fields(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Array]:
     return {
-        name: _mapped(folder / f"{name}.npy", field["dtype"], (manifest["rows"], *field["shape"]))
+        name: _mapped(
+            folder / f"{name}.npy", field["dtype"], (manifest["samples"], *field["shape"])
+        )
         for name, field in manifest["fields"].items()
     }
 
@@ -164,15 +166,15 @@ def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> Array:
 
 
 def complete_manifest(
-    manifest: Mapping[str, Any], fields: Mapping[str, Array], rows: int | None = None
+    manifest: Mapping[str, Any], fields: Mapping[str, Array], samples: int | None = None
 ) -> dict[str, Any]:
     """The manifest with what says how to read the files."""
     layout = {
         name: {"dtype": array.dtype.name, "shape": list(array.shape[1:])}
         for name, array in fields.items()
     }
-    rows = len(next(iter(fields.values()))) if rows is None else rows
-    return {**manifest, "format": FORMAT, "rows": rows, "fields": layout}
+    samples = len(next(iter(fields.values()))) if samples is None else samples
+    return {**manifest, "format": FORMAT, "samples": samples, "fields": layout}
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ class Inspection(Result):
     """What `inspect` found; printed, a short table. None is what the dataset does not record."""
 
     method: str
-    rows: int
+    samples: int
     label_counts: tuple[int, ...]  # by class
     lowest: float
     highest: float
@@ -62,12 +62,12 @@ class Inspection(Result):
     notes: tuple[str, ...] = ()  # what the definition asks and the numbers deny, with a remedy
 
     def _summary(self) -> str:
-        return f"{self.method}, {self.rows} samples, {len(self.notes)} notes"
+        return f"{self.method}, {self.samples} samples, {len(self.notes)} notes"
 
     def _content(self) -> Sequence[str | Table]:
         counts = self.label_counts
         lines = [
-            f"{self.method}: {self.rows} samples, {len(counts)} classes of {min(counts)} to "
+            f"{self.method}: {self.samples} samples, {len(counts)} classes of {min(counts)} to "
             f"{max(counts)} samples",
             f"pixels from {self.lowest:.4g} to {self.highest:.4g}; {self.outside} images outside "
             f"the bounds, {self.duplicates} duplicates",
@@ -207,7 +207,7 @@ def _inspect(dataset: ConstructedDataset) -> Inspection:
 
     return Inspection(
         method=str(dataset.manifest.get("method", "unknown")),
-        rows=len(dataset),
+        samples=len(dataset),
         label_counts=tuple(torch.bincount(dataset.labels).tolist()),
         lowest=lowest,
         highest=highest,
@@ -268,13 +268,13 @@ def noise_control(
     drawn = seeding.resolve(seed)
     source, norm, (low, high) = _source(dataset, data), _norm(dataset), dataset.bounds
     images = np.empty(dataset.fields["images"].shape, np.float32)
-    for rows, base in _bases(dataset, source):
-        keys = seeding.keys(drawn, torch.from_numpy(rows))
+    for places, base in _bases(dataset, source):
+        keys = seeding.keys(drawn, torch.from_numpy(places))
         normal = torch.special.ndtri(seeding.uniform(keys, 0, base[0].numel())).view(base.shape)
         # In l_inf a perturbation goes all the way in every pixel.
         noise = normal.sign() if norm == "linf" else normal
-        wanted = dataset.field("size")[rows]
-        images[rows] = _moved(base, noise, wanted, norm, low, high).numpy()
+        wanted = dataset.field("size")[places]
+        images[places] = _moved(base, noise, wanted, norm, low, high).numpy()
     return _control(dataset, source, images, np.arange(len(dataset)), "noise")
 
 
@@ -331,21 +331,21 @@ def moved_control(
     if not len(kept):
         checks.fail("dataset", len(dataset), "no label has two samples to exchange")
     deltas = torch.empty(dataset.fields["images"].shape)
-    for rows, base in _bases(dataset, source):
-        deltas[rows] = dataset.subset(rows).images - base
+    for places, base in _bases(dataset, source):
+        deltas[places] = dataset.subset(places).images - base
     images = np.empty(deltas.shape, np.float32)
-    for rows, base in _bases(dataset, source):
-        images[rows] = (base + deltas[giver[rows]]).clamp(low, high).numpy()
+    for places, base in _bases(dataset, source):
+        images[places] = (base + deltas[giver[places]]).clamp(low, high).numpy()
     control = _control(dataset, source, images[kept.numpy()], kept.numpy(), "moved perturbations")
     control.fields["moved_from"] = giver[kept].numpy()
     return control
 
 
 def _control(
-    dataset: ConstructedDataset, source: Source, images: Array, rows: Array, name: str
+    dataset: ConstructedDataset, source: Source, images: Array, places: Array, name: str
 ) -> ConstructedDataset:
     fields = {"images": images} | {
-        field: np.array(dataset.fields[field][rows])
+        field: np.array(dataset.fields[field][places])
         for field in ("labels", "index", "source_labels", "start_index", "start_number")
         if field in dataset.fields
     }
@@ -378,9 +378,9 @@ def _bases(dataset: ConstructedDataset, source: Source) -> Iterator[tuple[Array,
         checks.fail("dataset", repr(dataset), "a control needs start='images'")
     index = dataset.field("start_index" if has_start else "index").numpy()
     for at in range(0, len(dataset), _BATCH):
-        rows = np.arange(at, min(at + _BATCH, len(dataset)))
-        found = source.samples(index[rows].tolist(), torch.device("cpu")).inputs
-        yield rows, found.to(torch.float32)
+        places = np.arange(at, min(at + _BATCH, len(dataset)))
+        found = source.samples(index[places].tolist(), torch.device("cpu")).inputs
+        yield places, found.to(torch.float32)
 
 
 def _source(dataset: ConstructedDataset, data: Data) -> Source:

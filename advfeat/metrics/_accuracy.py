@@ -206,11 +206,11 @@ def robust_accuracy(
     unmoved, zero = shared.sum(unmoved), shared.sum(zero_gradients.count)
     broken_by = torch.full_like(clean.index, WRONG)
     value = torch.full(broken_by.shape, torch.nan, dtype=torch.float32, device="cpu")
-    rows = places(clean.index, tensor(ids))
-    broken_by[rows], value[rows] = tensor(broken), tensor(values)
+    found_at = places(clean.index, tensor(ids))
+    broken_by[found_at], value[found_at] = tensor(broken), tensor(values)
     inputs = clean.inputs
     if inputs is not None and adversarial:
-        inputs[rows] = torch.cat(adversarial)
+        inputs[found_at] = torch.cat(adversarial)
     index, right, broken_by, value, inputs = shared.gather(
         clean.index, clean.right, broken_by, value, inputs
     )
@@ -253,13 +253,18 @@ class CleanPass:
     def read(self, net: Network) -> Iterator[tuple[Batch, Tensor]]:
         """Every batch, checked and prepared, with whether the model is right on each sample."""
         net.batches.usual = self._batch_size
-        for rows in self._batches:
+        for samples in self._batches:
             batch = prepare_batch(
-                net, rows.inputs, rows.labels, rows.ids, self._bounds, extras=rows.entries
+                net,
+                samples.inputs,
+                samples.labels,
+                samples.ids,
+                self._bounds,
+                extras=samples.entries,
             )
             with net.given(batch.extras):
                 right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
-            self._index.extend(rows.ids.tolist())
+            self._index.extend(samples.ids.tolist())
             outcomes = right.tolist()
             self._right.extend(outcomes)
             self._wrong += len(outcomes) - sum(outcomes)

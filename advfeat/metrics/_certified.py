@@ -221,10 +221,10 @@ def certified_accuracy(
         progress=progress,
     )
     with attackable(model, purpose="predictions") as net:
-        for rows in batches:
+        for samples in batches:
             everywhere = (-math.inf, math.inf)
             batch = prepare_batch(
-                net, rows.inputs, rows.labels, rows.ids, everywhere, extras=rows.entries
+                net, samples.inputs, samples.labels, samples.ids, everywhere, extras=samples.entries
             )
             with net.given(batch.extras):
                 for place, label in enumerate(batch.labels.tolist()):

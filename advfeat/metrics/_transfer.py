@@ -168,19 +168,19 @@ def transfer_matrix(
     )
     clean_wrong, total = torch.zeros(len(targets), **cpu), 0
     batches = source_data.batches(device)
-    for rows in with_progress(
+    for samples in with_progress(
         batches, total=source_data.batch_count, label="transfer", progress=progress
     ):
-        total += len(rows.ids)
-        aimed = rows if target_labels is None else _aimed(rows, target_labels)
-        wrong = [_wrong(target, rows, expectation) for target in targets.values()]
+        total += len(samples.ids)
+        aimed = samples if target_labels is None else _aimed(samples, target_labels)
+        wrong = [_wrong(target, samples, expectation) for target in targets.values()]
         clean = wrong
         if target_labels is not None:
             clean = [_wrong(target, aimed, expectation, True) for target in targets.values()]
         clean_wrong += torch.stack([each.sum() for each in clean])
         for i, source in enumerate(sources.values()):
             made = aimed._replace(inputs=_attacked(source, attack, aimed, expectation))
-            right = ~_wrong(source, rows, expectation)
+            right = ~_wrong(source, samples, expectation)
             fooled = right & _wrong(source, made, expectation, attack.targeted)
             fooled_of[i] += fooled.sum()
             for j, target in enumerate(targets.values()):
@@ -202,30 +202,30 @@ def transfer_matrix(
 
 
 def _attacked(
-    model: nn.Module, attack: Attack | AutoAttack, rows: Samples, expectation: int
+    model: nn.Module, attack: Attack | AutoAttack, samples: Samples, expectation: int
 ) -> Tensor:
     """Adversarial inputs of a model, on its device."""
     device = device_of(model)
-    inputs, labels = rows.inputs.to(device), rows.labels.to(device)
+    inputs, labels = samples.inputs.to(device), samples.labels.to(device)
     with attackable(model, purpose=None) as net:
-        extras = net.choose_extras(rows.entries, inputs)
+        extras = net.choose_extras(samples.entries, inputs)
     return attack(
-        model, inputs, labels, index=rows.ids.to(device), expectation=expectation, extras=extras
+        model, inputs, labels, index=samples.ids.to(device), expectation=expectation, extras=extras
     )
 
 
-def _aimed(rows: Samples, target_labels: Callable[[Tensor], Tensor]) -> Samples:
+def _aimed(samples: Samples, target_labels: Callable[[Tensor], Tensor]) -> Samples:
     """The samples with the classes to aim at for labels."""
-    targets = target_labels(rows.labels)
-    checks.labels(targets, rows.inputs, "target_labels")
-    return rows._replace(labels=targets)
+    targets = target_labels(samples.labels)
+    checks.labels(targets, samples.inputs, "target_labels")
+    return samples._replace(labels=targets)
 
 
-def _wrong(model: nn.Module, rows: Samples, expectation: int, targeted: bool = False) -> Tensor:
+def _wrong(model: nn.Module, samples: Samples, expectation: int, targeted: bool = False) -> Tensor:
     """Where a model is wrong, or says the target, bool ``(N,)`` on the CPU."""
     device = device_of(model)
-    inputs, labels = rows.inputs.to(device), rows.labels.to(device)
+    inputs, labels = samples.inputs.to(device), samples.labels.to(device)
     with attackable(model, purpose="predictions", expectation=expectation) as net:
-        batch = prepare_batch(net, inputs, labels, None, _EVERYWHERE, extras=rows.entries)
+        batch = prepare_batch(net, inputs, labels, None, _EVERYWHERE, extras=samples.entries)
         with net.given(batch.extras):
             return is_success(net.logits(batch.inputs), batch.labels, targeted).cpu()

@@ -73,12 +73,12 @@ class Calibration(Result):
         """Radii to report at."""
         return tuple(self.choices["at"])
 
-    def recipe(self, *, rows: int | None = None) -> Recipe:
+    def recipe(self, *, samples: int | None = None) -> Recipe:
         """The study's settings.
 
         Parameters
         ----------
-        rows
+        samples
             As in `Recipe`.
         """
         c = self.choices
@@ -109,7 +109,7 @@ class Calibration(Result):
                 "D_det control": {},
             },
             fresh={"D_rand": {"lr": c["lr"] / 5}},
-            rows=rows,
+            samples=samples,
         )
 
     def _summary(self) -> str:

@@ -30,9 +30,9 @@ def dataset_of(argument: str, data: Data) -> Dataset[Any]:
     return Subset(dataset, source.indices)
 
 
-def first(data: Dataset[Any], rows: int) -> Dataset[Any]:
+def first(data: Dataset[Any], samples: int) -> Dataset[Any]:
     """The first samples, all where there are fewer."""
-    return Subset(data, range(min(rows, len(data))))  # type: ignore[arg-type]
+    return Subset(data, range(min(samples, len(data))))  # type: ignore[arg-type]
 
 
 def resident(made: ConstructedDataset, model: nn.Module) -> Dataset[Any]:
@@ -82,11 +82,11 @@ class Shifted(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        return self.__getitems__([row])[0]
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        return self.__getitems__([place])[0]
 
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        numbers = [self._source.indices[row] for row in rows]
+    def __getitems__(self, places: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        numbers = [self._source.indices[place] for place in places]
         found = self._source.samples(numbers, torch.device("cpu"))
         return list(zip(found.inputs, (found.labels + 1) % self._classes, strict=True))
 

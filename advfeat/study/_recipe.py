@@ -42,8 +42,8 @@ class Recipe:
     measured
         Of `advfeat.robust_accuracy`; by default the fast ensemble in float32.
     transfer
-        Of the PGD whose examples are tried on other models; ``rows`` is how many test samples.
-    rows
+        Of the PGD whose examples are tried on other models; ``samples`` is how many test samples.
+    samples
         Make datasets of the first samples of the training data only; by default of all.
 
     Examples
@@ -63,8 +63,8 @@ class Recipe:
     )
     fresh: Mapping[str, Settings] = field(default_factory=dict)
     measured: Settings = field(default_factory=dict)
-    transfer: Settings = field(default_factory=lambda: {"rows": 1000, "steps": 20})
-    rows: int | None = None
+    transfer: Settings = field(default_factory=lambda: {"samples": 1000, "steps": 20})
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         """Check that every name is a dataset's, and that settings of a control are its own."""
@@ -77,8 +77,8 @@ class Recipe:
                 checks.fail("sets", name, f"is made of {plan.source}, which is not among the sets")
             if plan.method in ("original", "noise", "moved") and self.sets[name]:
                 checks.fail("sets", {name: self.sets[name]}, "this control takes no settings")
-        if self.rows is not None:
-            checks.count("rows", self.rows, low=2)
+        if self.samples is not None:
+            checks.count("samples", self.samples, low=2)
 
     def training(self, name: str) -> dict[str, Any]:
         """Settings of the training of a model, by its name."""
@@ -111,7 +111,7 @@ class Recipe:
                 alike = other in self.sets and self.training(other) == settings
                 if alike and self.starts(other) == self.starts(name):
                     return other
-            if self.rows is None and settings == self.standard and self.starts(name) == 1:
+            if self.samples is None and settings == self.standard and self.starts(name) == 1:
                 return "standard"
         return None
 
@@ -156,7 +156,7 @@ class Recipe:
         eps: float,
         *,
         augment: Callable[[Tensor], Tensor] | None = crop_flip,
-        rows: int | None = None,
+        samples: int | None = None,
     ) -> Recipe:
         """A scaled-down version: a tenth of the epochs, fewer steps, one cycle of learning rate.
 
@@ -166,7 +166,7 @@ class Recipe:
             The study's.
         augment
             Of all trainings but those on D_rand and D_det.
-        rows
+        samples
             As in `Recipe`.
 
         Notes
@@ -189,7 +189,7 @@ class Recipe:
                 "D_det control": {},
             },
             fresh={"D_rand": {**plain, "lr": 0.02}, "D_det": plain},
-            rows=rows,
+            samples=samples,
         )
 
     def with_epochs(self, epochs: int) -> Recipe:

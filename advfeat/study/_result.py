@@ -226,7 +226,7 @@ class Study(Result):
     def pictures(self, count: int = 8) -> Figure:
         """Images of every dataset beside the originals with their labels; of the first seed."""
         run = self._found.runs[0]
-        source = Source(self._found.work.rows)
+        source = Source(self._found.work.samples)
         found = source.samples(source.indices[:count], torch.device("cpu"))
         shown: dict[str, Tensor] = {"original": found.inputs}
         under: dict[str, Sequence[object]] = {"original": found.labels.tolist()}
@@ -272,7 +272,7 @@ class Study(Result):
 
 def _as_json(found: Accuracy) -> dict[str, Any]:
     return {
-        "share": float(found),
+        "fraction": float(found),
         "count": found.count,
         "total": found.total,
         "interval": list(found.interval),

@@ -131,10 +131,10 @@ class Work:
 
     def trained(self, name: str) -> list[dict[str, float]]:
         """Train a model; the epochs of its history."""
-        rows: list[dict[str, float]] = self._once(
+        epochs: list[dict[str, float]] = self._once(
             training_stage(name), self._behind_model(name), lambda: self._train(name).rows
         )
-        return rows
+        return epochs
 
     def made(self, name: str) -> dict[str, float]:
         """Make a dataset; means over its samples."""
@@ -171,20 +171,20 @@ class Work:
     def transferred(self) -> dict[str, Any]:
         """Whether examples made on the first two models fool the others."""
         settings = dict(self.recipe.transfer)
-        rows = settings.pop("rows", None)
+        samples = settings.pop("samples", None)
 
         def measure() -> dict[str, Any]:
             models = {name: self.model(name) for name in self.names}
             sources = {name: models[name] for name in ("standard", "robust")}
             attack = PGD(**{"eps": self.eps, "norm": self.norm, "bounds": self.bounds, **settings})
-            data = self.test if rows is None else first(self.test, rows)
+            data = self.test if samples is None else first(self.test, samples)
             matrix = transfer_matrix(sources, models, data, attack, progress=self.progress)
             return {name: getattr(matrix, name).tolist() for name in TRANSFER}
 
         models = [self._behind_model(name) for name in self.names]
         found: dict[str, Any] = self._once(
             "transfer",
-            {**settings, "rows": rows, "models": models},
+            {**settings, "samples": samples, "models": models},
             measure,
             lambda: [self.model(name) for name in self.names],
         )
@@ -218,14 +218,14 @@ class Work:
             else:
                 assert plan.source is not None
                 self._datasets[name] = _CONTROL[plan.method](
-                    self.dataset(plan.source), self.rows, seed=self._seed(name)
+                    self.dataset(plan.source), self.samples, seed=self._seed(name)
                 )
         return self._datasets[name]
 
     @property
-    def rows(self) -> Dataset[Any]:
+    def samples(self) -> Dataset[Any]:
         """What datasets are made of."""
-        return self.train if self.recipe.rows is None else first(self.train, self.recipe.rows)
+        return self.train if self.recipe.samples is None else first(self.train, self.recipe.samples)
 
     def _construct(self, name: str) -> ConstructedDataset:
         plan = PLANS[name]
@@ -237,7 +237,7 @@ class Work:
         assert plan.source is not None
         return _CONSTRUCT[plan.method](
             self.model(plan.source),
-            self.rows,
+            self.samples,
             bounds=self.bounds,
             progress=self.progress,
             out=self.stages.place("sets", name),
@@ -265,7 +265,7 @@ class Work:
             if name in self.made_names:
                 data = resident(self.dataset(name), model)
             else:
-                data = self.rows if starts == 1 else ConcatDataset([self.rows] * starts)
+                data = self.samples if starts == 1 else ConcatDataset([self.samples] * starts)
         if name == "robust":
             ball = {} if "attack" in settings else {"eps": self.eps, "norm": self.norm}
             history = adversarial_fit(model, data, **{**ball, "bounds": self.bounds, **settings})
@@ -318,7 +318,7 @@ class Work:
                 "bounds": self.bounds,
                 "precision": self.precision,
                 "seed": self.seed,
-                "rows": self.recipe.rows,
+                "samples": self.recipe.samples,
                 "model": {
                     "class": type(untrained).__name__,
                     "sha256": model_fingerprint(untrained),

@@ -140,7 +140,7 @@ def test_unknown_layers_are_refused():
         analysis.layer_robustness(curved(), made(), layers=[], eps=0.1, norm="l2")
 
 
-def test_one_row_prints_without_a_standard_error():
+def test_one_sample_prints_without_a_standard_error():
     data = TensorDataset(torch.rand(1, 6), torch.zeros(1, dtype=torch.int64))
     found = analysis.alignment({"mine": nn.Linear(6, 3)}, data, eps=0.1, seed=0)
     assert "nan" not in str(found)

@@ -117,7 +117,7 @@ def maker():
     return model
 
 
-def test_mistakes_are_the_rows_a_model_gets_wrong_labelled_by_it():
+def test_mistakes_are_the_samples_a_model_gets_wrong_labelled_by_it():
     data, model = noisy(), maker()
     x, y = data.tensors
     said = model(x).argmax(1)

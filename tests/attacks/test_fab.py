@@ -287,7 +287,7 @@ def test_the_targets_are_the_most_likely_other_classes():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_row_does_not_depend_on_its_batch(norm):
+def test_a_sample_does_not_depend_on_its_batch(norm):
     model, x, y = curved(), batch(), torch.arange(8) % 4
     whole = fab(model, x, y, norm=norm, steps=6)
     assert torch.equal(fab(model, x, y, norm=norm, steps=6), whole)
@@ -301,7 +301,7 @@ def test_a_row_does_not_depend_on_its_batch(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_rows_at_different_stages_go_on_as_if_alone(norm):
+def test_samples_at_different_stages_go_on_as_if_alone(norm):
     model, x = curved(), batch(9)
     y = predicted(model, x)
     attack = FAB(norm=norm, steps=5, targets=2)
@@ -349,7 +349,7 @@ def test_the_pool_does_not_matter(norm, limited):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_robust_accuracy_counts_the_rows_further_than_eps(norm):
+def test_robust_accuracy_counts_the_samples_further_than_eps(norm):
     model, x = curved(), batch(20)
     y = predicted(model, x)
     distance = np.sort(sizes(fab(model, x, y, norm=norm, steps=6), x, norm))

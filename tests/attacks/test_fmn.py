@@ -282,7 +282,7 @@ def test_linf_steps_equal_those_by_hand():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_row_does_not_depend_on_its_batch(norm):
+def test_a_sample_does_not_depend_on_its_batch(norm):
     model, x, y = curved(), batch(), torch.arange(8) % 4
     whole = fmn(model, x, y, norm=norm, steps=12)
     assert torch.equal(fmn(model, x, y, norm=norm, steps=12), whole)
@@ -296,7 +296,7 @@ def test_a_row_does_not_depend_on_its_batch(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_rows_at_different_stages_go_on_as_if_alone(norm):
+def test_samples_at_different_stages_go_on_as_if_alone(norm):
     model, x = curved(), batch(9)
     y = predicted(model, x)
     attack = FMN(norm=norm, steps=12)
@@ -346,7 +346,7 @@ def test_the_pool_does_not_matter(norm, limited):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_robust_accuracy_counts_the_rows_further_than_eps(norm):
+def test_robust_accuracy_counts_the_samples_further_than_eps(norm):
     model, x = curved(), batch(20)
     y = predicted(model, x)
     distance = run(model, FMN(norm=norm, steps=20), x, y).distance.sort().values

@@ -106,7 +106,7 @@ def test_a_start_at_the_source_stays_there():
     assert torch.equal(made, x)
 
 
-def test_a_row_does_not_depend_on_its_batch():
+def test_a_sample_does_not_depend_on_its_batch():
     model, x, start = network(torch.float64), images().double(), images(seed=1).double()
     whole = invert(model, x, start, steps=20)
     rows = [invert(model, x[i : i + 1], start[i : i + 1], steps=20) for i in range(4)]
@@ -173,7 +173,7 @@ def test_patience_is_off_by_default_and_endless_patience_changes_nothing():
     assert not torch.equal(invert(model, x, start, steps=30, patience=1), whole)
 
 
-def test_a_row_stops_where_its_distance_no_longer_falls():
+def test_a_sample_stops_where_its_distance_no_longer_falls():
     # At the pixels themselves a step of 0.1 reaches the source and then jumps over it for ever.
     x = 0.4 + 0.2 * images()
     start = x + 0.01

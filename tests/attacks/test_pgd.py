@@ -158,7 +158,7 @@ def test_inputs_off_the_box_by_rounding_are_clipped():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_row_does_not_depend_on_its_batch(norm):
+def test_a_sample_does_not_depend_on_its_batch(norm):
     model, x, y = curved(), batch(), torch.arange(8) % 4
     ids = torch.tensor([5, 0, 91, 7, 3, 2**40, 12, 4])
     attack = af.PGD(eps=EPS[norm], norm=norm, steps=3, restarts=2, seed=3)
@@ -391,7 +391,7 @@ def test_each_restart_begins_without_the_momentum_of_the_last():
 
 
 @pytest.mark.parametrize("returns", ["last", "best", "first"])
-def test_endless_patience_changes_nothing_and_little_ends_a_row(returns):
+def test_endless_patience_changes_nothing_and_little_ends_a_sample(returns):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
     x, y = torch.rand(8, 6), torch.arange(8) % 3
@@ -479,7 +479,7 @@ def test_saturated_logits_keep_their_direction(norm, momentum, random_start):
         assert (margin(model(x_adv), y) > margin(model(x), y)).all()
 
 
-def test_a_zero_gradient_row_does_not_stop_its_neighbours():
+def test_a_zero_gradient_sample_does_not_stop_its_neighbours():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()

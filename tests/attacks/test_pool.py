@@ -65,7 +65,7 @@ def attack_of(eps=0.15, norm="linf", steps=5, restarts=1):
     steps=st.integers(1, 3),
     restarts=st.integers(1, 2),
 )
-def test_every_row_leaves_exactly_once(count, portion, pool_size, steps, restarts):
+def test_every_sample_leaves_exactly_once(count, portion, pool_size, steps, restarts):
     model = curved()
     x, y = rows_that_are_right(model, count)
     attack = attack_of(steps=steps, restarts=restarts)
@@ -128,7 +128,7 @@ def gradients_needed(model, x, y, steps, eps):
     return torch.where(hits.any(0), first + 1, steps + 1)
 
 
-def test_a_fooled_row_takes_no_more_gradients():
+def test_a_fooled_sample_takes_no_more_gradients():
     model = curved()
     x, y = rows_that_are_right(model)
     needed = gradients_needed(model, x, y, steps=8, eps=0.15)
@@ -139,7 +139,7 @@ def test_a_fooled_row_takes_no_more_gradients():
     assert sum(counter.sizes) < 8 * len(x)
 
 
-def test_robust_accuracy_takes_no_gradient_of_rows_that_are_wrong():
+def test_robust_accuracy_takes_no_gradient_of_samples_that_are_wrong():
     model = curved()
     x, y = rows_that_are_right(model)
     rows = TensorDataset(x, torch.where(torch.arange(40) % 2 == 0, y, (y + 1) % CLASSES))
@@ -154,7 +154,7 @@ def test_robust_accuracy_takes_no_gradient_of_rows_that_are_wrong():
     assert found.standard.count == 20
 
 
-def test_the_pool_is_nearly_full_while_rows_wait():
+def test_the_pool_is_nearly_full_while_samples_wait():
     model = curved()
     x, y = rows_that_are_right(model)
     waiting = [len(x)]
@@ -173,7 +173,7 @@ def test_the_pool_is_nearly_full_while_rows_wait():
     assert set(sizes) <= {7, 8}
 
 
-def test_rows_are_read_no_sooner_than_needed():
+def test_samples_are_read_no_sooner_than_needed():
     model = curved()
     x, y = rows_that_are_right(model)
     read = []
@@ -188,7 +188,7 @@ def test_rows_are_read_no_sooner_than_needed():
     assert sum(read) == 8
 
 
-def test_no_rows_give_no_verdicts():
+def test_no_samples_give_no_verdicts():
     with attackable(curved()) as net:
         assert list(worst_case([attack_of()], net, iter([]), 4)) == []
 

@@ -256,7 +256,7 @@ def test_success_is_what_the_model_says_of_the_result(norm):
 
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_the_margin_never_falls_and_a_fooled_row_stays_put(norm, targeted):
+def test_the_margin_never_falls_and_a_fooled_sample_stays_put(norm, targeted):
     model, x = Exact(), batch(20)
     y = (predicted(model, x) + targeted) % 4
     attack = Square(eps=EPS[norm], norm=norm, queries=40, targeted=targeted, seed=0)
@@ -354,7 +354,7 @@ def test_no_more_queries_than_allowed_and_none_once_fooled(norm):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", [Exact, ExactWithConvolution])
 @pytest.mark.parametrize("norm", NORMS)
-def test_a_row_does_not_depend_on_its_batch(norm, model_type):
+def test_a_sample_does_not_depend_on_its_batch(norm, model_type):
     model, x = model_type(), batch(8)
     y = predicted(model, x)
     ids = torch.tensor([5, 0, 91, 7, 3, 2**40, 12, 4])
@@ -387,7 +387,7 @@ def test_the_pool_does_not_matter(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_rows_at_different_stages_go_on_as_if_alone(norm):
+def test_samples_at_different_stages_go_on_as_if_alone(norm):
     model, x = Exact(), batch(9)
     y = predicted(model, x)
     attack = Square(eps=EPS[norm] / 3, norm=norm, queries=25, seed=1)
@@ -465,7 +465,7 @@ def test_one_eps_a_sample_equals_separate_calls(norm):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_robust_accuracy_counts_the_rows_it_does_not_fool(norm):
+def test_robust_accuracy_counts_the_samples_it_does_not_fool(norm):
     model, x = Exact(), batch(20)
     y = predicted(model, x)
     attack = Square(eps=EPS[norm] / 2, norm=norm, queries=30, seed=3)

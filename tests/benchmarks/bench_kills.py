@@ -20,12 +20,12 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 
-METHODS, ROWS = ("D_R", "D_rand"), 800
+METHODS, SAMPLES = ("D_R", "D_rand"), 800
 
 
 def build(method: str, out: str) -> None:
     torch.manual_seed(0)
-    data = TensorDataset(torch.rand(ROWS, 3, 32, 32), torch.randint(0, 10, (ROWS,)))
+    data = TensorDataset(torch.rand(SAMPLES, 3, 32, 32), torch.randint(0, 10, (SAMPLES,)))
     model = SmallResNet(width=8)
     construct = {"D_R": af.construct_robust_dataset, "D_rand": af.construct_rand_dataset}[method]
     construct(model, data, steps=20, seed=0, batch_size=16, out=out)

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import advfeat as af
 
-ROWS = 50_000
+SAMPLES = 50_000
 METHODS = ("D_R", "D_det")
 
 
@@ -34,7 +34,7 @@ def megabytes(name: str) -> float:
 
 def build(method: str, out: str) -> None:
     torch.manual_seed(0)
-    data = TensorDataset(torch.rand(ROWS, 3, 32, 32), torch.randint(0, 10, (ROWS,)))
+    data = TensorDataset(torch.rand(SAMPLES, 3, 32, 32), torch.randint(0, 10, (SAMPLES,)))
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16 * 16, 10)
     )
@@ -46,8 +46,9 @@ def build(method: str, out: str) -> None:
     before, began = megabytes("VmRSS"), time.perf_counter()
     construct(model, data, steps=3, out=out)
     print(
-        f"{method}: {ROWS} images in {time.perf_counter() - began:.0f} s; resident memory rose by "
-        f"at most {megabytes('VmHWM') - before:.0f} MB over {before:.0f} MB with the source loaded"
+        f"{method}: {SAMPLES} images in {time.perf_counter() - began:.0f} s; resident memory rose "
+        f"by at most {megabytes('VmHWM') - before:.0f} MB over {before:.0f} MB with the source "
+        "loaded"
     )
 
 

@@ -16,17 +16,17 @@ from torch.utils.data import TensorDataset
 
 import advfeat as af
 
-ROWS, BATCH, STEPS = 48, 24, 200
+SAMPLES, BATCH, STEPS = 48, 24, 200
 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # where the processor has no bfloat16, precision says so
     torch.manual_seed(0)
     model = SmallResNet()
-    x, y = torch.rand(ROWS, 3, 32, 32), torch.randint(0, 10, (ROWS,))
+    x, y = torch.rand(SAMPLES, 3, 32, 32), torch.randint(0, 10, (SAMPLES,))
     af.fit(model, TensorDataset(x, y), epochs=5, batch_size=32, seed=0)  # off its random start
     model.eval().requires_grad_(False)
-    print(f"D_R, {ROWS} images, batches of {BATCH}, {STEPS} steps of 0.1\n")
+    print(f"D_R, {SAMPLES} images, batches of {BATCH}, {STEPS} steps of 0.1\n")
     print("| precision | patience | CPU seconds | mean distance | median |\n|---|---|---|---|---|")
     for precision, patience in (
         ("float32", None),

@@ -64,7 +64,7 @@ METHODS = [*INVERTED, *TARGETED]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_set_has_a_row_for_each_source_row(method):
+def test_a_set_has_a_sample_for_each_source_sample(method):
     found, (x, y) = made(method), dataset().tensors
     assert len(found) == 24
     assert set(found.fields) == FIELDS[method]
@@ -131,7 +131,7 @@ def test_float64_images_of_a_float32_model_make_float32_sets(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_subset_is_numbered_by_its_own_rows(method):
+def test_a_subset_is_numbered_by_its_own_samples(method):
     kept = [20, 3, 11, 7]
     found = made(method, Subset(dataset(), kept))
     y = dataset().tensors[1][kept]
@@ -166,7 +166,7 @@ def test_the_manifest_is_json_and_says_how_the_set_was_made(method):
     manifest = json.loads(json.dumps(found.manifest))
     assert manifest["method"] == method
     assert manifest["model"]["class"] == "Sequential"
-    assert manifest["rows"] == 24
+    assert manifest["samples"] == 24
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"]["advfeat"] == af.__version__
     settings = manifest["settings"]
@@ -251,7 +251,7 @@ def test_rand_targets_are_uniform(exclude_label):
         assert abs(counts[0] - count * share) < near
 
 
-def test_a_target_does_not_depend_on_the_rows_around_it():
+def test_a_target_does_not_depend_on_the_samples_around_it():
     # Drawn by row number: the first rows of a larger set have the same targets.
     small, large = made("D_rand", dataset(24)), made("D_rand", dataset(60))
     assert torch.equal(small.labels, large.labels[:24])
@@ -292,7 +292,7 @@ def test_activations_come_close_to_those_of_the_source(method):
     assert after.mean() < 0.3 * before.mean()
 
 
-def test_starts_are_other_rows_and_uniform():
+def test_starts_are_other_samples_and_uniform():
     model = nn.Sequential(nn.Flatten(), nn.Linear(9, CLASSES))
     found = made("D_R", dataset(2000), model, steps=1)
     start = found.field("start_index")
@@ -322,7 +322,7 @@ def test_a_noise_start_is_the_notebooks(bounds):
     assert "start_index" not in found.fields
 
 
-def test_given_starts_keep_their_rows():
+def test_given_starts_keep_their_samples():
     start = torch.rand(24, 1, 3, 3)
     before = start.clone()
     loader = DataLoader(dataset(), batch_size=5, shuffle=True)
@@ -348,7 +348,7 @@ def test_a_layer_by_name_module_and_callable_is_the_same():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 24, 100])
-def test_a_row_does_not_depend_on_the_pool(size):
+def test_a_sample_does_not_depend_on_the_pool(size):
     rows, model = dataset(dtype=torch.float64), network(torch.float64)
     options = {"steps": 60, "patience": 3, "step_size": 0.05}
     found = made("D_R", rows, model, batch_size=size, **options)
@@ -361,7 +361,7 @@ def test_a_row_does_not_depend_on_the_pool(size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 5, 24, 100])
-def test_an_attacked_row_does_not_depend_on_the_pool(size):
+def test_an_attacked_sample_does_not_depend_on_the_pool(size):
     rows, model = dataset(dtype=torch.float64), network(torch.float64)
     options = {"eps": 0.4, "steps": 40, "step_size": 0.08, "patience": 3}
     found = made("D_rand", rows, model, batch_size=size, **options)
@@ -472,7 +472,7 @@ def test_rounding_can_undo_an_attack_and_that_is_told():
 
 
 @pytest.mark.parametrize("opened", [False, True])
-def test_pairs_and_subsets_keep_rows_together(opened, tmp_path):
+def test_pairs_and_subsets_keep_samples_together(opened, tmp_path):
     rows = Subset(dataset(), [20, 3, 11, 7, 0])
     found = made("D_det", rows, out=tmp_path / "set" if opened else None)
     for row, (source, image) in enumerate(found.pairs(rows)):

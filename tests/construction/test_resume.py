@@ -15,7 +15,7 @@ from builds import (
     BATCH,
     METHODS,
     ONE_OF_EACH,
-    ROWS,
+    SAMPLES,
     Failing,
     Stopped,
     build,
@@ -62,7 +62,7 @@ def test_a_finished_folder_is_returned_at_once(method, tmp_path):
     model = network()
     model.register_forward_hook(lambda *_: calls.append(1))
     made = build(method, tmp_path / "set", model=model)
-    assert len(made) == ROWS
+    assert len(made) == SAMPLES
     assert not calls
     assert contents(tmp_path / "set") == before
 
@@ -107,7 +107,7 @@ def test_killed_at_every_system_call_and_gone_on_with(tmp_path):
             np.testing.assert_array_equal(found, expected)
         build(method, folder)
         assert contents(folder) == whole
-        midway += 0 < safe < ROWS
+        midway += 0 < safe < SAMPLES
         if survived:
             break
     assert survived
@@ -134,7 +134,7 @@ def _die_at(moment):
 def test_killed_at_random_moments_and_gone_on_with(method, tmp_path):
     build(method, tmp_path / "whole", steps=40)
     generator, folder, kills = random.Random(0), tmp_path / "killed", 0
-    while finished(folder) < ROWS:
+    while finished(folder) < SAMPLES:
         child = os.fork()
         if child == 0:
             build(method, folder, steps=40)
@@ -156,7 +156,7 @@ def test_killed_at_random_moments_and_gone_on_with(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_error_on_the_way_loses_no_finished_row(method, tmp_path):
+def test_an_error_on_the_way_loses_no_finished_sample(method, tmp_path):
     build(method, tmp_path / "whole")
     folder = tmp_path / "set"
 
@@ -165,13 +165,13 @@ def test_an_error_on_the_way_loses_no_finished_row(method, tmp_path):
             raise Stopped
 
     with pytest.raises(Stopped):
-        build(method, folder, data=Failing(ROWS - 1, stop))
-    assert BATCH <= finished(folder) < ROWS
+        build(method, folder, data=Failing(SAMPLES - 1, stop))
+    assert BATCH <= finished(folder) < SAMPLES
     build(method, folder)
     assert contents(folder) == contents(tmp_path / "whole")
 
 
-def test_another_batch_size_goes_on_with_the_same_rows(tmp_path):
+def test_another_batch_size_goes_on_with_the_same_samples(tmp_path):
     whole = build("D_R", tmp_path / "whole")
     made = build("D_R", half_built(tmp_path / "set", "D_R"), batch_size=3)
     torch.testing.assert_close(made.images, whole.images, rtol=0, atol=1e-6)
@@ -231,7 +231,7 @@ def test_a_signal_stops_it_in_order_and_tells_how_to_go_on(number, tmp_path):
         process.send_signal(number)
         _, told = process.communicate(timeout=60)
     assert process.returncode in {-number, 128 + number, 1}
-    assert f"{finished(folder)} of {ROWS} samples are safe in {str(folder)!r}" in told
+    assert f"{finished(folder)} of {SAMPLES} samples are safe in {str(folder)!r}" in told
     assert f"{script} --name 'two words'" in told
     build("D_rand", folder)
     build("D_rand", tmp_path / "whole")
@@ -262,7 +262,7 @@ def test_the_users_own_handler_stays_in_charge(tmp_path):
 
 class Brighter(Dataset):
     def __len__(self):
-        return ROWS
+        return SAMPLES
 
     def __getitem__(self, row):
         image, label = dataset()[row]
@@ -271,7 +271,7 @@ class Brighter(Dataset):
 
 class Augmented(Dataset):
     def __len__(self):
-        return ROWS
+        return SAMPLES
 
     def __getitem__(self, row):
         image, label = dataset()[row]
@@ -328,7 +328,7 @@ def test_another_method_or_start_is_refused(tmp_path):
         build("D_NR", tmp_path / "set")
     with pytest.raises(ValueError, match="start='images' there, 'noise' here"):
         build("D_R", tmp_path / "set", start="noise")
-    given = torch.rand(ROWS, 1, 3, 3)
+    given = torch.rand(SAMPLES, 1, 3, 3)
     build("D_R", tmp_path / "given", start=given)
     build("D_R", tmp_path / "given", start=given.clone())
     with pytest.raises(ValueError, match="start="):
@@ -368,7 +368,7 @@ def test_a_layer_that_is_a_function_goes_by_its_name(tmp_path):
 
 @forks
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_does_not_grow_with_the_rows(tmp_path):
+def test_memory_does_not_grow_with_the_samples(tmp_path):
     # The set is 25 MB on disk; the source is one image, seen 2000 times.
     rows = TensorDataset(torch.rand(1, 3, 32, 32).expand(2000, -1, -1, -1), torch.arange(2000) % 4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from builds import CLASSES, INVERTED, ROWS, build, dataset, network
+from builds import CLASSES, INVERTED, SAMPLES, build, dataset, network
 from torch.utils.data import DataLoader, Subset
 
 import advfeat as af
@@ -15,10 +15,10 @@ from advfeat.datasets import StartSampler, moved_control, noise_control
 @pytest.mark.parametrize("method", INVERTED)
 def test_the_first_start_is_the_dataset_of_one_start(method, start):
     one, three = build(method, start=start), build(method, start=start, starts=3)
-    assert len(three) == 3 * ROWS
+    assert len(three) == 3 * SAMPLES
     assert three.manifest["settings"]["starts"] == 3
-    assert torch.equal(three.field("index"), torch.arange(ROWS).repeat(3))
-    assert torch.equal(three.field("start_number"), torch.arange(3).repeat_interleave(ROWS))
+    assert torch.equal(three.field("index"), torch.arange(SAMPLES).repeat(3))
+    assert torch.equal(three.field("start_number"), torch.arange(3).repeat_interleave(SAMPLES))
     first = three.subset(three.field("start_number") == 0)
     for name in one.fields:
         torch.testing.assert_close(first.field(name), one.field(name), atol=1e-6, rtol=1e-5)
@@ -43,12 +43,12 @@ def test_each_start_is_drawn_uniformly_over_the_other_images():
 
 def test_noise_of_each_start_is_its_own():
     made = build("D_NR", start="noise", starts=4, steps=1)
-    images = made.images.view(4, ROWS, -1)
+    images = made.images.view(4, SAMPLES, -1)
     assert all(not torch.equal(images[0], images[k]) for k in range(1, 4))
 
 
 def test_given_starts_go_to_their_sample_and_number():
-    given = torch.rand(2, ROWS, 1, 3, 3)
+    given = torch.rand(2, SAMPLES, 1, 3, 3)
     made = build("D_R", start=given, starts=2, steps=1, step_size=1e-9)
     torch.testing.assert_close(made.images.view_as(given), given)
 
@@ -57,8 +57,8 @@ def test_given_starts_go_to_their_sample_and_number():
     ("options", "message"),
     [
         ({"starts": 0}, "starts=0"),
-        ({"starts": ROWS}, f"starts={ROWS}: there are {ROWS - 1} other images"),
-        ({"starts": 2, "start": torch.rand(ROWS, 1, 3, 3)}, r"start\.shape"),
+        ({"starts": SAMPLES}, f"starts={SAMPLES}: there are {SAMPLES - 1} other images"),
+        ({"starts": 2, "start": torch.rand(SAMPLES, 1, 3, 3)}, r"start\.shape"),
     ],
 )
 def test_starts_that_cannot_be_are_refused(options, message):
@@ -89,10 +89,10 @@ def test_a_part_of_the_data_keeps_its_indices():
 def test_pairs_give_the_source_of_every_start():
     made = build("D_R", starts=3)
     pairs = made.pairs(dataset())
-    assert len(pairs) == 3 * ROWS
-    for position in (0, ROWS, 2 * ROWS + 5):
+    assert len(pairs) == 3 * SAMPLES
+    for position in (0, SAMPLES, 2 * SAMPLES + 5):
         source, image = pairs[position]
-        assert torch.equal(source, dataset()[position % ROWS][0])
+        assert torch.equal(source, dataset()[position % SAMPLES][0])
         assert torch.equal(image, made[position][0])
 
 
@@ -112,19 +112,19 @@ def test_the_sampler_draws_every_image_once_and_every_start_in_time():
     seen = set()
     for _ in range(30):
         positions = list(sampler)
-        assert len(positions) == len(sampler) == ROWS
-        assert sorted(made.field("index")[positions].tolist()) == list(range(ROWS))
+        assert len(positions) == len(sampler) == SAMPLES
+        assert sorted(made.field("index")[positions].tolist()) == list(range(SAMPLES))
         seen |= set(positions)
-    assert seen == set(range(3 * ROWS))
+    assert seen == set(range(3 * SAMPLES))
     loader = DataLoader(made, batch_size=6, sampler=StartSampler(made))
-    assert sum(len(labels) for _, labels in loader) == ROWS
+    assert sum(len(labels) for _, labels in loader) == SAMPLES
 
 
 def test_the_sampler_of_a_part_and_of_one_start_shuffles():
-    part = build("D_R", starts=2).subset(np.arange(ROWS + 3))
-    assert sorted(part.field("index")[list(StartSampler(part))].tolist()) == list(range(ROWS))
+    part = build("D_R", starts=2).subset(np.arange(SAMPLES + 3))
+    assert sorted(part.field("index")[list(StartSampler(part))].tolist()) == list(range(SAMPLES))
     one = build("D_R")
-    assert sorted(StartSampler(one)) == list(range(ROWS))
+    assert sorted(StartSampler(one)) == list(range(SAMPLES))
     nothing = af.ConstructedDataset({"images": np.zeros((2, 3), "f4"), "labels": np.arange(2)})
     with pytest.raises(ValueError, match="does not record the index"):
         StartSampler(nothing)
@@ -145,5 +145,5 @@ def test_training_on_several_starts():
     made = build("D_R", starts=2)
     model = network()
     af.fit(model, DataLoader(made, batch_size=8, sampler=StartSampler(made)), epochs=1, seed=0)
-    image, _ = Subset(made, [ROWS])[0]
+    image, _ = Subset(made, [SAMPLES])[0]
     assert model.eval()(image[None]).shape == (1, CLASSES)

@@ -88,7 +88,7 @@ def test_tensors_of_an_opened_set_are_the_users_own(tmp_path):
 
 @pytest.mark.parametrize("opened", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_reads_rows_in_batches(tmp_path, opened, workers):
+def test_a_loader_reads_samples_in_batches(tmp_path, opened, workers):
     rows = af.ConstructedDataset.open(saved(tmp_path)) if opened else example()
     batches = list(DataLoader(rows, batch_size=3, num_workers=workers))
     expected = example()

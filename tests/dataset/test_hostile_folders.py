@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builds import BATCH, ROWS, Failing, build, contents, finished, forks, half_built
+from builds import BATCH, SAMPLES, Failing, build, contents, finished, forks, half_built
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -62,28 +62,28 @@ def test_something_else_in_place_of_an_array(folder, kind):
     if kind == "pickle":
         path.write_bytes(pickle.dumps(Bomb()))
     elif kind == "object array":
-        np.save(path, np.array([Bomb()] * ROWS, dtype=object), allow_pickle=True)
+        np.save(path, np.array([Bomb()] * SAMPLES, dtype=object), allow_pickle=True)
     elif kind == "other shape":
-        np.save(path, np.zeros((ROWS, 9), np.float32))
+        np.save(path, np.zeros((SAMPLES, 9), np.float32))
     else:
-        np.save(path, np.zeros((ROWS, 1, 3, 3), np.float64))
+        np.save(path, np.zeros((SAMPLES, 1, 3, 3), np.float64))
     refused(folder, r"images\.npy")
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 2,', "[1]", '{"format": 2}'])
+@pytest.mark.parametrize("text", ["", '{"format": 3,', "[1]", '{"format": 3}'])
 def test_a_damaged_manifest(folder, text):
     (folder / "manifest.json").write_text(text)
     refused(folder, "manifest")
 
 
-@pytest.mark.parametrize("number", [1, 99])
+@pytest.mark.parametrize("number", [1, 2, 99])
 def test_a_manifest_from_another_version(folder, number):
     path = folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": number}))
-    refused(folder, f"format {number}; this version reads 2")
+    refused(folder, f"format {number}; this version reads 3")
 
 
-def test_rows_made_by_another_version_are_not_mixed(tmp_path):
+def test_samples_made_by_another_version_are_not_mixed(tmp_path):
     folder = half_built(tmp_path / "set")
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -93,7 +93,7 @@ def test_rows_made_by_another_version_are_not_mixed(tmp_path):
         build("D_rand", folder)
 
 
-def test_rows_made_with_another_torch_are_told(tmp_path):
+def test_samples_made_with_another_torch_are_told(tmp_path):
     folder = half_built(tmp_path / "set")
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -101,7 +101,7 @@ def test_rows_made_with_another_torch_are_told(tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.warns(UserWarning, match=r"begun with torch 1\.0"):
         build("D_rand", folder)
-    assert finished(folder) == ROWS
+    assert finished(folder) == SAMPLES
 
 
 def test_a_field_that_leads_out_of_the_folder_is_not_read(folder):
@@ -109,7 +109,7 @@ def test_a_field_that_leads_out_of_the_folder_is_not_read(folder):
     manifest = json.loads(path.read_text())
     manifest["fields"]["../../secret"] = {"dtype": "float32", "shape": []}
     path.write_text(json.dumps(manifest))
-    np.save(folder.parent.parent / "secret.npy", np.zeros(ROWS, np.float32))
+    np.save(folder.parent.parent / "secret.npy", np.zeros(SAMPLES, np.float32))
     refused(folder, "secret")
 
 
@@ -143,7 +143,7 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 
 def test_an_empty_folder_is_as_good_as_none(tmp_path):
     (tmp_path / "set").mkdir()
-    assert len(build("D_rand", tmp_path / "set")) == ROWS
+    assert len(build("D_rand", tmp_path / "set")) == SAMPLES
 
 
 # --- Busy, full, closed ---
@@ -161,7 +161,7 @@ def test_two_processes_on_one_folder(tmp_path):
 
     child = os.fork()
     if child == 0:
-        build("D_rand", folder, data=Failing(ROWS - 1, wait))
+        build("D_rand", folder, data=Failing(SAMPLES - 1, wait))
         os._exit(0)
     os.read(told[0], 1)
     try:
@@ -207,7 +207,7 @@ def test_no_room_is_known_before_any_work(tmp_path):
     assert f"out={str(tmp_path / 'set')!r}" in told
     assert "the dataset needs" in told
     assert contents(tmp_path / "set") == {}
-    assert len(build("D_rand", tmp_path / "set")) == ROWS
+    assert len(build("D_rand", tmp_path / "set")) == SAMPLES
 
 
 @forks
@@ -218,10 +218,10 @@ def test_a_disk_that_fails_on_the_way(tmp_path):
         if finished(folder) >= BATCH:
             limit_file_size(200)
 
-    told = in_a_child(lambda: build("D_rand", folder, data=Failing(ROWS - 1, fail)))
+    told = in_a_child(lambda: build("D_rand", folder, data=Failing(SAMPLES - 1, fail)))
     assert told.startswith("OSError")
-    assert f"{finished(folder)} of {ROWS} samples are safe there" in told
-    assert BATCH <= finished(folder) < ROWS
+    assert f"{finished(folder)} of {SAMPLES} samples are safe there" in told
+    assert BATCH <= finished(folder) < SAMPLES
     build("D_rand", folder)
     build("D_rand", tmp_path / "alone")
     assert contents(folder) == contents(tmp_path / "alone")

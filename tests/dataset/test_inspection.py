@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from builds import CLASSES, METHODS, ROWS, build, dataset
+from builds import CLASSES, METHODS, SAMPLES, build, dataset
 
 import advfeat as af
 from advfeat import threat
@@ -27,7 +27,7 @@ def made_by_hand():
 
 def test_every_number_by_hand():
     found = inspect(made_by_hand())
-    assert found.rows == 5
+    assert found.samples == 5
     assert found.label_counts == (2, 0, 3)
     assert (found.lowest, found.outside, found.duplicates) == (0.0, 0, 2)
     assert found.highest == pytest.approx(15 / 19)
@@ -115,14 +115,14 @@ def test_each_perturbation_is_moved_to_another_image_with_its_label(method):
     torch.testing.assert_close(control.images - bases(method, control), perturbation)
 
 
-def test_the_only_row_of_a_label_is_left_out():
+def test_the_only_sample_of_a_label_is_left_out():
     made = build("D_det")
     made.fields["labels"][:] = 0
     made.fields["labels"][5] = 1
     control = moved_control(made, dataset(), seed=0)
-    assert len(control) == ROWS - 1
+    assert len(control) == SAMPLES - 1
     assert 5 not in control.field("index")
-    made.fields["labels"][:] = np.arange(ROWS)
+    made.fields["labels"][:] = np.arange(SAMPLES)
     with pytest.raises(ValueError, match="no label has two samples"):
         moved_control(made, dataset(), seed=0)
 

@@ -236,7 +236,7 @@ def test_shards_of_ranks_are_pickled_by_their_files(tmp_path):
     for rank in range(2):
         part = whole.subset(slice(rank, None, 2))
         part.fields = {**part.fields, "index": np.arange(rank, COUNT, 2)}
-        part.manifest = {"share": {"rank": rank, "of": 2}, "versions": {}}
+        part.manifest = {"shard": {"rank": rank, "of": 2}, "versions": {}}
         part.save(tmp_path / f"rank-{rank}")
     opened = af.ConstructedDataset.open(tmp_path)
     assert torch.equal(opened.images, whole.images)

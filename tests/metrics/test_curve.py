@@ -76,7 +76,7 @@ def test_the_plot_steps_down_where_samples_are():
     assert axes.get_xlabel().startswith("l2")
 
 
-def test_rows_keep_their_places_whatever_the_batches(standard, digits):
+def test_samples_keep_their_places_whatever_the_batches(standard, digits):
     rows = TensorDataset(*(tensor[:12] for tensor in digits[1].tensors))
     attack = FMN(norm="l2", steps=20)
     expected = robustness_curve(standard, rows, norm="l2", attack=attack)
@@ -116,7 +116,7 @@ class Saturating(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", DUAL)
-def test_a_row_that_the_first_attack_finds_nothing_for_is_given_to_another(norm):
+def test_a_sample_that_the_first_attack_finds_nothing_for_is_given_to_another(norm):
     # Not at (0.2, 0.2), where the outputs (1, 0.5, 0) look like those of a sigmoid.
     x = torch.tensor([[0.2, 0.25], [0.2, 0.25]])
     rows = TensorDataset(x, torch.zeros(2, dtype=torch.int64))

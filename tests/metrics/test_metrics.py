@@ -82,7 +82,7 @@ def test_the_interval_is_where_the_score_test_turns():
 # --- Standard accuracy ---
 
 
-def test_outcomes_are_in_the_order_of_the_rows():
+def test_outcomes_are_in_the_order_of_the_samples():
     model, rows = linear(), data()
     x, y = rows.tensors
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_every_kind_of_data_gives_the_same_outcomes(kind, measure):
     assert torch.equal(result.index, expected.index)
 
 
-def test_a_subset_is_numbered_by_its_own_rows():
+def test_a_subset_is_numbered_by_its_own_samples():
     rows = data()
     found = af.accuracy(linear(), Subset(rows, [5, 3, 50]))
     expected = af.accuracy(linear(), rows).correct[[5, 3, 50]]

@@ -92,7 +92,7 @@ def test_low_precision_of_every_attack_is_settled(standard, digits, monkeypatch)
         assert_sound(found, standard, *rows.tensors, "linf")
 
 
-def test_the_record_says_which_attack_broke_a_row_and_at_what_loss(standard, digits):
+def test_the_record_says_which_attack_broke_a_sample_and_at_what_loss(standard, digits):
     rows = subset(digits)
     x, y = rows.tensors
     weak = af.FGSM(eps=0.03, norm="linf")
@@ -193,7 +193,7 @@ def test_an_ensembles_own_seed_is_that_of_the_call(standard, digits):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_rows_pass_a_pool_of_512_in_bounded_memory():
+def test_a_hundred_thousand_samples_pass_a_pool_of_512_in_bounded_memory():
     class Endlessly(Dataset):
         """Samples that exist while they are looked at."""
 

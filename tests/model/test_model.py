@@ -468,7 +468,7 @@ def test_the_gradient_of_features_is_that_of_the_objective():
     torch.testing.assert_close(found.output, features.detach())
 
 
-def test_a_rows_gradient_does_not_depend_on_its_batch_mates(model):
+def test_a_samples_gradient_does_not_depend_on_its_batch_mates(model):
     with attackable(model) as net:
         inputs = net.prepare(batch(8))
         together = net.logits_gradient(inputs, climb(8)).gradient
@@ -672,7 +672,7 @@ def test_a_layer_that_the_pass_does_not_reach_is_refused(model):
 
 
 @pytest.mark.parametrize("output", [lambda x: (x, x), lambda x: x.sum(0)])
-def test_activations_that_are_no_tensor_with_a_row_each_are_refused(output):
+def test_activations_that_are_no_tensor_with_a_sample_each_are_refused(output):
     model = Wrapped(lambda self, x: self.odd(x), odd=Wrapped(lambda self, x: output(x)))
     with (
         attackable(model, layer="odd") as net,

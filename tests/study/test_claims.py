@@ -161,7 +161,7 @@ RECIPE = study.Recipe(
     },
     fresh={"D_R": {"lr": 0.3}, "D_det": {"epochs": 3}},
     measured={"steps": 3},
-    rows=30,
+    samples=30,
 )
 
 
@@ -244,7 +244,7 @@ def test_without_a_control_of_its_own_training_must_be_the_same():
     assert study.Recipe.paper().control("D_det") == "D_det control"
     other = study.Recipe(standard={}, sets={"D_R": {}}, fresh={"D_R": {"lr": 0.01}})
     assert other.control("D_R") is None
-    some = study.Recipe(standard={}, sets={"D_R": {}}, rows=30)
+    some = study.Recipe(standard={}, sets={"D_R": {}}, samples=30)
     assert some.control("D_R") is None
 
 
@@ -253,12 +253,12 @@ def test_several_seeds_are_the_studies_of_each(three):
     assert [part.settings["seed"] for part in three.runs] == [3, 4, 5]
     alone = run(seed=4, stages=STAGES)
     assert three.runs[1].table("json") == alone.table("json")
-    shares = json.loads(three.table("json"))["D_R"]["accuracy"]
-    assert [each["share"] for each in shares] == [
+    fractions = json.loads(three.table("json"))["D_R"]["accuracy"]
+    assert [each["fraction"] for each in fractions] == [
         float(part.measured["D_R"].standard) for part in three.runs
     ]
     cell = three.table("csv").splitlines()[3].split(",")[1]
-    values = [100 * each["share"] for each in shares]
+    values = [100 * each["fraction"] for each in fractions]
     assert cell == f"{sum(values) / 3:.1f} ({min(values):.1f} to {max(values):.1f})"
     first = three.claims[0].evidence[0].difference
     assert (first.repeats, first.samples) == (3, 42)

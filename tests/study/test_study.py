@@ -37,7 +37,7 @@ RECIPE = study.Recipe(
     },
     fresh={"D_rand": {"lr": 0.2}},
     measured={"steps": 3},
-    transfer={"rows": 30, "steps": 3},
+    transfer={"samples": 30, "steps": 3},
 )
 STAGES = [
     "train standard", "train robust",
@@ -133,14 +133,14 @@ def test_the_models_are_those_that_the_functions_train(found):
     assert not torch.equal(starts[0], starts[2])
 
 
-def test_rows_limits_the_sets_and_not_the_models(tmp_path):
-    some = run(recipe=changed(rows=24), stages=["make D_det", "train standard"])
+def test_samples_limits_the_sets_and_not_the_models(tmp_path):
+    some = run(recipe=changed(samples=24), stages=["make D_det", "train standard"])
     assert len(some.dataset("D_det")) == 24
     whole = run(stages=["train standard"])
     assert some.histories["standard"].rows[0]["loss"] == whole.histories["standard"].rows[0]["loss"]
 
 
-def test_a_loader_counts_as_the_rows_it_covers():
+def test_a_loader_counts_as_the_samples_it_covers():
     loader = DataLoader(TRAIN, sampler=SubsetRandomSampler(range(0, 60, 2)), batch_size=7)
     by_loader = study.run(
         network, loader, TEST, eps=0.2, norm="l2", recipe=RECIPE, seed=3, stages=["make D_det"]
@@ -343,8 +343,8 @@ def test_tables_agree_with_each_other(found):
     assert rows[0] == ["trained on", "accuracy", "l2 0.1", "l2 0.2", "shifted labels"]
     as_json = json.loads(found.table("json"))
     for name, *cells in rows[1:]:
-        shares = [f"{100 * each['share']:.1f}" for each in as_json[name].values()]
-        assert cells == shares
+        fractions = [f"{100 * each['fraction']:.1f}" for each in as_json[name].values()]
+        assert cells == fractions
         assert f"| {name} | {' | '.join(cells)} |" in found.table("markdown")
         assert any(line.split()[-4:] == cells for line in str(found).splitlines())
 

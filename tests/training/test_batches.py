@@ -10,7 +10,7 @@ from advfeat.training._batch_checks import BatchChecks
 from advfeat.training._batches import BatchReader
 
 CPU = torch.device("cpu")
-ROWS = 11
+SAMPLES = 11
 
 
 def inputs_of(rows):
@@ -18,7 +18,7 @@ def inputs_of(rows):
     return torch.stack([rows.float(), rows.float() ** 2], 1)
 
 
-def tensors(count=ROWS):
+def tensors(count=SAMPLES):
     rows = torch.arange(count)
     return TensorDataset(inputs_of(rows), 10 * rows)
 
@@ -29,7 +29,7 @@ X, Y = tensors().tensors
 class Pairs(Dataset):
     """Sample by sample, labels as plain integers."""
 
-    def __init__(self, count=ROWS):
+    def __init__(self, count=SAMPLES):
         self.count = count
 
     def __len__(self):
@@ -41,7 +41,7 @@ class Pairs(Dataset):
 
 class Stream(IterableDataset):
     def __iter__(self):
-        return (Pairs()[row] for row in reversed(range(ROWS)))
+        return (Pairs()[row] for row in reversed(range(SAMPLES)))
 
 
 def ids(batches):
@@ -73,11 +73,11 @@ def trained_on(data, batch_size=None, seed=0, epoch=1, process=SINGLE):
     return list(reader.epoch(epoch))
 
 
-def test_an_epoch_of_a_dataset_is_each_row_once_shuffled():
+def test_an_epoch_of_a_dataset_is_each_sample_once_shuffled():
     batches = trained_on(tensors(), 4)
     assert [len(batch.ids) for batch in batches] == [4, 4, 3]
-    assert sorted(ids(batches)) == list(range(ROWS))
-    assert ids(batches) != list(range(ROWS))
+    assert sorted(ids(batches)) == list(range(SAMPLES))
+    assert ids(batches) != list(range(SAMPLES))
     assert_paired(batches)
 
 
@@ -97,18 +97,18 @@ def test_shuffling_a_dataset_leaves_the_global_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_last_batch_of_one_row_is_left_out():
+def test_a_last_batch_of_one_sample_is_left_out():
     # BatchNorm cannot train on it.
     batches = trained_on(tensors(9), 4)
     assert [len(batch.ids) for batch in batches] == [4, 4]
 
 
-def test_a_dataset_of_one_row_is_trained_on_all_the_same():
+def test_a_dataset_of_one_sample_is_trained_on_all_the_same():
     assert ids(trained_on(tensors(1))) == [0]
 
 
-def test_batches_of_one_row_are_given_where_asked_for():
-    assert sorted(ids(trained_on(tensors(), 1))) == list(range(ROWS))
+def test_batches_of_one_sample_are_given_where_asked_for():
+    assert sorted(ids(trained_on(tensors(), 1))) == list(range(SAMPLES))
 
 
 def test_a_loader_is_trained_on_as_it_is():

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import advfeat as af
 from advfeat.training import Options
 
-ROWS = 60
+SAMPLES = 60
 
 
-def blobs(count=ROWS, classes=3):
+def blobs(count=SAMPLES, classes=3):
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(count) % classes
     return TensorDataset(
@@ -437,7 +437,7 @@ def test_sigterm_while_the_last_epoch_is_measured_is_not_lost(tmp_path):
     heard, steps, model = [], [], dropping()
 
     def kill(module, *_):
-        if len(steps) == ROWS / 15 and not module.training:
+        if len(steps) == SAMPLES / 15 and not module.training:
             os.kill(os.getpid(), signal.SIGTERM)
 
     model.register_forward_hook(kill)

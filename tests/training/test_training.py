@@ -193,7 +193,7 @@ def test_a_seed_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_each_epoch_is_another_order_of_all_rows():
+def test_each_epoch_is_another_order_of_all_samples():
     model, rows = linear(), blobs()
     seen = Seen(model)
     af.fit(model, rows, epochs=2, batch_size=16, seed=0)
@@ -208,7 +208,7 @@ def test_each_epoch_is_another_order_of_all_rows():
 @pytest.mark.parametrize(
     ("count", "batch_size", "sizes"), [(5, 2, [2, 2]), (3, 1, [1, 1, 1]), (1, 8, [1])]
 )
-def test_only_a_last_batch_of_a_single_row_is_left_out(count, batch_size, sizes):
+def test_only_a_last_batch_of_a_single_sample_is_left_out(count, batch_size, sizes):
     model = linear()
     seen = Seen(model)
     af.fit(model, blobs(count), epochs=1, batch_size=batch_size, seed=0)
@@ -216,7 +216,7 @@ def test_only_a_last_batch_of_a_single_row_is_left_out(count, batch_size, sizes)
 
 
 @pytest.mark.parametrize("wrap", [lambda loader: loader, list], ids=["loader", "list"])
-def test_a_single_row_that_is_left_over_by_a_loader_is_left_out(wrap):
+def test_a_single_sample_that_is_left_over_by_a_loader_is_left_out(wrap):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     rows = blobs(17)
     history = af.fit(model, wrap(DataLoader(rows, batch_size=8)), epochs=1, seed=0)
@@ -230,7 +230,7 @@ def still():
     return model, torch.optim.SGD(model.parameters(), lr=0.0)
 
 
-def test_random_starts_are_new_for_every_row_and_step():
+def test_random_starts_are_new_for_every_sample_and_step():
     model, optimizer = still()
     seen = Seen(model)
     rows = [(torch.full((6, 3), 0.5), torch.arange(6) % 3)] * 2
@@ -402,7 +402,7 @@ def test_the_data_are_not_modified():
 # --- What is recorded, and what stops it ---
 
 
-def test_a_row_an_epoch():
+def test_history_has_one_row_an_epoch():
     history = af.fit(linear(), blobs(), epochs=3, seed=0)
     assert [row["epoch"] for row in history.rows] == [1, 2, 3]
     assert {"epoch", "loss", "accuracy", "lr", "seconds"} == set(history.rows[0])
@@ -429,7 +429,7 @@ def test_validation_is_recorded():
     assert history.rows[-1]["val_accuracy"] == expected.standard
 
 
-def test_on_epoch_sees_each_row_and_false_stops():
+def test_on_epoch_sees_each_epoch_and_false_stops():
     seen = []
 
     def on_epoch(row):

@@ -199,14 +199,14 @@ def test_accumulated_parts_give_the_whole_batchs_step(objective):
     assert_close_weights(models[1], models[0], rtol=0, atol=1e-6)
 
 
-def test_accumulation_sends_no_more_rows_than_a_part_through_the_model():
+def test_accumulation_sends_no_more_samples_than_a_part_through_the_model():
     model, sizes = linear(), []
     model.register_forward_pre_hook(lambda m, x: sizes.append(len(x[0])) if m.training else None)
     af.fit(model, blobs(50), epochs=1, batch_size=25, options=Options(accumulate=3), seed=0)
     assert sizes == [9, 8, 8, 9, 8, 8]
 
 
-def test_rows_left_over_are_not_split_further_than_a_whole_batch():
+def test_samples_left_over_are_not_split_further_than_a_whole_batch():
     model, sizes = nn.Sequential(nn.BatchNorm1d(3), linear()), []
     model.register_forward_pre_hook(lambda m, x: sizes.append(len(x[0])) if m.training else None)
     af.fit(model, blobs(19), epochs=1, batch_size=8, options=Options(accumulate=2), seed=0)

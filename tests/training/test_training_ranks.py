@@ -226,7 +226,7 @@ def test_two_ranks_train_as_one(ranks, name):
             assert row == pytest.approx(expected, abs=1e-5)
 
 
-def test_statistics_and_figures_are_the_same_on_both_ranks_and_of_all_rows(ranks):
+def test_statistics_and_figures_are_the_same_on_both_ranks_and_of_all_samples(ranks):
     (first, second), _ = ranks
     assert_same_weights(first["normed"]["model"], second["normed"]["model"])
     assert first["normed"]["rows"] == second["normed"]["rows"]
@@ -240,7 +240,7 @@ def test_ranks_without_a_seed_agree_on_one(ranks):
     assert_same_weights(first["unseeded"], second["unseeded"])
 
 
-def test_a_sharded_loader_gives_each_rank_its_own_rows(ranks):
+def test_a_sharded_loader_gives_each_rank_its_own_samples(ranks):
     (first, second), _ = ranks
     model, (x, y) = plain(), blobs().tensors
     shares = [(x[rank::2].split(8), y[rank::2].split(8)) for rank in (0, 1)]

@@ -21,6 +21,7 @@ from advfeat.analysis._features import (
 from advfeat.attacks import Batch
 from advfeat.loading import Data
 from advfeat.model import Layer, Network, attackable
+from advfeat.progress import with_progress
 from advfeat.results import Result
 from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
@@ -262,6 +263,7 @@ def layer_robustness(
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
     batch_size: int | None = None,
+    progress: bool | None = None,
 ) -> LayerRobustness:
     """R(g) = E max ||g(x') - g(x)|| / E ||g(x1) - g(x2)|| of each layer g (the authors to Nakano).
 
@@ -279,6 +281,8 @@ def layer_robustness(
         Of PGD from a random start (at the input itself the distance has no gradient).
     seed
         Of the starts; None draws one number from torch's default generator.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -305,7 +309,9 @@ def layer_robustness(
     if not layers:
         checks.fail("layers", layers, "expected at least one")
     ratios = {}
-    for place, layer in enumerate(layers):
+    for place, layer in with_progress(
+        list(enumerate(layers)), total=len(layers), label="layer robustness", progress=progress
+    ):
         with attackable(model, layer=layer) as net:
             goals, reached = [], []
             for batch in batches(net, model, data, bounds, batch_size):

@@ -130,6 +130,7 @@ def mislabelled(
     test: Data,
     *,
     learn: Callable[[ConstructedDataset], nn.Module],
+    progress: bool | None = None,
 ) -> Mislabelled:
     """Train on a model's mistakes alone: images whose labels are all wrong.
 
@@ -144,6 +145,8 @@ def mislabelled(
         The original data.
     learn
         ``dataset -> model``: makes a model and trains it on the mistakes.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -169,5 +172,5 @@ def mislabelled(
     checks.function("learn", learn)
     wrong = mistakes(model, train)
     chance = commonest(stacked(test, torch.device("cpu")).labels)
-    learned = accuracy(learn(wrong), test, progress=False)
-    return Mislabelled(learned, accuracy(model, test, progress=False), wrong, chance)
+    learned = accuracy(learn(wrong), test, progress=progress)
+    return Mislabelled(learned, accuracy(model, test, progress=progress), wrong, chance)

@@ -18,6 +18,7 @@ from advfeat.attacks import PGD
 from advfeat.loading import Data
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import attackable, device_of
+from advfeat.progress import with_progress
 from advfeat.results import Result
 from advfeat.tables import Table
 from advfeat.threat import Bounds, Norm
@@ -87,6 +88,7 @@ def spectrum(
     norm: Norm,
     steps: int = 20,
     bounds: Bounds = (0.0, 1.0),
+    progress: bool | None = None,
 ) -> Spectrum:
     """Ask whether small-scale features are the non-robust ones: where perturbations have energy.
 
@@ -101,6 +103,8 @@ def spectrum(
         Images ``(N, C, H, W)``: a dataset, a loader or a list of batches; held in memory.
     eps, norm, steps, bounds
         Of PGD.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -128,8 +132,10 @@ def spectrum(
     for name, model in named.items():
         samples = stacked(data, device_of(model))
         _check_images(samples.inputs)
-        pairs = zip(samples.inputs.split(256), samples.labels.split(256), strict=True)  # type: ignore[no-untyped-call]
-        moved = [attack(model, inputs, labels) for inputs, labels in pairs]
+        pairs = list(zip(samples.inputs.split(256), samples.labels.split(256), strict=True))  # type: ignore[no-untyped-call]
+        label = f"spectrum of {name}"
+        shown = with_progress(pairs, total=len(pairs), label=label, progress=progress)
+        moved = [attack(model, inputs, labels) for inputs, labels in shown]
         parts.setdefault("images", (samples.inputs - samples.inputs.mean(0)).float().cpu())
         parts[name] = (torch.cat(moved) - samples.inputs).float().cpu()
     frequency, ring = _ring_of(*parts["images"].shape[-2:])
@@ -235,6 +241,7 @@ def filtered_accuracy(
     *,
     cutoffs: Sequence[float],
     bounds: Bounds = (0.0, 1.0),
+    progress: bool | None = None,
 ) -> FilteredAccuracy:
     """Accuracy where only low, or only high, frequencies are left of each image.
 
@@ -249,6 +256,8 @@ def filtered_accuracy(
     cutoffs
         Cycles a pixel, at least 0; the corner of the spectrum is at 0.71. Low-pass keeps
         frequencies up to it, high-pass those above.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -286,7 +295,7 @@ def filtered_accuracy(
             for cutoff in cutoffs
         ]
         for name, model in named.items():
-            found[name] = tuple(accuracy(model, data, progress=False) for data in sets)
+            found[name] = tuple(accuracy(model, data, progress=progress) for data in sets)
     return FilteredAccuracy(tuple(cutoffs), low, high)
 
 
@@ -353,6 +362,7 @@ def fourier_sensitivity(
     size: float,
     bounds: Bounds = (0.0, 1.0),
     seed: int | torch.Generator | None = None,
+    progress: bool | None = None,
 ) -> FourierSensitivity:
     """Error of a model under each wave of the two-dimensional Fourier basis (Yin et al. 2019).
 
@@ -369,6 +379,8 @@ def fourier_sensitivity(
         l2 size of the wave in each channel, in the units of the inputs.
     seed
         Of the signs; None draws one number from torch's default generator.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -406,7 +418,9 @@ def fourier_sensitivity(
             return count / len(images)
 
         clean = wrong(inputs)
-        for down in range(height):
+        for down in with_progress(
+            range(height), total=height, label="Fourier sensitivity", progress=progress
+        ):
             for across in range(width):
                 mirrored = (-down % height, -across % width)
                 if mirrored < (down, across):

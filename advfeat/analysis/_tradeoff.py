@@ -15,6 +15,7 @@ from advfeat.attacks import PGD
 from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.metrics import RobustAccuracy, robust_accuracy
+from advfeat.progress import Meter, with_progress
 from advfeat.results import Result
 from advfeat.robustify import construct_robust_dataset
 from advfeat.tables import Table
@@ -69,7 +70,12 @@ class Tradeoff(Result):
 
 
 def tradeoff(
-    learn: Callable[[float], nn.Module], test: Data, *, eps: Sequence[float], attack: PGD
+    learn: Callable[[float], nn.Module],
+    test: Data,
+    *,
+    eps: Sequence[float],
+    attack: PGD,
+    progress: bool | None = None,
 ) -> Tradeoff:
     """Train at several radii, and measure what accuracy pays for robust accuracy.
 
@@ -84,6 +90,8 @@ def tradeoff(
         Radii of training, 0 for standard training.
     attack
         What every model is attacked with, the same for all: ``PGD(eps=0.5, norm="l2", steps=20)``.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -115,11 +123,11 @@ def tradeoff(
     for radius in eps:
         checks.number("eps", radius, low=0.0)
     found, seconds = [], []
-    for radius in eps:
+    for radius in with_progress(eps, total=len(eps), label="tradeoff", progress=progress):
         began = time.perf_counter()
         model = learn(radius)
         seconds.append(time.perf_counter() - began)
-        found.append(robust_accuracy(model, test, attack=attack, progress=False))
+        found.append(robust_accuracy(model, test, attack=attack, progress=progress))
     return Tradeoff(tuple(eps), tuple(found), tuple(seconds))
 
 
@@ -197,6 +205,7 @@ def robust_dataset_cost(
     fit_adversarial: Callable[[Data], nn.Module],
     attack: PGD,
     construct: Callable[[nn.Module, Data], ConstructedDataset] = construct_robust_dataset,
+    progress: bool | None = None,
 ) -> RobustDatasetCost:
     """What D_R is for: make it once, then train any model on it in the standard way.
 
@@ -210,6 +219,8 @@ def robust_dataset_cost(
         What every model is attacked with.
     construct
         ``(robust model, data) -> dataset``; by default `advfeat.construct_robust_dataset`.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -240,17 +251,19 @@ def robust_dataset_cost(
     seconds: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], T]) -> T:
+        meter.stage(name)
         began = time.perf_counter()
         result = work()
         seconds[name] = time.perf_counter() - began
         return result
 
-    standard = timed("standard", lambda: fit_standard(train))
-    robust = timed("adversarial", lambda: fit_adversarial(train))
-    made = timed("construction", lambda: construct(robust, train))
-    fresh = timed("from_robust_dataset", lambda: fit_standard(made))
-
     def measured(model: nn.Module) -> RobustAccuracy:
-        return robust_accuracy(model, test, attack=attack, progress=False)
+        return robust_accuracy(model, test, attack=attack, progress=progress)
 
-    return RobustDatasetCost(measured(standard), measured(robust), measured(fresh), seconds)
+    with Meter(progress, "robust dataset cost") as meter:
+        standard = timed("standard", lambda: fit_standard(train))
+        robust = timed("adversarial", lambda: fit_adversarial(train))
+        made = timed("construction", lambda: construct(robust, train))
+        fresh = timed("from_robust_dataset", lambda: fit_standard(made))
+        meter.stage("evaluation")
+        return RobustDatasetCost(measured(standard), measured(robust), measured(fresh), seconds)

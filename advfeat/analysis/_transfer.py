@@ -19,6 +19,7 @@ from advfeat.loading import Data
 from advfeat.losses import is_success
 from advfeat.metrics import Accuracy, accuracy
 from advfeat.model import Network, Precision, logits_of
+from advfeat.progress import with_progress
 from advfeat.results import Result
 from advfeat.statistics import correlation_interval
 from advfeat.tables import Table
@@ -150,6 +151,7 @@ def transfer(
     *,
     construct: Construct,
     learn: Learn,
+    progress: bool | None = None,
 ) -> Transfer:
     """Figure 3: do architectures that learn more from D_det get fooled more by transfer?
 
@@ -169,6 +171,8 @@ def transfer(
         or `just_bugs` with its.
     learn
         ``(name, dataset) -> model``: makes a new model of that architecture and trains it.
+    progress
+        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
 
     Returns
     -------
@@ -207,7 +211,9 @@ def transfer(
     if not bool(chosen.any()):
         checks.fail("construct", "no test image", "the source is fooled on none; a larger eps?")
     points = []
-    for name, model in named.items():
+    for name, model in with_progress(
+        named.items(), total=len(named), label="transfer", progress=progress
+    ):
         right = accuracy(model, TensorDataset(*true), progress=False).correct.cpu()
         fooled = ~accuracy(model, attacked, progress=False).correct.cpu()
         learned = accuracy(learn(name, made), TensorDataset(*true), progress=False)

@@ -60,11 +60,14 @@ class RobustnessCurve(Result):
         Sample number of each sample, int64 ``(total,)``.
     norm
         The norm it is measured in.
+    scale
+        What the features were measured in multiples of; None in their own units.
     """
 
     distance: Tensor
     index: Tensor
     norm: Norm
+    scale: Tensor | None = None
 
     def at(self, eps: float) -> Accuracy:
         """Robust accuracy at one radius: the fraction of samples farther than ``eps``."""
@@ -80,14 +83,18 @@ class RobustnessCurve(Result):
         """Median distance: where robust accuracy crosses one half."""
         return float(self.distance.median())
 
+    @property
+    def _unit(self) -> str:
+        return self.norm if self.scale is None else f"{self.norm}, in multiples of scale"
+
     def _summary(self) -> str:
-        return f"{len(self.distance)} samples, median {self.median:.4g} in {self.norm}"
+        return f"{len(self.distance)} samples, median {self.median:.4g} in {self._unit}"
 
     def _content(self) -> Sequence[str | Table]:
         wrong = int((self.distance == 0).sum())
         return [
             f"{len(self.distance)} samples, {wrong} wrong without an attack, "
-            f"median distance {self.median:.4g} in {self.norm}"
+            f"median distance {self.median:.4g} in {self._unit}"
         ]
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -208,7 +215,8 @@ def robustness_curve(
             "offset), or evaluate in float64: model.double() and float64 inputs",
             stacklevel=2,
         )
-    return RobustnessCurve(distances, index, norm)
+    scale = attacks[0].scale
+    return RobustnessCurve(distances, index, norm, None if scale is None else scale.cpu())
 
 
 def _default_attacks(

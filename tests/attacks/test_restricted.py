@@ -244,6 +244,8 @@ def test_the_curve_measures_in_multiples_of_the_scale(norm):
     curve = robustness_curve(
         Linear(offset), data, norm=norm, mask=own["mask"], bounds=own["bounds"], scale=own["eps"]
     )
+    assert torch.equal(curve.scale, own["eps"])
+    assert repr(curve).endswith("in multiples of scale)")
     start = (INPUTS.flatten(1) @ WEIGHT).numpy()
     for n, distance in enumerate(curve.distance.tolist()):
         if start[n] > offset:

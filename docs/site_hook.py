@@ -13,6 +13,13 @@ from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 NAME = re.compile(r"^::: (advfeat[\w.]*)\.(\w+)$", re.M)
+DOCS = Path(__file__).parent
+# The page of the reference that each name is documented on.
+PLACES = {
+    f"{module}.{name}": page.name
+    for page in sorted((DOCS / "api").glob("*.md"))
+    for module, name in NAME.findall(page.read_text())
+}
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -27,19 +34,27 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put a table of its names at the beginning of a page of the reference."""
-    names = NAME.findall(markdown)
-    if not page.file.src_uri.startswith("api/") or not names:
+    here = Path(page.file.src_uri).name
+    if not page.file.src_uri.startswith("api/") or not NAME.search(markdown):
         return markdown
-    listed = (Path(__file__).parent / "architecture.md").read_text().split("## Public names\n")[1]
-    module = names[0][0]
-    begin = "At the top level" if module == "advfeat" else f"In `{module}`"
-    lines = listed.split(f"\n{begin}", 1)[1].split("|---|---|\n")[1].split("\n\n")[0].splitlines()
+    own = markdown.split("\n", 1)[0].removeprefix("# ")
     table = ["| name | use |", "|---|---|"]
-    for line in lines:
-        shown, reason = line.strip("| ").split(" | ", 1)
-        links = re.sub(r"`(\w+)`", rf"[`\1`](#{module}.\1)", shown)
-        table.append(f"| {links} | {reason.replace('](', '](../').replace('](../#', '](#')} |")
-    first = min(markdown.index("::: "), len(markdown))
+    for module in dict.fromkeys(("advfeat", NAME.findall(markdown)[-1][0])):
+        for shown, reason in reasons(module):
+            places = {name: PLACES[f"{module}.{name}"] for name in re.findall(r"`(\w+)`", shown)}
+            if own == module or here in places.values():
+                links = (f"[`{n}`]({at}#{module}.{n})" for n, at in places.items())
+                table.append(f"| {', '.join(links)} | {reason} |")
+    first = markdown.index("::: ")
     heading = markdown.rfind("\n## ", 0, first)
     at = first if heading < 0 else heading + 1
     return markdown[:at] + "\n".join(table) + "\n\n" + markdown[at:]
+
+
+def reasons(module: str) -> list[list[str]]:
+    """Names of a module as architecture.md lists them, and what each is for."""
+    listed = (DOCS / "architecture.md").read_text().split("## Public names\n")[1]
+    begin = "At the top level" if module == "advfeat" else f"In `{module}`"
+    lines = listed.split(f"\n{begin}", 1)[1].split("|---|---|\n")[1].split("\n\n")[0].splitlines()
+    moved = (line.replace("](", "](../").replace("](../#", "](#") for line in lines)
+    return [line.strip("| ").split(" | ", 1) for line in moved]

@@ -44,12 +44,35 @@ def python_handles_ctrl_c():
 
 
 @pytest.fixture(scope="session")
-def digits():
+def made_once(tmp_path_factory):
+    """A value that one process makes and the other processes of this run of pytest-xdist read."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if parallel else folder  # the parent is of all workers of this run
+
+    def get(name, make):
+        path = folder / f"{name}.pt"
+        if not path.exists():
+            part = folder / f"{name}-{os.getpid()}.pt"
+            torch.save(make(), part)
+            part.replace(path)
+        return torch.load(path, weights_only=True)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def digits(made_once):
     """1300 real images of digits to learn from, and 497 to measure on, 1x8x8 in [0, 1]."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    images, labels = datasets.load_digits(return_X_y=True)
-    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    y = torch.tensor(labels)
+
+    def read():
+        datasets = pytest.importorskip("sklearn.datasets")
+        images, labels = datasets.load_digits(return_X_y=True)
+        return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(
+            labels
+        )
+
+    x, y = made_once("digits", read)
     return TensorDataset(x[:1300], y[:1300]), TensorDataset(x[1300:], y[1300:])
 
 
@@ -66,21 +89,36 @@ def digit_network():
     )
 
 
+def trained(train):
+    """The weights of a network of digits after training."""
+    torch.manual_seed(0)
+    net = digit_network()
+    train(net)
+    return net.state_dict()
+
+
+def with_weights(weights):
+    net = digit_network()
+    net.load_state_dict(weights)
+    return net.eval()
+
+
 @pytest.fixture(scope="session")
-def standard(digits, ground_one_thread):
+def standard(digits, made_once, ground_one_thread):
     """A model trained on digits in the standard way. Not to be changed."""
-    torch.manual_seed(0)
-    net = digit_network()
-    af.fit(net, digits[0], epochs=6, lr=0.05, seed=0)
-    return net.eval()
+
+    def train(net):
+        af.fit(net, digits[0], epochs=6, lr=0.05, seed=0)
+
+    return with_weights(made_once("standard", lambda: trained(train)))
 
 
 @pytest.fixture(scope="session")
-def robust(digits, ground_one_thread):
+def robust(digits, made_once, ground_one_thread):
     """A model trained on digits against linf 0.1. Not to be changed."""
-    torch.manual_seed(0)
-    net = digit_network()
-    af.adversarial_fit(
-        net, digits[0], eps=0.1, norm="linf", steps=3, step_size=0.05, epochs=10, lr=0.05, seed=0
-    )
-    return net.eval()
+    settings = {"eps": 0.1, "norm": "linf", "steps": 3, "step_size": 0.05, "lr": 0.05, "seed": 0}
+
+    def train(net):
+        af.adversarial_fit(net, digits[0], **settings, epochs=10)
+
+    return with_weights(made_once("robust", lambda: trained(train)))

@@ -1,6 +1,7 @@
 """Levels of packages, what each may import, what is public, what must be installed."""
 
 import ast
+import functools
 import importlib
 import inspect
 import subprocess
@@ -62,10 +63,17 @@ REQUIRED = {"torch", "numpy", "typing_extensions"}
 EXTRAS = {"tqdm", "matplotlib", "sklearn", "PIL", "datasets"}
 
 
+@functools.cache
+def nodes_of(path):
+    """Every node of a file, parsed once."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def package_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(path):
     """Every module that a file imports, dotted, and whether importing the file leaves it alone."""
 
@@ -82,7 +90,7 @@ def imports(path):
         for child in ast.iter_child_nodes(node):
             yield from visit(child, inside)
 
-    return list(visit(ast.parse(path.read_text()), False))
+    return list(visit(nodes_of(path)[0], False))
 
 
 def imported_packages(path):
@@ -158,7 +166,7 @@ def test_the_package_imports_where_no_extra_is_installed():
 def test_only_the_model_package_touches_the_users_module(name):
     touching = set()
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.Attribute) and node.attr == name:
                 touching.add(package_of(path))
     assert touching <= {"model"}
@@ -166,7 +174,7 @@ def test_only_the_model_package_touches_the_users_module(name):
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_nothing_seeds_the_global_random_state(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Attribute) and node.attr in {"manual_seed", "manual_seed_all"}:
             # A generator's own method is another thing: torch.Generator().manual_seed(...).
             assert isinstance(node.value, ast.Call)
@@ -206,7 +214,7 @@ def body_lines(function):
 
 
 def functions_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node
 

@@ -5,6 +5,7 @@ table, a set of classes, a black box. Those places are listed below, with the nu
 """
 
 import ast
+import functools
 import io
 import re
 import tokenize
@@ -77,9 +78,14 @@ def name_of(path):
     return path.relative_to(PACKAGE).as_posix()
 
 
+@functools.cache
+def nodes(source):
+    return list(ast.walk(ast.parse(source)))
+
+
 def texts(source):
     """Docstrings, messages and comments of a file, each with its line."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             for number, line in enumerate(node.value.split("\n")):
                 if not re.match(r"\s*(>>>|\.\.\. |\w+$)", line):  # code, or a parameter's name
@@ -99,7 +105,7 @@ def hits(source, terms=TERMS):
 
 def identifiers(source):
     """Names that a file gives: of functions, classes, arguments and variables."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
         elif isinstance(node, ast.arg):

@@ -4,13 +4,18 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 
 from advfeat import statistics
 
 
+@pytest.fixture(scope="module")
+def stats():
+    """Not imported by every process that collects this file."""
+    return pytest.importorskip("scipy.stats")
+
+
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (3, 4), (50, 100), (999, 1000)])
-def test_wilson_and_binomial_are_scipys(count, total):
+def test_wilson_and_binomial_are_scipys(stats, count, total):
     reference = stats.binomtest(count, total, 0.3, alternative="greater")
     assert statistics.binomial_test(count, total, 0.3) == pytest.approx(reference.pvalue, rel=1e-9)
     for level in (0.9, 0.95):
@@ -27,7 +32,7 @@ def test_no_sample_says_nothing():
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (5, 0), (3, 9), (60, 40), (700, 800)])
-def test_mcnemar_is_the_binomial_test_of_the_discordant_samples(wins, losses):
+def test_mcnemar_is_the_binomial_test_of_the_discordant_samples(stats, wins, losses):
     outcomes = torch.zeros(2, wins + losses + 7, dtype=torch.bool)
     outcomes[0, :wins] = True
     outcomes[1, wins : wins + losses] = True
@@ -36,13 +41,13 @@ def test_mcnemar_is_the_binomial_test_of_the_discordant_samples(wins, losses):
 
 
 @pytest.mark.parametrize("freedom", [1.0, 2.3, 7.0, 300.0])
-def test_students_t_is_scipys(freedom):
+def test_students_t_is_scipys(stats, freedom):
     for probability in (0.6, 0.975, 0.999):
         expected = stats.t.ppf(probability, freedom)
         assert statistics.t_quantile(probability, freedom) == pytest.approx(expected, rel=1e-8)
 
 
-def test_fisher_z_is_scipys():
+def test_fisher_z_is_scipys(stats):
     x = torch.randn(12, generator=torch.Generator().manual_seed(0)).double()
     y = x + torch.randn(12, generator=torch.Generator().manual_seed(1)).double()
     reference = stats.pearsonr(x.numpy(), y.numpy())
@@ -86,7 +91,7 @@ def test_models_that_vary_between_trainings_do_not_make_a_difference():
     assert missed <= 24  # 8%
 
 
-def test_a_mean_over_trainings_agrees_with_students_t():
+def test_a_mean_over_trainings_agrees_with_students_t(stats):
     """Where samples do not vary, it is the t interval of the models' accuracies."""
     outcomes = torch.tensor([0.1, 0.3, 0.2, 0.6]).double()[:, None].expand(4, 50)
     found = statistics.mean_outcome(outcomes)

@@ -73,7 +73,10 @@ SHORTFALL = {"l1": 1e-2, "l2": 1e-5, "linf": 1e-5}
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("box_active", [False, True])
-@pytest.mark.parametrize(("count", "shape"), SHAPES)
+@pytest.mark.parametrize(
+    ("count", "shape"),
+    [*(pytest.param(*each, marks=pytest.mark.slow) for each in SHAPES[:-1]), SHAPES[-1]],
+)
 def test_pgd_reaches_the_optimum_of_a_linear_model(norm, targeted, box_active, count, shape):
     model = linear()
     x = batch(count, shape, torch.float32)

@@ -144,9 +144,17 @@ REACHED = {
 }
 
 
+def quick_or_slow(attacks, quick):
+    """Each attack in each case; the short form has all in the case "all", and `quick` in all."""
+    for attack in attacks:
+        for case in CASES:
+            marks = () if case == "all" or attack in quick else pytest.mark.slow
+            name = attack if isinstance(attack, str) else attack.__name__
+            yield pytest.param(attack, case, id=f"{name}-{case}", marks=marks)
+
+
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(("name", "case"), quick_or_slow(ATTACKS, ("pgd", "fgsm")))
 def test_attacks_in_a_ball_reach_the_optimum_of_a_linear_model(name, case, norm):
     own, eps, low, high = settings_of(case, norm)
     model, labels = Linear(), torch.zeros(COUNT, dtype=torch.int64)
@@ -159,8 +167,7 @@ def test_attacks_in_a_ball_reach_the_optimum_of_a_linear_model(name, case, norm)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", [FAB, FMN, MinimumPGD])
+@pytest.mark.parametrize(("kind", "case"), quick_or_slow([FAB, FMN, MinimumPGD], ()))
 def test_minimum_norm_attacks_reach_the_nearest_point_of_a_linear_model(kind, case, norm):
     own, eps, low, high = settings_of(case, norm)
     # Above the radius that the attack is given, one that needs half of it.
@@ -192,9 +199,21 @@ def test_a_minimum_norm_attack_with_eps_by_feature_stays_in_the_ball(norm):
         check_inside(found, norm, eps, low, high)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("version", ["fast", pytest.param("standard", marks=pytest.mark.slow)])
-def test_nothing_outside_the_mask_moves_in_the_pool(norm, version):
+@pytest.mark.parametrize(
+    ("version", "norm"),
+    [
+        ("fast", "l2"),
+        *(
+            pytest.param(version, norm, marks=pytest.mark.slow)
+            for version, norm in [
+                ("fast", "l1"),
+                ("fast", "linf"),
+                *[("standard", n) for n in NORMS],
+            ]
+        ),
+    ],
+)
+def test_nothing_outside_the_mask_moves_in_the_pool(version, norm):
     model, count = curved(), 12
     x = randoms(count, *SHAPE, seed=3)
     masks = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(4)) < 0.5

@@ -12,13 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import advfeat as af
 from advfeat.training import _overfitting
 
-datasets = pytest.importorskip("sklearn.datasets")
-
 
 @pytest.fixture(scope="module")
 def digits():
     """1437 images to train on and 360 others, pixels in [0, 1]."""
-    found = datasets.load_digits()
+    found = pytest.importorskip("sklearn.datasets").load_digits()
     x = torch.tensor(found.images, dtype=torch.float32).flatten(1) / 16
     y = torch.tensor(found.target)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))

@@ -56,6 +56,7 @@ def correlate(
     A class needs three samples for an interval; of fewer it is unbounded.
     """
     classes = check_classes(labels)
+    _check_finite(found.value)
     value, low, high = _centred(found)
     onehot = torch.nn.functional.one_hot(labels.cpu(), classes).to(torch.float64)
     moments = torch.cat([value, value.square(), low, high], 1)  # (N, 4 units)
@@ -93,6 +94,17 @@ def check_classes(labels: Tensor) -> int:
         missing = int((counts == 0).nonzero()[0])
         checks.fail("data", f"no sample of class {missing}", "every class needs samples")
     return classes
+
+
+def _check_finite(value: Tensor) -> None:
+    broken = ~value.isfinite()
+    if bool(broken.any()):
+        unit = int(broken.any(0).nonzero()[0])
+        checks.fail(
+            "data",
+            f"unit {unit} is NaN or infinite on {int(broken[:, unit].sum())} samples",
+            "look for NaN in the inputs or weights, or a division, logarithm or square root",
+        )
 
 
 def _centred(found: Extremes) -> tuple[Tensor, Tensor, Tensor]:

@@ -90,6 +90,7 @@ def wilson_interval(count: int, total: int, level: float = 0.95) -> Interval:
     0.3006 0.9544
     """
     checks.fraction("level", level)
+    _check_count(count, total)
     if total == 0:
         return 0.0, 1.0
     z, p = _z(level), count / total
@@ -123,7 +124,10 @@ def binomial_test(count: int, total: int, chance: float) -> float:
     >>> round(binomial_test(2, 2, 0.5), 6)
     0.25
     """
-    if count <= 0:
+    _check_count(count, total)
+    if not 0 <= chance <= 1:  # and NaN
+        checks.fail("chance", chance, "expected a probability, from 0 to 1")
+    if count == 0:
         return 1.0
     return _beta_cdf(chance, count, total - count + 1)
 
@@ -218,9 +222,10 @@ def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
     Returns
     -------
     Estimate
-        For one model, with Wilson's interval. For several, with Student's t interval: the
-        variance is that between the means of samples plus that between the means of models,
-        each over its number, and the degrees of freedom are Satterthwaite's.
+        For one model that is right or wrong, with Wilson's interval. Otherwise with Student's t
+        interval: the variance is that between the means of samples plus that between the means of
+        models, each over its number, and the degrees of freedom are Satterthwaite's. Where all
+        means agree, one sample at each end of the range is added for the variance.
 
     Raises
     ------
@@ -234,26 +239,33 @@ def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
     (0.625, True)
     """
     checks.fraction("level", level)
-    if outcomes.ndim == 1:
-        outcomes = outcomes[None]
+    outcomes = _check_values(outcomes)
     repeats, total = outcomes.shape
-    value = float(outcomes.double().mean())
-    if repeats == 1:
+    value = float(outcomes.mean())
+    is_fraction = bool(((outcomes == 0) | (outcomes == 1)).all())
+    if repeats == 1 and is_fraction:
         interval = wilson_interval(int(outcomes.sum()), total, level)
         return Estimate(value, interval, math.nan, level, total)
-    outcomes = outcomes.double()
-    parts = [
+    parts = _variances(outcomes)
+    if sum(part for part, _ in parts) == 0:
+        # Few samples that all agree do not show how much they vary: two more, one at each end.
+        ends = torch.tensor([0.0 if is_fraction else -1.0, 1.0], dtype=torch.float64, device="cpu")
+        parts = _variances(torch.cat([outcomes.cpu(), ends.expand(repeats, 2)], 1))
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / count for part, count in parts)
+    spread = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
+    p_value = 2 * (1 - _t_cdf(abs(value) / math.sqrt(variance), freedom))
+    low = max(0.0 if is_fraction else -1.0, value - spread)
+    return Estimate(value, (low, min(1.0, value + spread)), p_value, level, total, repeats)
+
+
+def _variances(outcomes: Tensor) -> list[tuple[float, int]]:
+    """Of the mean: from samples, and from models where there are several; degrees of freedom."""
+    return [
         (float(means.var()) / len(means), len(means) - 1)
         for means in (outcomes.mean(0), outcomes.mean(1))
         if len(means) > 1
     ]
-    variance = sum(part for part, _ in parts)
-    if variance == 0:
-        return Estimate(value, (value, value), float(value == 0), level, total, repeats)
-    freedom = variance**2 / sum(part**2 / count for part, count in parts)
-    spread = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
-    p_value = 2 * (1 - _t_cdf(abs(value) / math.sqrt(variance), freedom))
-    return Estimate(value, (value - spread, value + spread), p_value, level, total, repeats)
 
 
 def correlation_interval(correlation: float, count: int, level: float = 0.95) -> Interval:
@@ -285,6 +297,8 @@ def correlation_interval(correlation: float, count: int, level: float = 0.95) ->
     0.33 0.99
     """
     checks.fraction("level", level)
+    if abs(correlation) > 1 + 1e-6:
+        checks.fail("correlation", correlation, "expected a number from -1 to 1")
     if count < 4 or math.isnan(correlation):
         return -1.0, 1.0
     z = math.atanh(min(max(correlation, -1 + 1e-15), 1 - 1e-15))
@@ -307,7 +321,8 @@ def bootstrap_interval(
     values
         Samples along the first axis; pairs stay together.
     statistic
-        ``(N, ...) -> number``, of samples drawn with replacement.
+        ``(N, ...) -> number``, of samples drawn with replacement. Resamples in which it is NaN, as
+        the correlation of a constant, are left out.
     level, resamples
         Of the interval, and how often samples are drawn.
     seed
@@ -332,6 +347,10 @@ def bootstrap_interval(
     checks.fraction("level", level)
     checks.count("resamples", resamples, low=1)
     checks.seed(seed)
+    if len(values) < 2:
+        checks.fail("values", tuple(values.shape), "of fewer than two samples nothing is known")
+    if not bool(values.isfinite().all()):
+        checks.fail("values", "NaN or infinite", "every resample that draws one is undefined")
     generator = seeding.generator(seeding.resolve(seed))
     drawn = torch.stack(
         [
@@ -341,6 +360,9 @@ def bootstrap_interval(
             for _ in range(resamples)
         ]
     )
+    drawn = drawn[~drawn.isnan()]
+    if 2 * len(drawn) < resamples:
+        checks.fail("statistic", "NaN", "undefined in most resamples: too few samples, or constant")
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")
     low, high = torch.quantile(drawn, ends).tolist()
     return low, high
@@ -373,6 +395,8 @@ def holm(p_values: Sequence[float] | Tensor) -> Tensor:
     [0.03, 0.06, 0.06]
     """
     given = torch.as_tensor(p_values, dtype=torch.float64)
+    if not bool(((given >= 0) & (given <= 1)).all()):  # and NaN
+        checks.fail("p_values", given.tolist(), "expected probabilities, from 0 to 1")
     order = given.flatten().argsort()
     factors = torch.arange(given.numel(), 0, -1, dtype=torch.float64, device="cpu")
     corrected = torch.empty_like(given.flatten())
@@ -384,6 +408,26 @@ def _check_outcomes(first: Tensor, second: Tensor) -> None:
     if first.shape != second.shape or first.ndim not in (1, 2) or not first.numel():
         shapes = (tuple(first.shape), tuple(second.shape))
         checks.fail("first, second", shapes, "expected outcomes of the same samples, (N,) each")
+    for name, outcomes in (("first", first), ("second", second)):
+        if outcomes.dtype != torch.bool:
+            raise TypeError(
+                f"{name}: {outcomes.dtype}; expected bool outcomes, as predictions == labels"
+            )
+
+
+def _check_values(outcomes: Tensor) -> Tensor:
+    """Outcomes or their differences in float64, ``(S, N)``."""
+    if outcomes.ndim not in (1, 2) or not outcomes.numel():
+        checks.fail("outcomes", tuple(outcomes.shape), "expected (N,) or (S, N), and a sample")
+    outcomes = outcomes.double()
+    if not bool((outcomes.abs() <= 1).all()):  # and NaN
+        checks.fail("outcomes", "NaN, or beyond 1", "expected right or wrong, or differences")
+    return outcomes if outcomes.ndim == 2 else outcomes[None]
+
+
+def _check_count(count: int, total: int) -> None:
+    if not 0 <= count <= total:
+        checks.fail("count", count, f"expected from 0 to total={total} successes")
 
 
 def _z(level: float) -> float:

@@ -7,6 +7,12 @@ import torch
 
 from advfeat import statistics
 
+NAN = math.nan
+
+
+def _correlation(pairs):
+    return torch.corrcoef(pairs.T)[0, 1]
+
 
 @pytest.fixture(scope="module")
 def stats():
@@ -115,3 +121,75 @@ def test_outcomes_of_other_samples_are_refused():
         statistics.paired_difference(torch.ones(3).bool(), torch.ones(4).bool())
     with pytest.raises(ValueError, match="level"):
         statistics.wilson_interval(1, 2, 95)
+
+
+@pytest.mark.parametrize("samples", [2, 3, 7])
+def test_few_samples_that_all_agree_are_not_certain(samples):
+    """Two trainings, every outcome the same: no scatter is seen, and the interval has a width."""
+    right = torch.ones(2, samples, dtype=torch.bool)
+    for found in (
+        statistics.mean_outcome(right),
+        statistics.paired_difference(right, ~right),
+    ):
+        low, high = found.interval
+        assert found.value == high == 1.0
+        assert low < 0.9
+        assert found.p_value > 0
+    # Models that disagree about which sample they have wrong have equal means everywhere.
+    crossed = torch.eye(2, dtype=torch.bool)
+    low, high = statistics.mean_outcome(crossed).interval
+    assert low < 0.2
+    assert high > 0.8
+
+
+def test_intervals_stay_where_values_can_be():
+    first, second = torch.ones(3, 20, dtype=torch.bool), torch.zeros(3, 20, dtype=torch.bool)
+    second[:, 0] = True
+    assert statistics.paired_difference(first, second).interval[1] == 1.0
+    assert statistics.mean_outcome(second).interval[0] == 0.0
+
+
+def test_differences_of_one_model_have_students_t_interval():
+    values = torch.tensor([-1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    found = statistics.mean_outcome(values)
+    reference = stats.ttest_1samp(values.double().numpy(), 0.0)
+    interval = reference.confidence_interval(0.95)
+    assert found.interval == pytest.approx((interval.low, min(1.0, interval.high)), abs=1e-9)
+    assert found.p_value == pytest.approx(reference.pvalue, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: statistics.wilson_interval(5, 4),
+        lambda: statistics.wilson_interval(-1, 4),
+        lambda: statistics.binomial_test(5, 4, 0.5),
+        lambda: statistics.binomial_test(3, 4, 1.5),
+        lambda: statistics.binomial_test(3, 4, NAN),
+        lambda: statistics.correlation_interval(1.2, 10),
+        lambda: statistics.holm([NAN, 0.01]),
+        lambda: statistics.holm([2.0, -1.0]),
+        lambda: statistics.mean_outcome(torch.tensor([NAN, 1.0])),
+        lambda: statistics.mean_outcome(torch.zeros(0, dtype=torch.bool)),
+        lambda: statistics.bootstrap_interval(torch.tensor([NAN, 1.0]), torch.mean, seed=0),
+        lambda: statistics.bootstrap_interval(torch.tensor([3.0]), torch.mean, seed=0),
+        lambda: statistics.bootstrap_interval(torch.ones(5, 2), _correlation, seed=0),
+    ],
+)
+def test_what_is_no_count_probability_or_outcome_raises_an_error(call):
+    with pytest.raises(ValueError, match=r"expected|undefined|nothing is known"):
+        call()
+
+
+def test_numbers_are_not_outcomes():
+    """Labels or logits in place of outcomes would give a number that means nothing."""
+    for compare in (statistics.mcnemar, statistics.paired_difference):
+        with pytest.raises(TypeError, match="expected bool outcomes"):
+            compare(torch.tensor([1, 2, 0]), torch.tensor([0, 1, 0]))
+
+
+def test_resamples_without_a_correlation_are_left_out():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(8, 2, generator=generator).round()
+    low, high = statistics.bootstrap_interval(pairs, _correlation, seed=0)
+    assert -1 <= low <= high <= 1

@@ -56,6 +56,10 @@ def stacked(data: Data, device: torch.device, batch_size: int | None = None) -> 
     inputs = torch.cat([batch.inputs for batch in found])
     labels = torch.cat([batch.labels for batch in found])
     checks.labels(labels, inputs)
+    broken = (~inputs.flatten(1).isfinite()).any(1)
+    if bool(broken.any()):
+        first = int(broken.nonzero()[0])
+        checks.fail("data", f"NaN or infinite in sample {first}", "remove or repair such samples")
     return Stacked(inputs, labels.to(torch.int64))
 
 

@@ -122,4 +122,8 @@ def _features(
             checks.labels(batch.labels, batch.inputs)
             found.append(net.features(net.prepare(batch.inputs)).detach().flatten(1).cpu().double())
             labels.append(batch.labels.cpu().to(torch.int64))
-    return torch.cat(found), torch.cat(labels)
+    features = torch.cat(found)
+    broken = int((~features.isfinite()).any(1).sum())
+    if broken:
+        checks.fail("encoder", f"NaN or infinite features on {broken} samples", "check the layer")
+    return features, torch.cat(labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -69,7 +70,8 @@ class TransferPoint(Result):
 
     def _row(self) -> tuple[object, ...]:
         found = (self.learned, self.fooled, self.of_fooled, self.of_all, self.clean_error)
-        return (self.name, *(f"{value:.1%}" for value in found))
+        # NaN where the two models have no sample right.
+        return (self.name, *("none" if value != value else f"{value:.1%}" for value in found))
 
     def _content(self) -> Sequence[str | Table]:
         return [Table(_HEAD, [self._row()])]
@@ -98,8 +100,8 @@ class Transfer(Result):
 
         NaN where either does not vary.
         """
-        found: Tensor = torch.corrcoef(self._pairs().T)
-        return float(found[0, 1])
+        pairs = self._pairs()
+        return float(torch.corrcoef(pairs.T)[0, 1]) if len(pairs) > 1 else math.nan
 
     @property
     def correlation_interval(self) -> tuple[float, float]:

@@ -325,3 +325,19 @@ def test_a_class_of_two_samples_has_no_interval():
     assert found.rho_interval[0, :, 2].tolist() == [-1.0] * 5
     assert bool(torch.isneginf(found.gamma_interval[0, :, 2]).all())
     assert bool(torch.isfinite(found.gamma_interval[..., :2]).all())
+
+
+def test_values_that_are_no_numbers_raise_an_error():
+    """NaN would pass for a unit that never changes, and be called useless."""
+    x, y = torch.rand(20, 3), torch.arange(20) % 2
+    broken = x.clone()
+    broken[3, 0] = float("nan")
+    weight = torch.eye(3)
+    weight[1, 1] = float("inf")
+    with pytest.raises(ValueError, match="NaN or infinite in sample 3"):
+        analysis.linear_usefulness(torch.eye(3), TensorDataset(broken, y), eps=0.1, norm="l2")
+    with pytest.raises(ValueError, match="unit 1 is NaN or infinite on 20 samples"):
+        analysis.linear_usefulness(weight, TensorDataset(x + 0.1, y), eps=0.1, norm="l2")
+    data = TensorDataset(x, y)
+    with pytest.raises(ValueError, match="NaN or infinite features on 20 samples"):
+        analysis.linear_probe(torch.nn.Identity(), data, data, layer=lambda v: v / 0 * 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,9 @@ from advfeat import checks, seeding
 from advfeat.loading import Data
 from advfeat.metrics import accuracy
 from advfeat.model import Precision
+from advfeat.progress import Meter
 from advfeat.results import Result
+from advfeat.statistics import Estimate
 from advfeat.study._advice import (
     GOOD_SUCCESS,
     LEAST_ACCURACY,
@@ -29,7 +32,9 @@ from advfeat.study._pilot import (
     RATE,
     STEPS,
     Pilot,
+    Reached,
     epochs_for,
+    serving,
     shift_batch,
     warmup_for,
 )
@@ -43,7 +48,8 @@ _LENGTHS = (20, 40, 80, 160, 320)  # steps of inversion
 _GOOD_DISTANCE, _STEP = 0.10, 0.05
 _MANY = 20_000  # training samples from which one start for each image is enough
 _WORTHWHILE = 0.02  # accuracy that a smaller ball, or a lower rate, must gain
-_LOWER = 0.3  # a lower rate, as a fraction
+_LOWER, _HIGHER = 0.3, 3.0  # other rates, as multiples
+_LEARNED = 0.5  # of the standard accuracy: a robust model below it has not learned at all
 _ACCURATE = 0.9  # a standard model for which no lower rate is tried
 
 
@@ -61,12 +67,15 @@ class Calibration(Result):
         Where these data, or this model, lack what the paper found: the number and what it means.
     tables
         What was measured, by its title.
+    seconds
+        How long it took.
     """
 
     choices: Mapping[str, Any]
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
     tables: Mapping[str, str]
+    seconds: float
 
     @property
     def at(self) -> tuple[float, ...]:
@@ -108,7 +117,7 @@ class Calibration(Result):
                 "D_det": targeted,
                 "D_det control": {},
             },
-            fresh={"D_rand": {"lr": c["lr"] / 5}},
+            fresh={"D_rand": {"lr": c["lr"] / 5}, "D_det": {"lr": c["targeted_lr"]}},
             samples=samples,
         )
 
@@ -142,7 +151,7 @@ def calibrate(
 ) -> Calibration:
     """Choose a study's settings on held-out training samples, cheaply, and say why.
 
-    On at most 10,000 training samples a standard and a robust model are trained, and on 500 held
+    On at most 5,000 training samples a standard and a robust model are trained, and on 500 held
     out of them is measured: whether the robust model is accurate enough to be a control (else its
     learning rate is lowered, then its ball), and at which radius it is furthest above the standard
     one; with which radius targeted perturbations reach their target on the standard model and not
@@ -198,27 +207,32 @@ class _Choice:
 
     def calibration(self) -> Calibration:
         """Choose one setting after the other."""
-        pilot = self.pilot
-        standard, lr = self._standard_model()
-        robust, train_eps, robust_lr = self._robust_model(standard, lr)
-        choices: dict[str, Any] = {
-            "lr": lr, "robust_lr": robust_lr, "eps": train_eps, "images": pilot.is_images
-        }  # fmt: skip
-        widest = self._widest(standard, robust)
-        choices["at"] = sorted({widest, self.eps})
-        choices["targeted_eps"] = self._targeted(standard, robust)
-        choices["steps"], choices["step_size"] = self._inversion(standard, robust)
-        choices["epochs"] = epochs_for(pilot.count)
-        self.reasons.append(
-            f"epochs {choices['epochs']}: at least {STEPS} steps of {BATCH} samples"
-        )
-        choices["starts"] = 1 if pilot.count >= _MANY else 4
-        self.reasons.append(
+        pilot, began = self.pilot, time.perf_counter()
+        with Meter(pilot.progress, "calibrate") as meter:
+            meter.stage("standard and robust model")
+            standard, lr = self._standard_model()
+            robust, train_eps, robust_lr = self._robust_model(standard, lr)
+            choices: dict[str, Any] = {
+                "lr": lr, "robust_lr": robust_lr, "eps": train_eps, "images": pilot.is_images
+            }  # fmt: skip
+            meter.stage("radii")
+            widest, halfway = self._radii(standard, robust)
+            choices["at"] = sorted({halfway, widest, self.eps})
+            meter.stage("targeted perturbations")
+            choices["targeted_eps"], choices["targeted_lr"] = self._targeted(standard, robust, lr)
+            meter.stage("inversions")
+            choices["steps"], choices["step_size"] = self._inversion(standard, robust)
+            choices["epochs"] = epochs_for(pilot.count)
+            choices["starts"] = 1 if pilot.count >= _MANY else 4
+            meter.stage("trial of D_R")
+            self._try_inverted(robust, halfway, choices)
+        self.reasons += [
+            f"epochs {choices['epochs']}: at least {STEPS} steps of {BATCH} samples",
             f"{choices['starts']} starts for each image of D_R and D_NR, at equal steps: "
-            f"{pilot.count} training samples"
-        )
-        self._trial(standard, robust, widest, choices)
-        return Calibration(choices, tuple(self.reasons), tuple(self.warnings), self.tables)
+            f"{pilot.count} training samples",
+        ]
+        seconds = time.perf_counter() - began
+        return Calibration(choices, tuple(self.reasons), tuple(self.warnings), self.tables, seconds)
 
     def _accuracy(self, model: nn.Module) -> float:
         return float(accuracy(model, self.pilot.held_out, progress=False))
@@ -247,7 +261,7 @@ class _Choice:
         pilot, eps, least = self.pilot, self.eps, self._accuracy(standard)
         robust = pilot.fitted(eps, lr)
         reached = self._accuracy(robust)
-        if reached < LEAST_ACCURACY * least:
+        if reached < _LEARNED * least:
             other = pilot.fitted(eps, _LOWER * lr)
             found = self._accuracy(other)
             if found >= reached + _WORTHWHILE:
@@ -269,12 +283,14 @@ class _Choice:
             )
         return robust, eps, lr
 
-    def _widest(self, standard: nn.Module, robust: nn.Module) -> float:
-        """Report where the robust model is furthest above the standard one, and at eps."""
+    def _radii(self, standard: nn.Module, robust: nn.Module) -> tuple[float, float]:
+        """Where the robust model is furthest above the standard one, and where D_R is compared."""
         radii = [float(f"{self.eps * factor:.3g}") for factor in _RADII]
         curves = [self.pilot.curve(model, radii) for model in (standard, robust)]
         gaps = [high - low for low, high in zip(*curves, strict=True)]
-        gap, radius = max(zip(gaps, radii, strict=True))
+        gap, widest = max(zip(gaps, radii, strict=True))
+        half = self._accuracy(standard) / 2
+        kept, halfway = min(zip(curves[0], radii, strict=True), key=lambda one: abs(one[0] - half))
         self.tables["Robust accuracy, held out"] = table(
             (self.pilot.norm, "standard", "robust", "gap"),
             [
@@ -283,37 +299,44 @@ class _Choice:
             ],
         )
         self.reasons.append(
-            f"report at {self.pilot.norm} {radius:g}, where the robust model is {100 * gap:+.0f} "
-            "points above the standard one"
+            f"report at {self.pilot.norm} {widest:g}, where the robust model is {100 * gap:+.0f} "
+            f"points above the standard one, and compare D_R at {halfway:g}, where the standard "
+            f"one keeps {kept:.0%}: beyond it few samples can tell D_R from its control"
         )
         if gap < LEAST_GAP:
             self.warnings.append(
                 f"Nowhere is the robust model {100 * LEAST_GAP:.0f} points above the standard one: "
-                f"at most {100 * gap:+.1f}, at {self.pilot.norm} {radius:g}. These data, with this "
+                f"at most {100 * gap:+.1f}, at {self.pilot.norm} {widest:g}. These data, with this "
                 "model and eps, lack the gap that the paper builds on; D_R can hardly be more "
                 "robust than its control."
             )
-        return radius
+        return widest, halfway
 
-    def _targeted(self, standard: nn.Module, robust: nn.Module) -> float:
-        """The radius at which targets are reached on the standard model and not on the robust."""
-        found = []
+    def _targeted(self, standard: nn.Module, robust: nn.Module, lr: float) -> tuple[float, float]:
+        """The radius, and the learning rate, with which D_det teaches most beyond its control."""
+        found: list[Reached] = []
         for factor in _TARGETED:
             radius = float(f"{self.eps * factor:.3g}")
             if self.pilot.norm == "linf" and radius > self.pilot.bounds[1] - self.pilot.bounds[0]:
                 break
             rates = [self.pilot.success(model, radius) for model in (standard, robust)]
-            found.append((radius, *rates))
+            found.append(Reached(radius, *rates))
             if rates[1] > 2 * MOST_CONTROL_SUCCESS:
                 break
-        self.tables["Targets reached, held out"] = table(
-            (self.pilot.norm, "standard", "robust"),
-            [(f"{r:g}", f"{on:.1%}", f"{off:.1%}") for r, on, off in found],
+        made = {radius: self.pilot.targeted(standard, robust, radius) for radius in serving(found)}
+        trials = {radius: self.pilot.try_targeted(both, lr) for radius, both in made.items()}
+        radius = max(trials, key=lambda radius: trials[radius].value)
+        self.tables["Targets reached, held out, and D_det - D_det control in a trial"] = table(
+            (self.pilot.norm, "standard", "robust", "trial"),
+            [(f"{r:g}", f"{on:.1%}", f"{off:.1%}", str(trials.get(r, ""))) for r, on, off in found],
         )
-        low = [each for each in found if each[2] <= MOST_CONTROL_SUCCESS] or found[:1]
-        radius, on, off = max(low, key=lambda each: each[1] - each[2])
+        _, on, off = next(each for each in found if each.radius == radius)
         text = f"{on:.0%} reach their target on the standard model and {off:.0%} on the robust one"
         self.reasons.append(f"targeted perturbations in {self.pilot.norm} {radius:g}: {text}")
+        trial, faster = trials[radius], self.pilot.try_targeted(made[radius], _HIGHER * lr)
+        if faster.value >= trial.value + _WORTHWHILE:
+            trial, lr = faster, _HIGHER * lr
+        self._report_trial("D_det", trial, f"accuracy, learning rate {lr:g}")
         if on < GOOD_SUCCESS or off > MOST_CONTROL_SUCCESS:
             weak = "can hardly teach" if on < LEAST_SUCCESS else "may teach less than they could"
             self.warnings.append(
@@ -321,7 +344,7 @@ class _Choice:
                 f"the standard model and at most {MOST_CONTROL_SUCCESS:.0%} on the robust one: at "
                 f"best, in {self.pilot.norm} {radius:g}, {text}. D_rand and D_det {weak}."
             )
-        return radius
+        return radius, lr
 
     def _inversion(self, standard: nn.Module, robust: nn.Module) -> tuple[int, float]:
         """As many steps as bring activations near; none are near enough below 10 to 15%."""
@@ -354,22 +377,21 @@ class _Choice:
             )
         return steps, step_size
 
-    def _trial(
-        self, standard: nn.Module, robust: nn.Module, radius: float, choices: dict[str, Any]
-    ) -> None:
-        """Try it all on few samples: what D_R and D_det teach more than their controls."""
-        pilot, lr = self.pilot, choices["lr"]
+    def _try_inverted(self, robust: nn.Module, radius: float, choices: dict[str, Any]) -> None:
+        """Try D_R on few samples: how much more robust it makes a model than its control."""
+        pilot = self.pilot
         inversion = {name: choices[name] for name in ("steps", "step_size", "starts")}
-        count, d_r = pilot.try_inverted(robust, lr, radius, momentum=MOMENTUM, **inversion)
-        d_det = pilot.try_targeted(standard, robust, lr, choices["targeted_eps"])
-        for name, found, what in (
-            ("D_R", d_r, f"robust accuracy, {pilot.norm} {radius:g}, {count} samples"),
-            ("D_det", d_det, "accuracy"),
-        ):
-            text = f"{name} - {name} control, {what}: {found}"
-            self.reasons.append(f"trial: {text}")
-            if found.sign < 0:
-                self.warnings.append(
-                    f"In the trial the control is above {name}. {text}. With these data and this "
-                    "model the whole study may end so too."
-                )
+        count, found = pilot.try_inverted(
+            robust, choices["lr"], radius, momentum=MOMENTUM, **inversion
+        )
+        what = f"robust accuracy, {pilot.norm} {radius:g}, {count} samples"
+        self._report_trial("D_R", found, what)
+
+    def _report_trial(self, name: str, found: Estimate, what: str) -> None:
+        text = f"{name} - {name} control, {what}: {found}"
+        self.reasons.append(f"trial: {text}")
+        if found.sign < 0:
+            self.warnings.append(
+                f"In the trial the control is above {name}. {text}. With these data and this "
+                "model the whole study may end so too."
+            )

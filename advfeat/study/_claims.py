@@ -35,11 +35,14 @@ class Evidence(Result):
         `advfeat.statistics.Estimate` of it.
     opposite
         What is true if the difference is below 0, as a sentence without its full stop.
+    context
+        A sentence with what the difference is to be seen beside, for where it is not above 0.
     """
 
     text: str
     difference: Estimate
     opposite: str = ""
+    context: str = ""
 
     def _summary(self) -> str:
         return f"{self.text}: {self.difference}, {self.verdict}"
@@ -58,9 +61,9 @@ class Evidence(Result):
         if self.verdict == "undecided":
             return (
                 f"Undecided: {self.text} is {self.difference} points, an interval that contains 0. "
-                "More test samples tell more, and so do more seeds: seeds=3."
+                f"{self.context}More test samples tell more, and so do more seeds: seeds=3."
             )
-        return f"{self.opposite}: {self.text} is {self.difference} points."
+        return f"{self.opposite}: {self.text} is {self.difference} points. {self.context}".strip()
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,14 +126,14 @@ def judge(
 ) -> tuple[Claim, ...]:
     """Compare the models that a study measured; claims without measurements are left out.
 
-    Robust accuracies are compared at the radius where the robust model is furthest above the
-    standard one: below and beyond it there is less to tell apart. That radius is chosen on these
-    two models alone.
+    The robust model is compared at the radius where it is furthest above the standard one.
+    Models that learned from D_R, D_NR and their controls are compared where the standard model
+    keeps nearest to half of its accuracy: they are not much more robust than it, and where all are
+    right, or none, no difference is seen. Both radii are chosen on these two models alone.
     """
     if not {"standard", "robust"} <= measured.keys():
         return ()
-    radius = _widest(measured)
-    judge = _Judge(measured, norm, chance, control, radius)
+    judge = _Judge(measured, norm, chance, control, _widest(measured), _halfway(measured))
     found = (Claim(text, tuple(evidence)) for text, evidence in judge.claims())
     return tuple(claim for claim in found if claim.evidence)
 
@@ -143,27 +146,39 @@ def _widest(measured: Mapping[str, Outcomes]) -> float | None:
     return max(measured["robust"].robust, key=gap, default=None)
 
 
+def _halfway(measured: Mapping[str, Outcomes]) -> float | None:
+    robust = measured["standard"].robust
+    half = float(measured["standard"].standard.double().mean()) / 2
+    return min(
+        robust, key=lambda radius: abs(float(robust[radius].double().mean()) - half), default=None
+    )
+
+
 @dataclass(frozen=True)
 class _Judge:
     measured: Mapping[str, Outcomes]
     norm: str
     chance: float
     control: Callable[[str], str | None]
-    radius: float | None
+    widest: float | None
+    halfway: float | None
 
     def claims(self) -> Iterator[tuple[str, Iterator[Evidence]]]:
-        yield "adversarial training makes a model robust", self._robuster("robust", "standard")
+        yield (
+            "adversarial training makes a model robust",
+            self._robuster("robust", "standard", self.widest),
+        )
         for name in ("D_R", "D_R from noise"):
             control = self.control(name)
             yield (
                 f"{name}: robust features suffice for robust accuracy",
-                _chain(self._robuster(name, control), self._above_chance(name)),
+                _chain(self._robuster(name, control, self.halfway), self._above_chance(name)),
             )
         for name in ("D_NR", "D_NR from noise"):
             robust = name.replace("D_NR", "D_R")
             yield (
                 f"{name}: accurate and less robust than {robust}",
-                _chain(self._above_chance(name), self._robuster(robust, name)),
+                _chain(self._above_chance(name), self._robuster(robust, name, self.halfway)),
             )
         for name in ("D_rand", "D_det"):
             control = self.control(name)
@@ -177,12 +192,25 @@ class _Judge:
             self._not_shifted("D_det control", "D_det control, shifted - original labels", -1),
         )
 
-    def _robuster(self, name: str, other: str | None) -> Iterator[Evidence]:
-        if self._both(name, other) and self.radius is not None:
-            first, second = (self.measured[n].robust[self.radius] for n in (name, other or ""))
-            text = f"{name} - {other}, {self.norm} {self.radius:g}"
+    def _robuster(self, name: str, other: str | None, at: float | None) -> Iterator[Evidence]:
+        if self._both(name, other) and at is not None:
+            first, second = (self.measured[n].robust[at] for n in (name, other or ""))
+            text = f"{name} - {other}, {self.norm} {at:g}"
             opposite = f"{name} is less robust than {other}"
-            yield Evidence(text, paired_difference(first, second), opposite)
+            context = self._passed_on(name, other or "", at) if name.startswith("D_R") else ""
+            yield Evidence(text, paired_difference(first, second), opposite, context)
+
+    def _passed_on(self, name: str, other: str, at: float) -> str:
+        """How much there was to pass on, and how much of it D_R does."""
+        robust, own, control = (
+            100 * float(self.measured[each].robust[at].double().mean())
+            for each in ("robust", name, other)
+        )
+        return (
+            f"The robust model is {robust - control:+.1f} points above {other} there, and {name} "
+            f"passes on {own - control:+.1f} of them: with few training samples or starts, or an "
+            "unfinished inversion, little of it is left in the images. "
+        )
 
     def _more_accurate(self, name: str, other: str | None) -> Iterator[Evidence]:
         if self._both(name, other):

@@ -14,6 +14,7 @@ from advfeat import checks
 from advfeat.datasets import ConstructedDataset
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.study._advice import advise, widest_gaps
+from advfeat.study._calibrate import Calibration
 from advfeat.study._claims import Claim, Outcomes, judge
 from advfeat.study._data import commonest, from_text
 from advfeat.study._plan import PLANS
@@ -141,6 +142,7 @@ class Findings:
     """What all runs of a study found together."""
 
     runs: tuple[Run, ...]
+    calibration: Calibration | None = None
 
     @property
     def work(self) -> Work:
@@ -160,9 +162,11 @@ class Findings:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of every stage, over all runs."""
+        """Of calibration, and of every stage over all runs."""
         names = dict.fromkeys(name for run in self.runs for name in run.seconds)
-        return {name: sum(run.seconds.get(name, 0.0) for run in self.runs) for name in names}
+        stages = {name: sum(run.seconds.get(name, 0.0) for run in self.runs) for name in names}
+        before = {} if self.calibration is None else {"calibrate": self.calibration.seconds}
+        return {**before, **stages}
 
     @cached_property
     def chance(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from advfeat.loading import Source
 from advfeat.metrics import RobustAccuracy, accuracy, robust_accuracy
 from advfeat.model import Precision
 from advfeat.statistics import Estimate, paired_difference
+from advfeat.study._advice import MOST_CONTROL_SUCCESS
 from advfeat.study._data import made_model
 from advfeat.threat import Bounds, Norm
 from advfeat.training import adversarial_fit, fit
@@ -25,12 +26,37 @@ from advfeat.training import adversarial_fit, fit
 # Samples: of the pilot, held out of it, attacked for radii, inverted.
 # Few samples and steps leave a standard model more robust than the study's own will be, and every
 # radius is then chosen too small.
-_PILOT, _HELD_OUT, _ATTACKED, _INVERTED = 10_000, 500, 200, 64
+_PILOT, _HELD_OUT, _ATTACKED, _INVERTED = 5_000, 500, 200, 64
 STEPS, BATCH = 300, 128  # of a training, at the least
 MOMENTUM = 0.6  # of inversions
 RATE = 0.1  # of learning, the highest tried
 # Gradients of inversions in a trial of D_R, and samples of it: a bound on its cost.
 _GRADIENTS, _TRIED = 100_000, (100, 1000)
+
+
+class Reached(NamedTuple):
+    """How many targeted perturbations reach their target on either model."""
+
+    radius: float
+    standard: float
+    robust: float
+
+
+def serving(found: Sequence[Reached]) -> list[float]:
+    """At most three radii to try D_det in, in order.
+
+    That of the widest gap among those in which few targets are reached on the robust model, the
+    next one, and that of the widest gap of all: in a small ball D_det learns from few samples, in a
+    large one robust features change too, and success alone does not say which costs more.
+    """
+
+    def gap(each: Reached) -> float:
+        return each.standard - each.robust
+
+    small = [each for each in found if each.robust <= MOST_CONTROL_SUCCESS] or found[:1]
+    best = max(small, key=gap)
+    place = min(found.index(best) + 1, len(found) - 1)
+    return sorted({best.radius, found[place].radius, max(found, key=gap).radius})
 
 
 class Pilot:
@@ -97,17 +123,22 @@ class Pilot:
         )
         return len(some), paired_difference(own, other)
 
-    def try_targeted(
-        self, standard: nn.Module, robust: nn.Module, lr: float, eps: float
-    ) -> Estimate:
-        """The accuracy that D_det teaches minus what the same from the robust model does."""
+    def targeted(
+        self, standard: nn.Module, robust: nn.Module, eps: float
+    ) -> tuple[ConstructedDataset, ConstructedDataset]:
+        """D_det of few samples, and its control: the same from the robust model."""
         some = Subset(self.train, range(min(len(self.train), _TRIED[1])))
-        both = []
-        for source in (standard, robust):
-            made = self._targeted(source, some, eps)
-            model = self._learned(made, len(some), lr)
-            both.append(accuracy(model, self.held_out, progress=False).correct)
-        return paired_difference(both[0], both[1])
+        return self._targeted(standard, some, eps), self._targeted(robust, some, eps)
+
+    def try_targeted(
+        self, both: tuple[ConstructedDataset, ConstructedDataset], lr: float
+    ) -> Estimate:
+        """The accuracy that D_det teaches minus what its control does."""
+        own, other = (
+            accuracy(self._learned(made, len(made), lr), self.held_out, progress=False).correct
+            for made in both
+        )
+        return paired_difference(own, other)
 
     def _fresh(self) -> nn.Module:
         device = torch.device("cpu" if self.device is None else self.device)

@@ -62,7 +62,7 @@ class Study(Result):
         learn from the dataset (see `advfeat.analysis.leakage`); None where there is no such
         feature.
     seconds
-        Of each stage, in the call that finished it; of several seeds their sum.
+        Of calibration and of each stage, in the call that finished it; of several seeds their sum.
     calibration
         What `calibrate` chose and why, for ``recipe="auto"``; else None.
     settings
@@ -70,7 +70,7 @@ class Study(Result):
     """
 
     def __init__(self, runs: Sequence[Run], calibration: Calibration | None = None) -> None:
-        self._found = Findings(tuple(runs))
+        self._found = Findings(tuple(runs), calibration)
         self.calibration = calibration
 
     @property

@@ -135,7 +135,10 @@ def run(
             "eps": eps, "norm": norm, "bounds": bounds, "seed": whole.seed(first_seed),
             "precision": precision, "device": device, "progress": progress,
         }  # fmt: skip
+        began = time.perf_counter()
         found = _calibrated(whole, make_model, train_data, pilot)
+        if on_stage is not None and whole.is_first:
+            on_stage("calibrate", time.perf_counter() - began)
         folders = [(place, pilot["seed"] if one is None else one) for place, one in folders]
     settings: dict[str, Any] = {
         "make_model": make_model,

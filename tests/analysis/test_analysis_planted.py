@@ -65,7 +65,7 @@ def found():
         standard={"epochs": 12, "lr": 0.05, "batch_size": 64, "schedule": "one_cycle"},
         robust={"eps": 0.3, "steps": 5},
         sets={
-            "D_R": inverted, "D_R control": {}, "D_rand": targeted,
+            "D_R": inverted, "D_R control": {}, "D_NR": inverted, "D_rand": targeted,
             "D_det": targeted, "D_det control": {}, "D_det noise control": {},
         },
         measured={"steps": 8},
@@ -115,5 +115,8 @@ def test_perturbations_carry_the_faint_feature_and_leave_the_coarse_one(found):
     coarse, faint = both(found.dataset("D_rand"))
     assert abs(coarse) < 0.15
     assert faint > 0.5
+    of_d_nr = both(found.dataset("D_NR"))
     coarse, faint = both(found.dataset("D_R"))
+    assert of_d_nr[1] > faint + 0.05  # D_NR holds more of the faint feature than D_R,
+    assert of_d_nr[0] < coarse - 0.05  # and less of the coarse one
     assert coarse > 0.5  # and the faint one leaks: directions shrink, none vanishes

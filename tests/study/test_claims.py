@@ -52,11 +52,34 @@ def test_the_papers_numbers_confirm_the_papers_claims():
     found = judge(paper(), norm="l2", chance=0.1, control=control)
     assert [claim.verdict for claim in found] == ["confirmed"] * 6
     of_d_r = next(claim for claim in found if claim.text.startswith("D_R:"))
-    # At the radius where robust and standard model are furthest apart.
+    # At the radius where the standard model keeps nearest to half of its accuracy.
     assert of_d_r.evidence[0].text == "D_R - standard, l2 0.25"
     measured = paper()
     expected = paired_difference(measured["D_R"].robust[0.25], measured["standard"].robust[0.25])
     assert of_d_r.evidence[0].difference == expected
+
+
+def test_radii_are_chosen_on_the_standard_and_the_robust_model_alone():
+    # The robust model is furthest above the standard one at 1.5, where D_R and its control have
+    # nothing left to differ in; at 0.75 the standard model is nearest to half of its accuracy.
+    at = (0.375, 0.75, 1.5)
+
+    def model(accuracy, *robust):
+        return outcomes(accuracy, dict(zip(at, robust, strict=True)))
+
+    measured = {
+        "standard": model(0.98, 0.9, 0.6, 0.02),
+        "robust": model(0.98, 0.97, 0.95, 0.8),
+        "D_R": model(0.97, 0.93, 0.8, 0.0),
+        "D_R control": model(0.98, 0.9, 0.6, 0.01),
+        "D_NR": model(0.97, 0.7, 0.3, 0.0),
+    }
+    found = judge(measured, norm="l2", chance=0.1, control=lambda name: "D_R control")
+    evidence = [each for claim in found for each in claim.evidence]
+    differences = {each.text: round(each.difference.value, 6) for each in evidence}
+    assert differences["robust - standard, l2 1.5"] == 0.78
+    assert differences["D_R - D_R control, l2 0.75"] == 0.2
+    assert differences["D_R - D_NR, l2 0.75"] == 0.5
 
 
 def test_one_piece_of_evidence_against_it_turns_a_claim_down():

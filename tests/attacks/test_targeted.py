@@ -47,7 +47,9 @@ def own_loss(logits, labels):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", BALL)
+@pytest.mark.parametrize(
+    "name", [n if "-" not in n else pytest.param(n, marks=pytest.mark.slow) for n in BALL]
+)
 def test_a_targeted_attack_reaches_the_face_of_the_ball_towards_the_target(name, norm):
     model, x = three_classes(offset=8.0), inputs()
     for target in (0, 1):

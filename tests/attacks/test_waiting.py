@@ -67,7 +67,7 @@ def steps(attack):
     return state, operators
 
 
-@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("accelerator", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("name", attacks("l2"))
 @pytest.mark.parametrize("norm", NORMS)
 def test_no_step_waits_for_the_device(monkeypatch, norm, name, accelerator):

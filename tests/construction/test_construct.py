@@ -523,6 +523,7 @@ def test_a_compiled_model_makes_the_same_set(method, options, monkeypatch):
     assert "compile" not in found.manifest["settings"]
 
 
+@pytest.mark.slow
 def test_one_model_is_compiled_for_several_layers(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model, data = network(), dataset(6)

@@ -289,7 +289,16 @@ class Keywords(nn.Module):
         return self.module(inputs, attention_mask)
 
 
-@pytest.mark.parametrize("kind", ["embeddings", "kwargs", "normalised", "compiled", "by name"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "embeddings",
+        "kwargs",
+        "normalised",
+        "by name",
+        pytest.param("compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_ways_to_name_arguments(kind):
     plain, x, mask, y = case(Masked)
     model = {

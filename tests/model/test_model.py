@@ -378,6 +378,7 @@ def test_a_module_in_training_mode_that_the_model_does_not_own_is_told(kind, loo
             view.logits(batch(4, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_compiled_part_meets_no_hook(in_place):
     part = nn.Sequential(nn.Linear(6, 4), nn.ReLU())

@@ -311,8 +311,8 @@ def exported(model):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "make",
-    [exported, lambda m: torch.jit.freeze(torch.jit.script(m)), torch.jit.script,
-     lambda m: torch.jit.trace(m, X),
+    [pytest.param(exported, marks=pytest.mark.slow), torch.jit.script,
+     lambda m: torch.jit.freeze(torch.jit.script(m)), lambda m: torch.jit.trace(m, X),
      lambda m: torch.jit.optimize_for_inference(torch.jit.script(m))],
 )  # fmt: skip
 def test_models_that_were_exported(make):
@@ -322,6 +322,7 @@ def test_models_that_were_exported(make):
     assert af.accuracy(made, (X, y)) == 1
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_named():
     model = linear(4).eval()
     with pytest.raises(TypeError, match=r"\.module\(\)"):

@@ -854,7 +854,13 @@ class Viewing(nn.Module):
         return self.pack(features, self.head(features))
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: m,
+        pytest.param(lambda m: torch.compile(m, backend="eager"), marks=pytest.mark.slow),
+    ],
+)
 def test_wrapped_models_that_channels_last_does_not_fit(wrap):
     x = torch.rand(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     data = TensorDataset(x, torch.arange(24) % 3)

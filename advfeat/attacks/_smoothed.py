@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
+from advfeat.attacks.misleading import check_size, misleading_gradients
 from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
@@ -43,6 +44,7 @@ class SmoothedPGDState(NamedTuple):
     x_best: Tensor  # (N, ...) what is returned
     value: Tensor  # (N,) objective there
     success: Tensor  # (N,) bool, whether it fools the model
+    through: Tensor  # (N,) bool, whether straight-through gradients differ from the model's own
     box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
 
 
@@ -92,10 +94,9 @@ class SmoothedPGD(Attack):
         inputs, labels = batch.inputs, batch.labels
         eps = per_sample_eps(self.eps, inputs)
         expected = torch.full_like(eps, -torch.inf)
+        through = torch.zeros_like(labels, dtype=torch.bool)
         if self.masking_ratio:
-            found = net.logits_gradient(inputs, self._objective(labels))
-            slope = threat.size(_finite(found.gradient), _DUAL[self.norm]).to(eps.dtype)
-            expected = found.value.to(eps.dtype) + self.masking_ratio * eps * slope
+            expected, through = self._inspected(net, batch, eps)
         runs = 1 if self.masking_ratio else len(self.scales)
         return SmoothedPGDState(
             inputs=inputs,
@@ -110,8 +111,23 @@ class SmoothedPGD(Attack):
             x_best=inputs,
             value=torch.full_like(eps, -torch.inf),
             success=torch.zeros_like(labels, dtype=torch.bool),
+            through=through,
             box=batch.state_box,
         )
+
+    def _inspected(self, net: Network, batch: Batch, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The objective that counts as expected, and where straight-through gradients differ."""
+        inputs, objective = batch.inputs, self._objective(batch.labels)
+        found = net.logits_gradient(inputs, objective)
+        slope = threat.size(_finite(found.gradient), _DUAL[self.norm]).to(eps.dtype)
+        expected = found.value.to(eps.dtype) + self.masking_ratio * eps * slope
+        bounds, size = threat.bounds_of(batch.box, self.bounds), check_size(eps, self.norm, inputs)
+        misled, _ = misleading_gradients(net, inputs, batch.labels, size, bounds, self.targeted)
+        through = torch.zeros_like(misled)
+        if self.straight_through == "auto" and len(self.scales) > 1:
+            other = net.logits_gradient(inputs, objective, straight_through=True)
+            through = misled & (other.gradient != found.gradient).flatten(1).any(1)
+        return expected.masked_fill(misled, -torch.inf), through
 
     def step(self, net: Network, state: SmoothedPGDState) -> SmoothedPGDState:
         """Move every sample by one gradient at a noisy copy, and evaluate where it arrives."""
@@ -161,13 +177,15 @@ class SmoothedPGD(Attack):
         return state.current + threat.per_sample(deviation, noise) * noise.to(state.current.dtype)
 
     def _gradient(self, net: Network, state: SmoothedPGDState) -> Tensor:
-        """Gradient at the noisy copies; straight-through where it is exactly zero."""
+        """Gradient at the noisy copies; straight-through where the own one is of no use."""
         points, objective = self._noisy(state), self._objective(state.labels)
         through = self.straight_through
         found = net.logits_gradient(points, objective, straight_through=through == "always")
         gradient = _finite(found.gradient).to(points.dtype)
         if through == "auto":
-            flat = (threat.size(gradient, "linf") == 0).nonzero().squeeze(1)
+            second = (state.step // self.steps) % 2 == 1
+            flat = threat.size(gradient, "linf") == 0
+            flat = (flat | (second & state.through)).nonzero().squeeze(1)
             if len(flat):
                 own = self._objective(state.labels[flat])
                 with net.selected(flat):
@@ -273,12 +291,14 @@ def smoothed_pgd(
     masking_ratio
         With a positive number, only samples that seem masked get more than the first run: those
         whose objective rose by more than this multiple of what the gradient at the input predicts
-        (``eps`` times its dual norm). On models with sound gradients the ratio rarely exceeds 1.1.
+        (``eps`` times its dual norm), or whose gradient does not predict small changes. On models
+        with sound gradients the ratio rarely exceeds 1.1.
         0 gives all runs to every sample.
     straight_through
         Let gradients pass rounding, thresholding and index layers
-        (`advfeat.model.straight_through`): ``"auto"`` where the gradient is exactly zero,
-        ``"always"`` or ``"never"``.
+        (`advfeat.model.straight_through`): ``"always"``, ``"never"``, or ``"auto"``: where the
+        gradient is exactly zero, and with ``masking_ratio`` in every second run where it does not
+        predict small changes.
     loss
         ``"margin"``, ``"cross_entropy"``, ``"dlr"``, or a callable as in `pgd`.
     targeted

@@ -16,8 +16,8 @@ from advfeat.attacks._fab import FAB
 from advfeat.attacks._minimum_pgd import MinimumPGD
 from advfeat.attacks._smoothed import SmoothedPGD
 from advfeat.attacks._square import Square
-from advfeat.attacks._zero_gradient import SquareOnZeroGradients
 from advfeat.attacks.base import Attack, prepare_batch
+from advfeat.attacks.misleading import SquareOnMisleadingGradients
 from advfeat.attacks.pool import worst_case
 from advfeat.attacks.samples import select_samples
 from advfeat.attacks.settings import canonical
@@ -29,7 +29,7 @@ from advfeat.threat import FeatureBounds, Norm
 # ratio above which a sample gets all runs. In l1 a step reaches less of what the gradient predicts.
 _SCALES = (6.0, 6.0, 9.0, 4.0, 6.0)
 _MASKING_RATIO, _MASKING_RATIO_L1 = 1.2, 0.6
-_QUERIES = 2000  # of Square, where there is no gradient
+_QUERIES = 2000  # of Square, where there is no gradient or it is misleading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ class AutoAttack:
         against one sample, as in `advfeat.pgd`.
     version
         ``"fast"``, the default of `advfeat.robust_accuracy`: short runs of APGD away from the label
-        and towards 9 classes, with restarts; Square where the gradient is zero; and
+        and towards 9 classes, with restarts; Square where the gradient is zero or does not predict
+        how the output changes; and
         `SmoothedPGD`, in l1 after `MinimumPGD`, which lower the result where gradients are masked.
         Its result is an upper
         bound, on masked networks often below that of ``"standard"`` at a tenth of the cost.
@@ -117,7 +118,7 @@ class AutoAttack:
                 ),
                 APGD(**ball, steps=30, loss="margin", restarts=8, returns="first"),
                 APGD(**ball, steps=30, loss="dlr", restarts=4, returns="first"),
-                SquareOnZeroGradients(**ball, queries=_QUERIES),
+                SquareOnMisleadingGradients(**ball, queries=_QUERIES),
                 MinimumPGD(**ball, restarts=2),
                 self._smoothed(steps=120, scales=_SCALES[:3], masking_ratio=_MASKING_RATIO_L1),
             )
@@ -126,7 +127,7 @@ class AutoAttack:
             APGD(**ball, steps=16, loss="dlr", targets=self._towards(9), returns="first"),
             APGD(**ball, steps=25, loss="margin", restarts=4, returns="first"),
             APGD(**ball, steps=25, loss="dlr", returns="first"),
-            SquareOnZeroGradients(**ball, queries=_QUERIES),
+            SquareOnMisleadingGradients(**ball, queries=_QUERIES),
             self._smoothed(steps=80, scales=_SCALES, masking_ratio=_MASKING_RATIO),
         )
 

@@ -18,7 +18,7 @@ from advfeat.attacks.samples import select_samples
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.metrics._choice import choose_attacks
-from advfeat.metrics._masking import ZeroGradients, masking_signs
+from advfeat.metrics._masking import BadGradients, masking_signs
 from advfeat.metrics._outcome import WRONG, Accuracy, RobustAccuracy
 from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable, device_of
@@ -181,7 +181,7 @@ def robust_accuracy(
     attacks = choose_attacks(attack, eps, norm, steps, bounds, shared.seed(seed), mask)
     progress = progress if shared.process.is_first else False
     clean = CleanPass(source, model, attacks[0].bounds, "robust accuracy", False, keep_inputs)
-    zero_gradients = ZeroGradients(attacks)
+    bad_gradients = BadGradients(attacks)
     ids, broken, values, adversarial = array("q"), array("q"), array("f"), []
     unmoved = 0
     # In a ball of radius 0 a random model would be asked again until it is wrong.
@@ -193,7 +193,7 @@ def robust_accuracy(
         attackable(model, expectation=expectation, **settings) as net,
     ):
         for verdict in pool.worst_case(moving, net, clean.resisting(net), source.batch_size):
-            zero_gradients.add(net, verdict)
+            bad_gradients.add(net, verdict, attacks[0].bounds)
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
             values.extend(verdict.value.tolist())
@@ -203,7 +203,8 @@ def robust_accuracy(
             adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
             still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
             unmoved += int(still.sum())
-    unmoved, zero = shared.sum(unmoved), shared.sum(zero_gradients.count)
+    unmoved, zero = shared.sum(unmoved), shared.sum(bad_gradients.zero)
+    misleading = shared.sum(bad_gradients.misleading)
     broken_by = torch.full_like(clean.index, WRONG)
     value = torch.full(broken_by.shape, torch.nan, dtype=torch.float32, device="cpu")
     found_at = places(clean.index, tensor(ids))
@@ -220,7 +221,7 @@ def robust_accuracy(
     robust.standard, robust.attacks = Accuracy.of(right, index), attacks
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = None if inputs is None else inputs.contiguous()
-    signs = masking_signs(attacks, broken_by, zero)
+    signs = masking_signs(attacks, broken_by, zero, misleading)
     for topic, sign in signs.items():
         checks.warn(f"robust accuracy {float(robust):.4f} may be too high: {sign}", topic=topic)
     robust.warnings = tuple(signs.values())

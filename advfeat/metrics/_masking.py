@@ -10,16 +10,22 @@ from torch import Tensor
 from advfeat import losses
 from advfeat.attacks import Attack, MinimumPGD, SmoothedPGD, Square, pool
 from advfeat.attacks.base import can_move
+from advfeat.attacks.misleading import misleading_gradients, reached_size
 from advfeat.losses import LossName, Objective
 from advfeat.model import Network
+from advfeat.threat import FeatureBounds
 
 # Samples that only smoothed gradients or random search broke: below this fraction of what the
 # gradient attacks left, and below this number, sound models have some too.
 _LATE_FRACTION, _LATE_NUMBER = 0.05, 3
 
 
-class ZeroGradients:
-    """Counts robust samples whose gradient is zero wherever it is evaluated.
+# Sound models have none with misleading gradients.
+_MISLED_FRACTION = 0.1
+
+
+class BadGradients:
+    """Counts robust samples whose gradient is zero, or predicts no change of the output.
 
     Parameters
     ----------
@@ -33,9 +39,9 @@ class ZeroGradients:
         self._loss: LossName | Objective | None = None
         if moving:
             self._loss = getattr(moving[-1], "loss", "margin")
-        self.count = 0
+        self.zero, self.misleading = 0, 0
 
-    def add(self, net: Network, verdict: pool.Verdict) -> None:
+    def add(self, net: Network, verdict: pool.Verdict, bounds: FeatureBounds) -> None:
         """Evaluate the gradient of robust samples at their inputs and where the attack ended."""
         robust = verdict.attack == pool.ROBUST
         if self._loss is None or not bool(robust.any()):
@@ -46,18 +52,25 @@ class ZeroGradients:
             with net.given(verdict.extras), net.selected(robust):
                 gradient = net.logits_gradient(points, objective).gradient.flatten(1)
             flat &= ~((gradient != 0) & gradient.isfinite()).any(1)
-        self.count += int(flat.sum())
+        inputs, labels = verdict.inputs[robust], verdict.labels[robust]
+        size = reached_size(inputs, verdict.adversarial[robust])
+        with net.given(verdict.extras), net.selected(robust):
+            misled, _ = misleading_gradients(net, inputs, labels, size, bounds)
+        self.zero += int(flat.sum())
+        self.misleading += int((misled & ~flat).sum())
 
 
-def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> dict[str, str]:
+def masking_signs(
+    attacks: Sequence[Attack], broken_by: Tensor, zero: int, misleading: int
+) -> dict[str, str]:
     """What suggests that the number is too high, a sentence for each topic.
 
     Parameters
     ----------
     attacks, broken_by
         As in `RobustAccuracy`.
-    zero
-        Robust samples without a gradient.
+    zero, misleading
+        Robust samples without a gradient, and with one that does not predict changes.
     """
     signs: dict[str, str] = {}
     if zero:
@@ -67,10 +80,18 @@ def masking_signs(attacks: Sequence[Attack], broken_by: Tensor, zero: int) -> di
             "there. Use loss='margin' or 'dlr' where logits are large, AutoAttack("
             "version='strong'), or attack the model without the layer that has no gradient"
         )
+    robust = int((broken_by == pool.ROBUST).sum())
+    if misleading >= _LATE_NUMBER and misleading > _MISLED_FRACTION * robust:
+        signs["misleading gradient"] = (
+            f"the gradients of {misleading} of {robust} robust samples do not predict how the "
+            "output changes nearby (rounding, winners-take-all, high-frequency layers, own "
+            "backward passes): gradient attacks are lost there. Use AutoAttack(version='strong') "
+            "or Square with many queries, or attack the model without that layer"
+        )
     late = [n for n, attack in enumerate(attacks) if _is_late(attack)]
     if 0 < len(late) < len(attacks):
         broken = int(torch.isin(broken_by, torch.tensor(late)).sum())
-        left = broken + int((broken_by == pool.ROBUST).sum())
+        left = broken + robust
         if broken >= _LATE_NUMBER and broken > _LATE_FRACTION * left:
             signs["masked gradients"] = (
                 f"{broken} of {left} samples that were robust to gradient attacks were broken by "

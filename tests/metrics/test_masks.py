@@ -37,6 +37,35 @@ class NoBackward(torch.autograd.Function):
         return torch.zeros_like(gradient)
 
 
+class Misleading(torch.autograd.Function):
+    """The identity, with a backward pass that has nothing to do with it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        places = torch.arange(gradient.numel(), dtype=gradient.dtype)
+        return torch.sin(13 * places).view_as(gradient) * gradient.abs().mean()
+
+
+def one_open_pixel(x):
+    """Rounded but for the first pixel, which has the only gradient."""
+    is_first = torch.zeros_like(x)
+    is_first[..., 0, 0] = 1
+    return torch.where(is_first.bool(), x, torch.round(8 * x) / 8)
+
+
+def side_way(x):
+    """The input without a gradient, and a millionth of the mean with one."""
+    return x.detach() + 1e-6 * x.flatten(1).mean(1).view(-1, 1, 1, 1)
+
+
+def high_frequency(x):
+    return x + 0.004 * torch.sin(1500 * x)
+
+
 def winners(x):
     """The largest half of the pixels, and zeros (k-winners-take-all)."""
     return x * (x >= x.flatten(1).median(1).values.view(-1, 1, 1, 1))
@@ -51,6 +80,9 @@ EQUIVALENT = {
     "detached": lambda m: Front(m, torch.detach),
     "saturated outputs": lambda m: Changed(m, lambda z: torch.tanh(3 * (z - z.amax(1)[:, None]))),
     "no backward": lambda m: Front(m, NoBackward.apply),
+    "misleading backward": lambda m: Front(m, Misleading.apply),
+    "side way": lambda m: Front(m, side_way),
+    "high frequency": lambda m: Front(m, high_frequency),
 }
 
 
@@ -88,6 +120,7 @@ def test_a_mask_that_changes_no_decision_changes_no_verdict_or_is_reported(
         ("thresholds", lambda x: (x > 0.4).float()),
         ("floor", lambda x: torch.floor(6 * x) / 6),
         ("uint8", lambda x: (16 * x).to(torch.uint8).float() / 16),
+        ("one open pixel", one_open_pixel),
     ],
 )
 def test_behind_layers_without_a_gradient_straight_through_is_as_good_as_long_random_search(

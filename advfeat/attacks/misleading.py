@@ -59,7 +59,8 @@ def check_size(eps: Tensor, norm: Norm, inputs: Tensor) -> Tensor:
     """How far `misleading_gradients` moves each feature in a ball, ``(N,)``."""
     width = inputs[0].numel()
     unit = {"linf": 1.0, "l2": width**-0.5, "l1": width**-0.5 / 4}[norm]
-    return _FRACTION * unit * eps
+    size: Tensor = _FRACTION * unit * eps
+    return size
 
 
 def reached_size(inputs: Tensor, reached: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from advfeat import threat
+
 Objective: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 LossName: TypeAlias = Literal["cross_entropy", "margin", "dlr"]
 
@@ -79,6 +81,7 @@ def _likelihood_of_target(logits: Tensor, targets: Tensor) -> Tensor:
 
 # Where the label leads by more than this, rounding takes over in the gradient of the softmax.
 _SATURATED = -8.0
+_NEARLY_SATURATED = 4e-4  # the cross-entropy is smaller there
 
 
 def _climbable_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,6 +91,8 @@ def _climbable_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     the softmax 1 - p rounds to zero, and a gradient attack would lose its direction, or stop.
     """
     value = cross_entropy(logits, labels)
+    if threat.known_none(value.detach() < _NEARLY_SATURATED):
+        return value
     own = logits.gather(1, labels[:, None]).squeeze(1)
     gap = logits.scatter(1, labels[:, None], float("-inf")).logsumexp(1) - own
     size = gap.detach().exp().clamp_min(1e-30)

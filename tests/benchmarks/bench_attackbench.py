@@ -17,11 +17,8 @@ on the odd samples: --half even measures on the others.
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
 import math
-import sys
 import time
-import types
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
@@ -32,7 +29,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from bench_strength import third_party
-from side_by_side import machine
+from side_by_side import machine, without_torchvision
 from torch import Tensor, nn
 
 from advfeat.attacks import FAB, FMN, MinimumPGD
@@ -217,17 +214,6 @@ def networks(folder: Path) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
         "mnist": (mnist.eval().requires_grad_(False), x.contiguous(), y),
         "cifar": (cifar.eval().requires_grad_(False), *data.tensors),
     }
-
-
-def without_torchvision() -> None:
-    """Give adv-lib, which imports it for what is not used here, an empty torchvision."""
-    empty = types.ModuleType("torchvision")
-    empty.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
-    for name in ("models", "transforms"):
-        module = types.ModuleType(f"torchvision.{name}")
-        setattr(empty, name, module)
-        sys.modules[module.__name__] = module
-    sys.modules["torchvision"] = empty
 
 
 def main() -> None:

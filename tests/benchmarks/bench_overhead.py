@@ -14,11 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from adv_lib.attacks import fab as peer_fab
-from adv_lib.attacks import fmn as peer_fmn
-from adv_lib.attacks import pgd_linf
-from adv_lib.attacks.auto_pgd import apgd as peer_apgd
-from side_by_side import machine, side_by_side
+from side_by_side import machine, side_by_side, without_torchvision
 from torch import nn
 
 import advfeat as af
@@ -33,6 +29,12 @@ def pairs(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor
 ) -> dict[str, tuple[Callable, Callable]]:
     """Ours and adv-lib's of each attack, of the same number of steps."""
+    without_torchvision()
+    from adv_lib.attacks import fab as peer_fab
+    from adv_lib.attacks import fmn as peer_fmn
+    from adv_lib.attacks import pgd_linf
+    from adv_lib.attacks.auto_pgd import apgd as peer_apgd
+
     found = {
         "pgd linf": (
             lambda: af.pgd(model, x, y, eps=EPS["linf"], norm="linf", steps=40, random_start=True,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import platform
 import statistics
+import sys
 import time
+import types
 from collections.abc import Callable
 
 import torch
@@ -51,3 +54,14 @@ def machine() -> str:
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {capability}, "
         f"bfloat16 in hardware: {torch.ops.mkldnn._is_mkldnn_bf16_supported()}"
     )
+
+
+def without_torchvision() -> None:
+    """Give adv-lib, which imports it for what is not used here, an empty torchvision."""
+    empty = types.ModuleType("torchvision")
+    empty.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+    for name in ("models", "transforms"):
+        module = types.ModuleType(f"torchvision.{name}")
+        setattr(empty, name, module)
+        sys.modules[module.__name__] = module
+    sys.modules["torchvision"] = empty

@@ -288,10 +288,12 @@ class APGD(Attack):
         starting = schedule.start[place + 1]
         radius = state.eps * schedule.radius[place + 1]
         size = threat.per_sample(state.step_size, state.current)
+        bounds = threat.bounds_of(state.box, self.bounds)
+        if bounds is not self.bounds:  # the published step may press against a face
+            direction = threat.unblocked(direction, state.current, bounds)
         moved = torch.addcmul(state.current, self._sparse_step(state, direction), size)
         moved = threat.choose(starting, state.x_max, moved)
         limits = state.low, state.high
-        bounds = threat.bounds_of(state.box, self.bounds)
         moved = threat.project(moved, state.inputs, radius, "l1", bounds, limits)
         state = state._replace(current=moved, previous=moved, step=state.step + 1)
         if threat.known_none(starting):

@@ -99,6 +99,15 @@ class Meter:
         self._figures = self._figures if figures is None else figures
         self._show()
 
+    def skip(self, count: int) -> None:
+        """Count units of an earlier process, which say nothing of how fast this one works."""
+        self._done += count
+        if self._done - count == self._first:
+            # Nothing was done yet: reading on to where the work begins is no work.
+            self._began = time.monotonic()
+        self._first += count
+        self._show()
+
     def _begin(self, stage: str, total: int | None, done: int) -> None:
         self._stage, self._total, self._done, self._first = stage, total, done, done
         self._began = time.monotonic()

@@ -139,3 +139,18 @@ def test_evaluations_name_the_attack_and_count_samples(monkeypatch):
         run()
         assert said in shown.getvalue()
         assert "\n" not in shown.getvalue()
+
+
+def test_what_an_earlier_process_did_says_nothing_of_the_rate(monkeypatch, clock):
+    shown = stream(monkeypatch, Terminal)
+    with Meter(None, "training", 100, unit="img", done=20) as meter:
+        for second in (1.0, 2.0):  # reading on to where the work begins
+            clock.now = second
+            meter.skip(20)
+        line = shown.getvalue().split("\r")[-1]
+        assert "60/100" in line
+        assert "left" not in line and "/s" not in line
+        clock.now = 6.0
+        meter.update(8)  # in 4 seconds
+        line = shown.getvalue().split("\r")[-1].strip()
+        assert line == "training 68/100 img, 0:04, 0:16 left, 2 img/s"

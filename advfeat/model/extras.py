@@ -6,7 +6,9 @@ import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,6 +18,11 @@ from advfeat import checks
 from advfeat.model.access import innermost
 
 Extras: TypeAlias = Mapping[str, Tensor]
+
+# Of the functions that are the forward of some module: training asks at every step.
+_known_parameters: WeakKeyDictionary[FunctionType, Sequence[inspect.Parameter]] = (
+    WeakKeyDictionary()
+)
 
 
 class ExtraArguments:
@@ -165,10 +172,16 @@ def _parameters(module: nn.Module) -> Sequence[inspect.Parameter]:
             return ()
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         return [inspect.Parameter(a.name, kind) for a in arguments]
-    try:
-        return list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):
-        return ()
+    function = getattr(forward, "__func__", None)
+    found = _known_parameters.get(function) if isinstance(function, FunctionType) else None
+    if found is None:
+        try:
+            found = list(inspect.signature(forward).parameters.values())
+        except (TypeError, ValueError):
+            return ()
+        if isinstance(function, FunctionType):
+            _known_parameters[function] = found
+    return found
 
 
 def _as_tensor(value: Any) -> Tensor | None:

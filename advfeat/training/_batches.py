@@ -52,6 +52,8 @@ class TrainBatch(NamedTuple):
         So few samples that are left over stay together: BatchNorm cannot train on a single one.
         """
         pieces = -(-len(self.ids) // -(-whole // count))
+        if pieces == 1:
+            return [self]
         fields = [
             torch.tensor_split(field, pieces) if isinstance(field, Tensor) else [field] * pieces
             for field in self

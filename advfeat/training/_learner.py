@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from advfeat import checks
 from advfeat.model import Trainee, buffers_kept
@@ -34,6 +35,7 @@ class Learner:
         self._parameters: list[nn.Parameter] = [
             p for group in plan.optimizer.param_groups for p in group["params"]
         ]
+        self._all_parameters = list(plan.module.parameters())
         options = self._options
         self.average: Average | None = None
         if options.ema:
@@ -145,9 +147,17 @@ class Learner:
             nn.utils.clip_grad_norm_(self._parameters, self._options.clip_norm)
 
     def forget_gradients(self) -> None:
-        """Drop all gradients of the model: an optimiser may have only some of its parameters."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._module.zero_grad(set_to_none=True)
+        """Drop all gradients of the model: an optimiser may have only some of its parameters.
+
+        Several times a step, so without torch's ``zero_grad``, which goes through all modules.
+        """
+        if type(self._optimizer).zero_grad is not Optimizer.zero_grad:
+            self._optimizer.zero_grad()
+        for parameter in self._all_parameters:
+            parameter.grad = None
+        for group in self._optimizer.param_groups:  # which a callback may add to
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def _synchronised(self, last: bool) -> AbstractContextManager[None]:
         if isinstance(self._called, DistributedDataParallel) and not last:

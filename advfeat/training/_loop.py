@@ -173,7 +173,7 @@ class TrainingLoop:
         for number, batch in enumerate(self._reader.epoch(at.epoch + 1), 1):
             at.largest, last = max(at.largest, len(batch.ids)), batch
             if number <= skipped:
-                bar.advance(batch.total, dict)
+                bar.skip(batch.total)
                 if number == skipped:
                     assert plan.found is not None
                     set_global_state(plan.found["random"], plan.device, with_torch=True)

@@ -29,6 +29,11 @@ class TrainingBar:
             self._next = time.monotonic() + _SECONDS
         self._meter.update(images, found)
 
+    def skip(self, images: int) -> None:
+        """Count the images of a step that an earlier process took."""
+        if self._meter is not None:
+            self._meter.skip(images)
+
 
 @contextmanager
 def progress_bar(

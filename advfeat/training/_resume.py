@@ -128,7 +128,7 @@ class Checkpoints:
             self._guard.load_state_dict(found["guard"])
         at.epoch, at.batches, at.step = found["epoch"], found["batches"], found["step"]
         at.first_rate = found["rate"]
-        totals.sums += found["totals"].to(totals.sums)
+        totals.restore(found["totals"])
         at.history = History(found["history"], found["best"])
         self.saved_epoch = at.epoch
         start = found["epoch_start"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -37,25 +38,52 @@ class StepResult(NamedTuple):
 
 
 class Totals:
-    """Sums over an epoch so far."""
+    """Sums over an epoch so far.
+
+    Steps are kept as they come, on the device, and added when the sums are read.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(4, dtype=kind, device=device)  # loss, hits, count, weight
-        self._first_bad = torch.zeros((), dtype=torch.int64, device=device)
+        self._device = device
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = [0.0, 0.0, 0.0, 0.0]  # loss, hits, count, weight
+        self._new: list[tuple[int, StepResult]] = []
+        self._first_bad = 0
+
+    @property
+    def sums(self) -> Tensor:
+        """Sums of loss, hits, samples and weights, ``(4,)``; reads from the device."""
+        self._flush()
+        return torch.tensor(self._sums, dtype=self._dtype, device=self._device)
 
     def add(self, result: StepResult, step: int) -> None:
         """Add a step."""
-        loss, hits, count, weight = result
-        number = torch.full_like(loss, count)
-        weight = number if weight is None else weight
-        self.sums += torch.stack([loss, hits, number, weight])
-        bad = ~torch.isfinite(loss) & (self._first_bad == 0)
-        self._first_bad = torch.where(bad, step, self._first_bad)
+        self._new.append((step, result))
+
+    def restore(self, sums: Tensor) -> None:
+        """Continue from the `sums` of a checkpoint."""
+        self._sums = sums.tolist()
 
     def first_bad(self) -> int:
         """First step whose loss was not finite, 0 if there is none; reads from the device."""
-        return int(self._first_bad)
+        self._flush()
+        return self._first_bad
+
+    def _flush(self) -> None:
+        steps, self._new = self._new, []
+        if not steps:
+            return
+        results = [result for _, result in steps]
+        losses = torch.stack([result.loss for result in results]).tolist()
+        hits = torch.stack([result.hits for result in results]).tolist()
+        weights = [result.weight for result in results if result.weight is not None]
+        weighed = torch.stack(weights).tolist() if weights else [r.samples for r in results]
+        # One after another: the sums do not depend on when they are read.
+        for (step, result), *values, weight in zip(steps, losses, hits, weighed, strict=True):
+            more = (*values, result.samples, weight)
+            self._sums = [total + value for total, value in zip(self._sums, more, strict=True)]
+            if not math.isfinite(values[0]):
+                self._first_bad = self._first_bad or step
 
 
 def means(sums: Tensor) -> dict[str, float]:

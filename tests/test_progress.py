@@ -149,7 +149,8 @@ def test_what_an_earlier_process_did_says_nothing_of_the_rate(monkeypatch, clock
             meter.skip(20)
         line = shown.getvalue().split("\r")[-1]
         assert "60/100" in line
-        assert "left" not in line and "/s" not in line
+        assert "left" not in line
+        assert "/s" not in line
         clock.now = 6.0
         meter.update(8)  # in 4 seconds
         line = shown.getvalue().split("\r")[-1].strip()

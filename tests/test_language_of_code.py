@@ -42,12 +42,13 @@ NAMES = {"refuse", "refused", "share", "shares", "room", "told", "begun", "taken
 NAMES |= {"looked", "stranger", "strangers", "row", "rows"}
 # Rows of a printed table, of a matrix, of images in a figure; epochs in `History.rows`.
 TABLES = {
-    *("analysis/_alignment.py", "analysis/_gaussian.py", "analysis/_leakage.py"),
+    *("analysis/_alignment.py", "analysis/_gaussian_study.py", "analysis/_leakage.py"),
     *("analysis/_matrix.py", "analysis/_poison.py", "analysis/_robustified.py"),
     *(
         "analysis/_strong.py",
         "analysis/_mislabelled.py",
         "analysis/_planted.py",
+        "analysis/_fourier.py",
         "analysis/_spectrum.py",
     ),
     *("analysis/_tradeoff.py", "analysis/_transfer.py", "analysis/_usefulness.py"),
@@ -64,7 +65,8 @@ TABLES = {
         "metrics/_report/_page.py",
         "metrics/_report/_result.py",
         "pages.py",
-        "plots.py",
+        "plots/axes.py",
+        "plots/figures.py",
         "tables.py",
         "training/_adversarial_fit.py",
     ),

@@ -149,7 +149,7 @@ def test_intervals_stay_where_values_can_be():
     assert statistics.mean_outcome(second).interval[0] == 0.0
 
 
-def test_differences_of_one_model_have_students_t_interval():
+def test_differences_of_one_model_have_students_t_interval(stats):
     values = torch.tensor([-1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     found = statistics.mean_outcome(values)
     reference = stats.ttest_1samp(values.double().numpy(), 0.0)

@@ -1,7 +1,14 @@
 """The paper's questions, and those of its discussion: one function and one result a question."""
 
 from advfeat.analysis._alignment import Alignment, LayerRobustness, alignment, layer_robustness
-from advfeat.analysis._gaussian import Gaussian, GaussianStudy, fit_gaussian, gaussian
+from advfeat.analysis._fourier import (
+    FilteredAccuracy,
+    FourierSensitivity,
+    filtered_accuracy,
+    fourier_sensitivity,
+)
+from advfeat.analysis._gaussian import Gaussian
+from advfeat.analysis._gaussian_study import GaussianStudy, fit_gaussian, gaussian
 from advfeat.analysis._leakage import Leakage, leakage
 from advfeat.analysis._matrix import AccuracyMatrix
 from advfeat.analysis._mislabelled import Mislabelled, mislabelled, mistakes
@@ -11,14 +18,7 @@ from advfeat.analysis._poison import Poisoning, poison, poisoning
 from advfeat.analysis._probe import LinearProbe, linear_probe
 from advfeat.analysis._robustified import robustified_accuracy
 from advfeat.analysis._saliency import GradientMeasures, gradient_measures
-from advfeat.analysis._spectrum import (
-    FilteredAccuracy,
-    FourierSensitivity,
-    Spectrum,
-    filtered_accuracy,
-    fourier_sensitivity,
-    spectrum,
-)
+from advfeat.analysis._spectrum import Spectrum, spectrum
 from advfeat.analysis._strong import AttackGap, attack_gap, purify
 from advfeat.analysis._superposition import Superposition, superposition
 from advfeat.analysis._targeted_transfer import targeted_transfer

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from advfeat import analysis
-from advfeat.analysis import _spectrum
+from advfeat.analysis import _fourier, _spectrum
 
 WIDE = (-100.0, 100.0)
 
@@ -32,16 +32,16 @@ def linear(weight):
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (16, 4)])
 def test_rings_hold_all_the_energy(size):
     images = torch.randn(5, 3, *size, generator=torch.Generator().manual_seed(0))
-    frequency, ring = _spectrum._ring_of(*size)
+    frequency, ring = _spectrum.ring_of(*size)
     energy = _spectrum._ring_energy(images, ring)
     torch.testing.assert_close(energy.sum(1), images.square().sum((1, 2, 3)))
     assert len(frequency) == energy.shape[1]
 
 
 def test_a_wave_has_its_energy_in_its_ring():
-    frequency, ring = _spectrum._ring_of(8, 8)
+    frequency, ring = _spectrum.ring_of(8, 8)
     for down, across, radius in ((0, 3, 3), (2, 0, 2), (3, 4, 5), (4, 4, 6)):
-        wave = _spectrum._wave(8, 8, down, across)
+        wave = _fourier._wave(8, 8, down, across)
         assert float(wave.square().sum()) == pytest.approx(1)
         energy = _spectrum._ring_energy(wave[None, None], ring)[0]
         assert float(energy[radius]) == pytest.approx(1, abs=1e-5)
@@ -65,7 +65,7 @@ def test_the_spectrum_of_a_linear_model_is_that_of_its_weights():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 8, generator=generator)
     found = analysis.spectrum({"mine": linear(weight)}, made(), eps=0.5, norm="l2", bounds=WIDE)
-    _, ring = _spectrum._ring_of(8, 8)
+    _, ring = _spectrum.ring_of(8, 8)
     expected = _spectrum._fractions(_spectrum._ring_energy(weight[None, None], ring))
     torch.testing.assert_close(found.rings["mine"], expected, atol=1e-4, rtol=0)
     expected = _spectrum._fractions(_spectrum._pyramid_energy(weight[None, None]))
@@ -74,8 +74,8 @@ def test_the_spectrum_of_a_linear_model_is_that_of_its_weights():
 
 
 def test_mean_frequency_tells_fine_from_coarse():
-    fine = linear(_spectrum._wave(8, 8, 0, 4))
-    coarse = linear(_spectrum._wave(8, 8, 1, 0))
+    fine = linear(_fourier._wave(8, 8, 0, 4))
+    coarse = linear(_fourier._wave(8, 8, 1, 0))
     found = analysis.spectrum(
         {"fine": fine, "coarse": coarse}, made(), eps=0.5, norm="l2", bounds=WIDE
     )
@@ -88,25 +88,25 @@ def test_low_and_high_parts_add_up():
     x, _ = made(channels=3).tensors
     mean = x.mean((2, 3), keepdim=True)
     for cutoff in (0.0, 0.3, 0.5):
-        low, high = (_spectrum.filtered(x, cutoff, below) for below in (True, False))
+        low, high = (_fourier.filtered(x, cutoff, below) for below in (True, False))
         torch.testing.assert_close(low + high - mean, x, atol=1e-5, rtol=0)
         for part in (low, high):
             torch.testing.assert_close(part.mean((2, 3), keepdim=True), mean)
-    torch.testing.assert_close(_spectrum.filtered(x, 0.71, True), x)
-    torch.testing.assert_close(_spectrum.filtered(x, 0.0, True), mean.expand_as(x))
-    torch.testing.assert_close(_spectrum.filtered(x, 0.71, False), mean.expand_as(x))
+    torch.testing.assert_close(_fourier.filtered(x, 0.71, True), x)
+    torch.testing.assert_close(_fourier.filtered(x, 0.0, True), mean.expand_as(x))
+    torch.testing.assert_close(_fourier.filtered(x, 0.71, False), mean.expand_as(x))
 
 
 def test_filters_are_sharp_at_the_cutoff():
-    wave = 0.5 + 0.2 * _spectrum._wave(8, 8, 0, 2)[None, None]
-    torch.testing.assert_close(_spectrum.filtered(wave, 0.25, True), wave)
+    wave = 0.5 + 0.2 * _fourier._wave(8, 8, 0, 2)[None, None]
+    torch.testing.assert_close(_fourier.filtered(wave, 0.25, True), wave)
     flat = torch.full_like(wave, 0.5)
-    torch.testing.assert_close(_spectrum.filtered(wave, 0.24, True), flat)
-    torch.testing.assert_close(_spectrum.filtered(wave, 0.25, False), flat)
+    torch.testing.assert_close(_fourier.filtered(wave, 0.24, True), flat)
+    torch.testing.assert_close(_fourier.filtered(wave, 0.25, False), flat)
 
 
 def test_a_model_of_fine_waves_is_right_on_high_pass_images_alone():
-    wave = _spectrum._wave(8, 8, 0, 4)
+    wave = _fourier._wave(8, 8, 0, 4)
     labels = torch.arange(20) % 2
     x = 0.5 + 0.3 * (2 * labels - 1)[:, None, None, None] * wave[None, None]
     found = analysis.filtered_accuracy(
@@ -117,7 +117,7 @@ def test_a_model_of_fine_waves_is_right_on_high_pass_images_alone():
 
 
 def test_the_map_shows_the_one_wave_a_model_reads():
-    wave = _spectrum._wave(8, 8, 2, 1)
+    wave = _fourier._wave(8, 8, 2, 1)
     labels = torch.arange(40) % 2
     x = 0.5 + 0.2 * (2 * labels - 1)[:, None, None, None] * wave[None, None]
     model, data = linear(wave), TensorDataset(x, labels)

@@ -1,31 +1,18 @@
-"""Intervals and tests for what is reported: proportions, paired differences, correlations."""
+"""Estimates with intervals: differences, means over trainings, correlations, several tests."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from advfeat import checks, seeding
 from advfeat.results import Result
-
-__all__ = [
-    "Estimate",
-    "binomial_test",
-    "bootstrap_interval",
-    "correlation_interval",
-    "holm",
-    "mcnemar",
-    "mean_outcome",
-    "paired_difference",
-    "wilson_interval",
-]
-
-Interval = tuple[float, float]
+from advfeat.statistics._distributions import normal_half_width, t_cdf, t_quantile
+from advfeat.statistics._proportions import Interval, check_outcomes, mcnemar, wilson_interval
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,108 +50,6 @@ class Estimate(Result):
         return f"{100 * self.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def wilson_interval(count: int, total: int, level: float = 0.95) -> Interval:
-    """Return the Wilson score interval of a proportion.
-
-    Parameters
-    ----------
-    count, total
-        Successes and samples; of no sample the interval is (0, 1).
-    level
-        Fraction of repetitions in which the interval contains the true proportion.
-
-    Returns
-    -------
-    tuple of float
-        Low and high end.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
-
-    Examples
-    --------
-    >>> low, high = wilson_interval(3, 4)
-    >>> print(f"{low:.4f} {high:.4f}")
-    0.3006 0.9544
-    """
-    checks.fraction("level", level)
-    _check_count(count, total)
-    if total == 0:
-        return 0.0, 1.0
-    z, p = _z(level), count / total
-    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    middle, scale = p + z * z / (2 * total), 1 + z * z / total
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
-
-
-def binomial_test(count: int, total: int, chance: float) -> float:
-    """Return the probability of at least so many successes by chance alone (exact, one-sided).
-
-    Parameters
-    ----------
-    count, total
-        Successes and samples.
-    chance
-        Probability of a success under the null hypothesis.
-
-    Returns
-    -------
-    float
-        P(X >= count) for X binomial.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
-
-    Examples
-    --------
-    >>> round(binomial_test(2, 2, 0.5), 6)
-    0.25
-    """
-    _check_count(count, total)
-    if not 0 <= chance <= 1:  # and NaN
-        checks.fail("chance", chance, "expected a probability, from 0 to 1")
-    if count == 0:
-        return 1.0
-    return _beta_cdf(chance, count, total - count + 1)
-
-
-def mcnemar(first: Tensor, second: Tensor) -> float:
-    """Test whether two models are right on equally many of the same samples (McNemar, exact).
-
-    Only samples on which one model is right and the other is wrong count; under the null
-    hypothesis each is as likely to be the one as the other.
-
-    Parameters
-    ----------
-    first, second
-        Outcomes, bool ``(N,)``, in the same order of samples.
-
-    Returns
-    -------
-    float
-        Two-sided p-value; 1 where the models never differ.
-
-    Raises
-    ------
-    ValueError
-        The outcomes are not of the same samples.
-
-    Examples
-    --------
-    >>> right = torch.tensor([True] * 6 + [False] * 2)
-    >>> round(mcnemar(right, ~right), 6)
-    0.289062
-    """
-    _check_outcomes(first, second)
-    wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
-    tail = binomial_test(max(wins, losses), wins + losses, 0.5)
-    return min(1.0, 2 * tail)
-
-
 def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Estimate:
     """Estimate the difference of two accuracies on the same samples, with its interval.
 
@@ -195,14 +80,14 @@ def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Est
     >>> print(paired_difference(first, torch.arange(100) < 70))
     +20.0 (+11.4 to +27.8)
     """
-    _check_outcomes(first, second)
+    check_outcomes(first, second)
     if first.ndim == 2 and len(first) > 1:
         return mean_outcome(first.double() - second.double(), level)
     first, second = first.reshape(-1), second.reshape(-1)
     total = len(first)
     wins, losses = int((first & ~second).sum()), int((second & ~first).sum())
     won, lost = (wins + 1) / (total + 2), (losses + 1) / (total + 2)
-    spread = _z(level) * math.sqrt((won + lost - (won - lost) ** 2) / (total + 2))
+    spread = normal_half_width(level) * math.sqrt((won + lost - (won - lost) ** 2) / (total + 2))
     interval = (max(-1.0, won - lost - spread), min(1.0, won - lost + spread))
     value = (wins - losses) / total
     return Estimate(value, interval, mcnemar(first, second), level, total)
@@ -254,7 +139,7 @@ def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
     variance = sum(part for part, _ in parts)
     freedom = variance**2 / sum(part**2 / count for part, count in parts)
     spread = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance)
-    p_value = 2 * (1 - _t_cdf(abs(value) / math.sqrt(variance), freedom))
+    p_value = 2 * (1 - t_cdf(abs(value) / math.sqrt(variance), freedom))
     low = max(0.0 if is_fraction else -1.0, value - spread)
     return Estimate(value, (low, min(1.0, value + spread)), p_value, level, total, repeats)
 
@@ -302,7 +187,7 @@ def correlation_interval(correlation: float, count: int, level: float = 0.95) ->
     if count < 4 or math.isnan(correlation):
         return -1.0, 1.0
     z = math.atanh(min(max(correlation, -1 + 1e-15), 1 - 1e-15))
-    spread = _z(level) / math.sqrt(count - 3)
+    spread = normal_half_width(level) / math.sqrt(count - 3)
     return math.tanh(z - spread), math.tanh(z + spread)
 
 
@@ -404,17 +289,6 @@ def holm(p_values: Sequence[float] | Tensor) -> Tensor:
     return corrected.view(given.shape)
 
 
-def _check_outcomes(first: Tensor, second: Tensor) -> None:
-    if first.shape != second.shape or first.ndim not in (1, 2) or not first.numel():
-        shapes = (tuple(first.shape), tuple(second.shape))
-        checks.fail("first, second", shapes, "expected outcomes of the same samples, (N,) each")
-    for name, outcomes in (("first", first), ("second", second)):
-        if outcomes.dtype != torch.bool:
-            raise TypeError(
-                f"{name}: {outcomes.dtype}; expected bool outcomes, as predictions == labels"
-            )
-
-
 def _check_values(outcomes: Tensor) -> Tensor:
     """Outcomes or their differences in float64, ``(S, N)``."""
     if outcomes.ndim not in (1, 2) or not outcomes.numel():
@@ -423,50 +297,3 @@ def _check_values(outcomes: Tensor) -> Tensor:
     if not bool((outcomes.abs() <= 1).all()):  # and NaN
         checks.fail("outcomes", "NaN, or beyond 1", "expected right or wrong, or differences")
     return outcomes if outcomes.ndim == 2 else outcomes[None]
-
-
-def _check_count(count: int, total: int) -> None:
-    if not 0 <= count <= total:
-        checks.fail("count", count, f"expected from 0 to total={total} successes")
-
-
-def _z(level: float) -> float:
-    """Half-width of a normal interval, in standard deviations."""
-    return NormalDist().inv_cdf((1 + level) / 2)
-
-
-def _beta_cdf(x: float, a: float, b: float) -> float:
-    """Regularised incomplete beta function, by Lentz's continued fraction."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):  # where the fraction converges fast
-        return 1 - _beta_cdf(1 - x, b, a)
-    log = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front = math.exp(log + a * math.log(x) + b * math.log1p(-x)) / a
-    c, d = 1.0, 1 / max(1 - (a + b) * x / (a + 1), 1e-300)
-    value = d
-    for m in range(1, 10_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d, c = 1 / (1 + term * d), 1 + term / c
-            value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return front * value
-
-
-def _t_cdf(t: float, freedom: float) -> float:
-    tail = _beta_cdf(freedom / (freedom + t * t), freedom / 2, 0.5) / 2
-    return 1 - tail if t > 0 else tail
-
-
-def t_quantile(probability: float, freedom: float) -> float:
-    """Student's t quantile above one half, by bisection."""
-    low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < probability else (low, middle)
-    return (low + high) / 2

@@ -15,6 +15,7 @@ from advfeat import checks, losses, plots, seeding
 from advfeat.attacks import APGD, FAB, PGD, Attack, Batch, SmoothedPGD, Square
 from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.ensemble import seed_attacks
+from advfeat.attacks.misleading import check_size, misleading_gradients
 from advfeat.attacks.pool import attack_batch
 from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
@@ -148,6 +149,8 @@ def diagnose(
 
         ``random_predictions``: fraction of samples whose logits differ between two calls.
         ``zero_gradients``: fraction whose loss has a zero gradient by the input, or NaN.
+        ``misleading_gradients``: fraction whose margin has a gradient of zero, or one that does not
+        predict how the margin changes when all features move a little at random.
         ``black_box_wins``: fraction that Square fools and APGD, on either loss, does not.
         ``boundary_search_wins``: fraction that FAB fools and APGD does not.
         ``smoothed_gradients_win``: fraction that `advfeat.attacks.SmoothedPGD` fools and APGD
@@ -210,6 +213,12 @@ _CHECKS: dict[str, tuple[float, str, str]] = {
         "gradient attacks cannot move there: replace layers that are not differentiable "
         "by a differentiable stand-in (BPDA); where the logits are huge, attack with "
         "loss='dlr' or 'margin'; in any case with Square",
+    ),
+    "misleading_gradients": (
+        0.05,
+        "samples whose gradient does not predict how the output changes nearby",
+        "gradient attacks are lost there: attack the model without the layer that is not "
+        "differentiable, or has a backward pass of its own, or use AutoAttack(version='strong')",
     ),
     "black_box_wins": (
         0.02,
@@ -286,6 +295,7 @@ def _findings(
         values = {
             "random_predictions": _fraction(_changing(net, batch)),
             "zero_gradients": _fraction(_without_gradient(net, batch)),
+            "misleading_gradients": _fraction(_misled(net, batch, eps, norm, bounds)),
             "more_steps_help": _fraction(long & ~short),
             "large_eps_resists": 1 - _fraction(anywhere),
             **wins,
@@ -322,6 +332,13 @@ def _without_gradient(net: Network, batch: Batch) -> Tensor:
     peak = gradient.flatten(1).abs().amax(1)
     # One entry that is not finite is enough: no attack goes by such a gradient.
     return (peak == 0) | ~peak.isfinite()
+
+
+def _misled(net: Network, batch: Batch, eps: float, norm: Norm, bounds: Bounds) -> Tensor:
+    radius = batch.inputs.new_full((len(batch.ids),), eps)
+    size = check_size(radius, norm, batch.inputs)
+    with net.given(batch.extras):
+        return misleading_gradients(net, batch.inputs, batch.labels, size, bounds)[0]
 
 
 def _changing(net: Network, batch: Batch) -> Tensor:

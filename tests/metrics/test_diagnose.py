@@ -49,6 +49,14 @@ TRAPS = {
         lambda m: Changed(Front(m, noisy), lambda z: 1e-5 * z),
         "random_predictions",
     ),
+    "high frequency": (
+        lambda m: Front(m, lambda x: x + 0.004 * torch.sin(1500 * x)),
+        "misleading_gradients",
+    ),
+    "a side way": (
+        lambda m: Front(m, lambda x: x.detach() + 1e-6 * x),
+        "misleading_gradients",
+    ),
     # An answer that depends on the rows beside a row.
     "entangled": (lambda m: Changed(m, lambda z: z - 0.5 * z.mean(0)), "random_predictions"),
 }

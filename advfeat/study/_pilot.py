@@ -43,20 +43,22 @@ class Reached(NamedTuple):
 
 
 def serving(found: Sequence[Reached]) -> list[float]:
-    """At most three radii to try D_det in, in order.
+    """Two radii to try D_det in, in order.
 
-    That of the widest gap among those in which few targets are reached on the robust model, the
-    next one, and that of the widest gap of all: in a small ball D_det learns from few samples, in a
-    large one robust features change too, and success alone does not say which costs more.
+    That of the widest gap among those in which few targets are reached on the robust model, and
+    that of the widest gap of all, or else the next one: in a small ball D_det learns from few
+    samples, in a large one robust features change too, and success alone does not say which costs
+    more.
     """
 
     def gap(each: Reached) -> float:
         return each.standard - each.robust
 
     small = [each for each in found if each.robust <= MOST_CONTROL_SUCCESS] or found[:1]
-    best = max(small, key=gap)
-    place = min(found.index(best) + 1, len(found) - 1)
-    return sorted({best.radius, found[place].radius, max(found, key=gap).radius})
+    best, widest = max(small, key=gap), max(found, key=gap)
+    if widest == best:
+        widest = found[min(found.index(best) + 1, len(found) - 1)]
+    return sorted({best.radius, widest.radius})
 
 
 class Pilot:

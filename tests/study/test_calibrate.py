@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from advfeat import analysis, study
-from advfeat.study._pilot import shift_batch
+from advfeat.study._pilot import Reached, serving, shift_batch
 
 
 def network():
@@ -63,6 +63,19 @@ def test_calibration_is_kept_and_used_by_run(tmp_path):
     assert (tmp_path / "stages" / "calibrate.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"eps=0\.3 there, 0\.2 here"):
         study.run(network, WORLD.data, test, **{**given, "eps": 0.2})
+
+
+def test_two_radii_are_tried():
+    def reached(*rates):
+        return [Reached(r, s, c) for r, (s, c) in zip((0.5, 1.0, 1.5, 2.0), rates, strict=True)]
+
+    # Few targets on the robust model at 1.0, but a wider gap at 1.5.
+    assert serving(reached((0.3, 0.02), (0.5, 0.1), (0.9, 0.3), (1.0, 0.6))) == [1.0, 1.5]
+    # The widest gap has few of them: it, and the next.
+    assert serving(reached((0.3, 0.02), (0.95, 0.1), (0.97, 0.3), (1.0, 0.6))) == [1.0, 1.5]
+    # The last radius has no next, and one with too many targets on both is the best there is.
+    assert serving(reached((0.1, 0.0), (0.3, 0.0), (0.6, 0.1), (0.9, 0.1))) == [2.0]
+    assert serving([Reached(0.5, 0.9, 0.8)]) == [0.5]
 
 
 def test_a_batch_is_shifted_as_one():

@@ -32,8 +32,7 @@ parser.add_argument("--validate", action="store_true", help="test on 240 held ou
 options = parser.parse_args()
 began = time.perf_counter()
 
-# Pixels in [0, 1]. Settings were chosen on folds of the training images (docs/results.md), but for
-# two starts in place of four and 25 steps in place of 30, which are for time.
+# Pixels in [0, 1]. Settings were chosen on folds of the training images (docs/results.md).
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
 labels = torch.tensor(digits.target)
@@ -50,10 +49,10 @@ def network() -> nn.Module:
         nn.Conv2d(1, 32, 3, padding=1, bias=False),
         nn.BatchNorm2d(32),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1, bias=False),
         nn.BatchNorm2d(64),
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * 16, 128, bias=False),
         nn.BatchNorm1d(128),
@@ -76,32 +75,35 @@ def shift_each(x: Tensor) -> Tensor:
     return padded[rows, 0, (dy + eight)[:, :, None], (dx + eight)[:, None, :]][:, None]
 
 
-# Two starts for each image of D_R and D_NR, at equal numbers of steps. Controls share the settings
-# of their dataset.
-inverted = {"steps": 25, "step_size": 0.15, "momentum": 0.6, "starts": 2}
+# Three starts for each image of D_R, at equal numbers of steps. Controls share the settings of their
+# dataset.
+inverted = {"steps": 25, "step_size": 0.15, "momentum": 0.6}
 targeted = {"eps": 1.0, "steps": 20}
 longer = {"epochs": 20}
 recipe = study.Recipe(
     standard={
         "epochs": 15, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle", "augment": shift_batch
     },
-    robust={"eps": 1.0, "steps": 3, "step_size": 0.5, "epochs": 20, "augment": shift_each},
+    robust={"eps": 1.0, "steps": 3, "step_size": 0.5, "augment": shift_each},
     sets={
-        "D_R": inverted,
+        "D_R": {**inverted, "starts": 3},
         "D_R control": {},  # the original images
         "D_NR": inverted,
         "D_rand": targeted,
         "D_det": targeted,
         "D_det control": {},  # from the robust model
     },
-    fresh={"D_R": longer, "D_NR": longer, "D_rand": {**longer, "lr": 0.02}, "D_det": longer},
+    fresh={
+        "D_R": longer, "D_NR": longer,
+        "D_rand": {**longer, "lr": 0.02}, "D_det": {**longer, "lr": 0.5},
+    },
     measured={"steps": 20},
 )  # fmt: skip
 
 # Two models, datasets and controls made from them, a fresh model on each, all measured on the
 # original test images; each claim of the paper with paired differences and a verdict.
 found = study.run(
-    network, train, test, eps=0.5, norm="l2", at=[0.5, 0.75], recipe=recipe, seed=options.seed,
+    network, train, test, eps=0.5, norm="l2", at=[0.5], recipe=recipe, seed=options.seed,
     seeds=options.seeds, out=options.folder,
 )  # fmt: skip
 print(found.table("markdown"))

@@ -75,8 +75,8 @@ def shift_each(x: Tensor) -> Tensor:
     return padded[rows, 0, (dy + eight)[:, :, None], (dx + eight)[:, None, :]][:, None]
 
 
-# Three starts for each image of D_R, at equal numbers of steps. Controls share the settings of their
-# dataset.
+# Three starts for each image of D_R, at equal numbers of steps. Controls share the settings of
+# their dataset.
 inverted = {"steps": 25, "step_size": 0.15, "momentum": 0.6}
 targeted = {"eps": 1.0, "steps": 20}
 longer = {"epochs": 20}

@@ -3,7 +3,7 @@
 OMP_NUM_THREADS=1 python tests/benchmarks/bench_shortcuts.py [--seeds 0 1 2]
     [--cifar CIFAR.npz --cache DIR [--only NAME]]
 
-On scikit-learn's digits, with the networks and settings of examples/quickstart.py: D_R at equal
+On scikit-learn's digits, with networks and settings of an earlier quickstart: D_R at equal
 distances with and without momentum, D_det with and without patience. A fresh network is trained on
 each set and measured on the 360 test images. With --cifar: D_R of 3,000 of CIFAR-10's training
 images from the robust model of bench_evaluation.py, one seed, measured on the first 1,000 test

@@ -35,6 +35,9 @@ FEWER = [
     (r"epochs(\"?)(=|: )\d+", r"epochs\1\g<2>1"),
     (r"steps=\d+", "steps=2"),
     (r"samples=\d+", "samples=64, queries=5"),
+    (r"budget=\d+", "budget=3"),
+    # PGD for the ensemble.
+    (r"(robust_accuracy\((?:(?!steps|attack=)[^()])*?seed=0)(?=[,)])", r"\1, steps=2"),
     ("1437", "96"),
     (r"range\(200\)", "range(20)"),
     (r"eps in \(.*\)", "eps in (0.5,)"),

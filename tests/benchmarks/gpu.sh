@@ -51,6 +51,21 @@ keep() { # what is small of a study's folder
     cp -f "$CACHE/study/report.html" "$OUT/" 2>/dev/null || true
 }
 
+# Stages of the study: a process and a limit for each, or one for all where everything is tiny.
+stages() { # limit, names
+    local limit=$1
+    shift
+    if [ -n "$tiny" ]; then
+        step "${1// /-}" "$limit" "${study[@]}" --out "$CACHE/study" --stages "$@"
+        keep
+        return
+    fi
+    for name in "$@"; do
+        step "${name// /-}" "$limit" "${study[@]}" --out "$CACHE/study" --stages "$name"
+        keep
+    done
+}
+
 case $part in
 1)
     step cuda-tests 200 "$python" -m pytest -q -p no:cacheprovider -m cuda tests/test_cuda.py
@@ -61,17 +76,11 @@ case $part in
     step first-study 180 "${first[@]}" --stages "measure D_det"
     ;;
 2)
-    for name in "train standard" "train robust" "make D_det" "make D_det control" "make D_rand" \
-        "make D_rand control"; do
-        step "${name// /-}" 300 "${study[@]}" --out "$CACHE/study" --stages "$name"
-        keep
-    done
+    stages 300 "train standard" "train robust" "make D_det" "make D_det control" "make D_rand" \
+        "make D_rand control"
     ;;
 3)
-    for name in "make D_R" "make D_NR"; do
-        step "${name// /-}" 240 "${study[@]}" --out "$CACHE/study" --stages "$name"
-        keep
-    done
+    stages 240 "make D_R" "make D_NR"
     all=("${study[@]}" --out "$CACHE/study")
     [ -z "$tiny" ] || all+=(--stages "measure D_R")
     step study 500 "${all[@]}"

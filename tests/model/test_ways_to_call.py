@@ -267,13 +267,10 @@ def test_inputs_stay_float32_where_the_model_takes_them():
     assert set(seen) == {torch.float32}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_default_device_and_type_do_not_matter(dtype, device):
+def runs_of_everything():
     model, y = model_and_labels()
     attack = af.PGD(eps=0.05, norm="l2", restarts=2, seed=1)
-    runs = {
+    return {
         "accuracy": lambda: float(af.accuracy(model, (X, y))),
         "robust": lambda: float(af.robust_accuracy(model, (X, y), eps=0.05, norm="linf", seed=0)),
         "curve": lambda: robustness_curve(model, (X, y), norm="l2").distance.tolist(),
@@ -283,7 +280,19 @@ def test_default_device_and_type_do_not_matter(dtype, device):
         "det": lambda: af.construct_det_dataset(model, (X, y), eps=0.1, steps=2)[3][0].tolist(),
         "pgd": lambda: attack(model, X, y).tolist(),
     }
-    expected = {name: run() for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return {name: run() for name, run in runs_of_everything().items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.float64, "cpu"), (torch.float64, "meta"), (torch.float32, "meta")]
+)
+def test_default_device_and_type_do_not_matter(dtype, device, expected):
+    runs = runs_of_everything()
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     try:

@@ -87,6 +87,7 @@ def test_the_blocks_of_the_guide_run_one_after_another(tmp_path, monkeypatch):
     digits = datasets.load_digits()
     digits.images, digits.target = digits.images[:160], digits.target[:160]
     monkeypatch.setattr(datasets, "load_digits", lambda: digits)
+    monkeypatch.setattr("advfeat.metrics._curve._ROUNDS", 1)  # a search as short as the attacks
     monkeypatch.chdir(tmp_path)
     assert [page.stem for page in GUIDE][:2] == ["install", "attack"]
     namespace = {}

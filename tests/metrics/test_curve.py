@@ -7,8 +7,11 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from advfeat.attacks import FAB, FMN, MinimumPGD
-from advfeat.metrics import RobustnessCurve, robust_accuracy, robustness_curve
+from advfeat import threat
+from advfeat.attacks import FAB, FMN, MinimumPGD, SmoothedPGD
+from advfeat.attacks.base import prepare_batch
+from advfeat.metrics import RobustnessCurve, _curve, robust_accuracy, robustness_curve
+from advfeat.model import attackable
 
 DUAL = {"l1": math.inf, "l2": 2, "linf": 1}
 WIDE = (-50.0, 50.0)
@@ -74,6 +77,7 @@ def test_the_plot_steps_down_where_samples_are():
     assert line_.get_xdata()[:-1].tolist() == pytest.approx([0.0, 0.2, 0.5])
     assert line_.get_ydata().tolist() == [75.0, 50.0, 25.0, 25.0]
     assert axes.get_xlabel().startswith("l2")
+    assert str(curve).startswith("4 samples, 1 wrong without an attack, median distance 0.2 in l2")
 
 
 def test_samples_keep_their_places_whatever_the_batches(standard, digits):
@@ -104,6 +108,70 @@ def test_a_bad_radius_is_refused(eps):
     curve = RobustnessCurve(torch.tensor([0.0, 0.2]), torch.arange(2), "l2")
     with pytest.raises(ValueError, match="eps"):
         curve.at(eps)
+
+
+def searched(monkeypatch, norm, far, masked):
+    """Distances that the search by smoothed gradients found, the true ones, and its attacks.
+
+    It begins at points that are `far` times as far as the closest of a linear model.
+    """
+    model = nn.Linear(4, 2).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.5, 0.25, 2.0], [0.0, 0.0, 0.0, 0.0]]))
+        model.bias.copy_(torch.tensor([0.0, 1.0]))
+    x = 1.0 + torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = model.weight[0].detach()
+    direction = {
+        "l1": -(weight == weight.max()).double(), "l2": -weight / weight.norm(),
+        "linf": -torch.ones(4, dtype=torch.float64),
+    }[norm]  # fmt: skip
+    exact = (x @ weight - 1.0) / -(weight @ direction)
+    attacks, run = [], _curve._Search._attacked
+    monkeypatch.setattr(
+        _curve._Search,
+        "_attacked",
+        lambda self, attack, samples, near: (
+            attacks.append((attack, near)) or run(self, attack, samples, near)
+        ),
+    )
+    with attackable(model) as net:
+        batch = prepare_batch(net, x, torch.zeros(3, dtype=torch.int64), None, WIDE)
+        polish = MinimumPGD(norm=norm, bounds=WIDE, steps=60, step_size=0.1, noise=0.0)
+        search = _curve._Search(net, norm, WIDE, polish, 0)
+        closest = x + far * exact[:, None] * direction
+        found = search.run(batch, closest, far * exact, torch.full((3,), masked))
+        assert (threat.size(found[0] - x, norm) <= found[1] * (1 + 1e-9)).all()
+    return found[1], exact, attacks
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        "l1",
+        pytest.param("l2", marks=pytest.mark.slow),
+        pytest.param("linf", marks=pytest.mark.slow),
+    ],
+)
+def test_the_search_ends_at_the_closest_point(norm, monkeypatch):
+    found, exact, attacks = searched(monkeypatch, norm, 1.5, False)
+    torch.testing.assert_close(found, exact, rtol=0.01, atol=0.0)
+    assert (found >= exact * (1 - 1e-6)).all()
+    # Each run in a ball is in a smaller one than the closest point so far.
+    for attack, near in attacks:
+        if isinstance(attack, SmoothedPGD):
+            assert (attack.eps < near).all()
+    smoothed = [isinstance(attack, SmoothedPGD) for attack, _ in attacks[:3]]
+    assert smoothed == ([False, False, True] if norm == "l1" else [True, True, False])
+
+
+@pytest.mark.parametrize(
+    ("masked", "rounds"),
+    [(False, _curve._PATIENCE), pytest.param(True, _curve._ROUNDS, marks=pytest.mark.slow)],
+)
+def test_a_sample_that_gains_nothing_leaves_the_search_unless_masked(masked, rounds, monkeypatch):
+    found, exact, attacks = searched(monkeypatch, "l2", 1.0 - 1e-6, masked)
+    assert torch.equal(found, exact * (1.0 - 1e-6))
+    assert len(attacks) == rounds
 
 
 class Saturating(nn.Module):

@@ -13,14 +13,19 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from advfeat.durable import write_whole
 from advfeat.tables import table
+from advfeat.threat import Bounds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array: TypeAlias = npt.NDArray[Any]
+
+_LEAST_PIXELS = 96  # smaller images are enlarged by whole factors
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --page: #fff; --line: #ccc; --soft: #f4f4f4;
@@ -36,7 +41,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-img { max-width: 100%; height: auto; background: #fff; }
+img { max-width: 100%; height: auto; background: #fff; } td img { min-width: 4rem; }
 pre { overflow-x: auto; background: var(--soft); padding: 1rem; }
 @media (max-width: 32rem) { th, td { padding: .3rem .45rem; } body { margin-top: 1rem; } }
 .note { color: var(--grey); } summary { cursor: pointer; }
@@ -91,6 +96,11 @@ def rows(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return table(head, body, "html")
 
 
+def folded(summary: str, *parts: str) -> str:
+    """Parts of a page that are shown when asked for."""
+    return f"<details><summary>{escape(summary)}</summary>{''.join(parts)}</details>"
+
+
 def picture(alternative: str, draw: Callable[[], Figure]) -> str:
     """A figure inside the page, or a sentence that says why there is none."""
     try:
@@ -107,6 +117,24 @@ def picture(alternative: str, draw: Callable[[], Figure]) -> str:
     return (
         f'<div class="wide"><img alt="{escape(alternative)}" style="{least}" src="{source}"></div>'
     )
+
+
+def is_image(inputs: Tensor) -> bool:
+    """Whether one sample is a grey or coloured image that can be shown."""
+    grey = inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[0] == 1)
+    coloured = inputs.ndim == 3 and inputs.shape[0] == 3
+    return (grey or coloured) and min(inputs.shape[-2:]) >= 4
+
+
+def image_uri(inputs: Tensor, bounds: Bounds) -> str:
+    """One image as the source of an ``img``."""
+    low, high = bounds
+    shown = (inputs.detach().float().cpu() - low) / (high - low)
+    if shown.ndim == 3:
+        shown = shown[0] if shown.shape[0] == 1 else shown.movedim(0, -1)
+    pixels = (255 * shown.nan_to_num(0.5).clamp(0, 1)).round().to(torch.uint8).numpy()
+    factor = max(1, _LEAST_PIXELS // max(pixels.shape[:2]))
+    return data_uri(png(np.repeat(np.repeat(pixels, factor, 0), factor, 1)))
 
 
 def data_uri(png_file: bytes) -> str:

@@ -19,6 +19,7 @@ from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.results import Result
 from advfeat.study._calibrate import Calibration
 from advfeat.study._claims import Claim, claims_as_table, claims_table
+from advfeat.study._comparison import Comparison, compare
 from advfeat.study._data import plain
 from advfeat.study._findings import Findings, Measured, Run, Spread, percent
 from advfeat.study._sections import sections
@@ -236,10 +237,39 @@ class Study(Result):
             under[name] = made.labels.tolist()
         return plots.samples(shown, labels=under, bounds=self._found.work.bounds)
 
-    def save_report(self, path: str | os.PathLike[str]) -> None:
+    def compare(self, other: Study) -> Comparison:
+        """Differences to another study on the same test data, such as one with other settings.
+
+        Parameters
+        ----------
+        other
+            A study with the same test data, norm and number of seeds.
+
+        Returns
+        -------
+        Comparison
+            This study minus the other, model by model, with paired intervals.
+
+        Raises
+        ------
+        ValueError
+            The test data, the norm or the number of seeds differ, or no model is in both.
+        """
+        return compare(self._found, other._found)
+
+    def save_report(
+        self, path: str | os.PathLike[str], *, compared_with: Study | None = None
+    ) -> None:
         """Write one HTML file with tables, claims, pictures, settings, times and provenance.
 
-        Without matplotlib it has no pictures, and names what to install.
+        Without matplotlib it has no figures, and names what to install.
+
+        Parameters
+        ----------
+        path
+            The file; its folder is made.
+        compared_with
+            Another study on the same test data: the report has a table of differences to it.
         """
         s = self.settings
         summary = (
@@ -248,6 +278,9 @@ class Study(Result):
             f"seed {s['seed']}. Accuracies are on the original test data."
         )
         parts = list(sections(self._found, self._draw))
+        if compared_with is not None:
+            found = self.compare(compared_with)
+            parts += [pages.heading("Compared with another study"), found._repr_html_()]
         if self.calibration is not None:
             parts += [pages.heading("Calibration"), pages.preformatted(str(self.calibration))]
         pages.write(Path(path), "Robust and non-robust features", summary, parts)

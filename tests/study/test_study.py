@@ -17,8 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
 
 import advfeat as af
-from advfeat import plots, study
+from advfeat import pages, plots, study
+from advfeat.statistics import paired_difference
 from advfeat.study._data import Shifted
+from advfeat.study._explorer import explorer
 from advfeat.study._result import Study
 
 RADII = [0.1, 0.2]
@@ -381,6 +383,53 @@ def test_the_report_without_matplotlib_says_what_to_install(found, tmp_path, mon
     assert "pip install &#x27;advfeat[plots]&#x27;" in page
     assert "data:image" not in page
     assert "<td>D_rand</td>" in page
+
+
+def test_the_report_shows_the_same_samples_in_every_set_class_by_class():
+    images = TensorDataset(torch.rand(12, 1, 4, 4), torch.arange(12) % 3)
+    recipe = study.Recipe(
+        standard={"epochs": 1}, sets={"D_NR": {"steps": 1}, "D_det": {"steps": 1}}
+    )
+    seen = study.run(
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), images, images, eps=0.1, norm="l2",
+        recipe=recipe, seed=0, stages=["make D_NR", "make D_det"],
+    )  # fmt: skip
+    _, *parts = explorer(seen._found.runs[0], (0.0, 1.0))
+    assert [re.search("<summary>(.*?)</summary>", part)[1] for part in parts] == [
+        "class 0", "class 1", "class 2",
+    ]  # fmt: skip
+    for label, part in enumerate(parts):
+        assert re.findall("<th>(.*?)</th>", part) == ["original", "D_NR", "D_det"]
+        assert re.findall("<br>(.*?)</td>", part) == 4 * [*2 * [str(label)], str((label + 1) % 3)]
+        original, inverted, _ = re.findall('src="(.*?)"', part)[:3]
+        number = label  # the class's first sample
+        assert original == pages.image_uri(images.tensors[0][number], (0.0, 1.0))
+        made = seen.dataset("D_NR")
+        place = made.field("index").tolist().index(number)
+        assert inverted == pages.image_uri(made.images[place], (0.0, 1.0))
+
+
+def test_studies_are_compared_on_the_same_samples(found):
+    other = run(seed=7, stages=["measure standard", "measure D_rand"])
+    compared = found.compare(other)
+    assert list(compared.differences) == ["standard", "D_rand"]
+    for name, columns in compared.differences.items():
+        ours, theirs = found.measured[name], other.measured[name]
+        expected = paired_difference(ours.standard.correct, theirs.standard.correct)
+        assert str(columns["accuracy"]) == str(expected)
+        assert set(columns) == {"accuracy", "l2 0.1", "l2 0.2"}
+    same = found.compare(found)
+    assert all(
+        each.value == 0 for columns in same.differences.values() for each in columns.values()
+    )
+    with pytest.raises(ValueError, match="both studies have measured no model"):
+        found.compare(run(seed=7, stages=["train standard"]))
+    other = study.run(
+        network, TRAIN, rows(2, 40), eps=0.2, norm="l2", at=RADII, recipe=RECIPE, seed=3,
+        stages=["train standard"],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="a study of other test data"):
+        found.compare(other)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,25 +12,6 @@ from advfeat.metrics._curve import RobustnessCurve
 from advfeat.threat import Bounds
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 300, 52, 46
-_LEAST_PIXELS = 96  # smaller images are enlarged by whole factors
-
-
-def is_image(inputs: Tensor) -> bool:
-    """Whether one sample is a grey or coloured image that can be shown."""
-    grey = inputs.ndim == 2 or (inputs.ndim == 3 and inputs.shape[0] == 1)
-    coloured = inputs.ndim == 3 and inputs.shape[0] == 3
-    return (grey or coloured) and min(inputs.shape[-2:]) >= 4
-
-
-def image_uri(inputs: Tensor, bounds: Bounds) -> str:
-    """One image as the source of an ``img``."""
-    low, high = bounds
-    shown = (inputs.detach().float().cpu() - low) / (high - low)
-    if shown.ndim == 3:
-        shown = shown[0] if shown.shape[0] == 1 else shown.movedim(0, -1)
-    pixels = (255 * shown.nan_to_num(0.5).clamp(0, 1)).round().to(torch.uint8).numpy()
-    factor = max(1, _LEAST_PIXELS // max(pixels.shape[:2]))
-    return pages.data_uri(pages.png(np.repeat(np.repeat(pixels, factor, 0), factor, 1)))
 
 
 def difference_uri(clean: Tensor, adversarial: Tensor, bounds: Bounds) -> tuple[str, float]:
@@ -40,7 +20,7 @@ def difference_uri(clean: Tensor, adversarial: Tensor, bounds: Bounds) -> tuple[
     delta = (adversarial - clean).detach().float().cpu()
     peak = float(delta.abs().max())
     factor = max(1.0, (high - low) / (2 * peak)) if peak else 1.0
-    return image_uri((low + high) / 2 + factor * delta, bounds), factor
+    return pages.image_uri((low + high) / 2 + factor * delta, bounds), factor
 
 
 def curve_svg(curve: RobustnessCurve, eps: Any, *, chance: float) -> str:

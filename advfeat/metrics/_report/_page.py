@@ -125,7 +125,7 @@ def _samples(report: ReportFields) -> Iterator[str]:
         if not chosen:
             continue
         yield pages.heading(title)
-        if all(each.clean is not None and _drawing.is_image(each.clean) for each in chosen):
+        if all(each.clean is not None and pages.is_image(each.clean) for each in chosen):
             figures = "".join(_figure(report, each) for each in chosen)
             yield f'<div class="samples">{figures}</div>'
             yield pages.note("The sample, the attacked sample, and the perturbation magnified.")
@@ -139,8 +139,8 @@ def _figure(report: ReportFields, example: Example) -> str:
     assert example.adversarial is not None
     delta, factor = _drawing.difference_uri(example.clean, example.adversarial, report.bounds)
     images = (
-        (_drawing.image_uri(example.clean, report.bounds), "sample"),
-        (_drawing.image_uri(example.adversarial, report.bounds), "attacked sample"),
+        (pages.image_uri(example.clean, report.bounds), "sample"),
+        (pages.image_uri(example.adversarial, report.bounds), "attacked sample"),
         (delta, f"perturbation, magnified {factor:.3g} times"),
     )
     shown = "".join(f'<img alt="{text}" src="{source}">' for source, text in images)
@@ -178,4 +178,4 @@ def _paper(report: ReportFields) -> Iterator[str]:
     lines = [f"{name}: {value}" for name, value in report.provenance.items() if name != "attacks"]
     attacks = [f"  {text}" for text in report.provenance["attacks"]]
     body = pages.preformatted("\n".join([*lines, "attacks:", *attacks]))
-    yield f"<details><summary>All settings</summary>{body}</details>"
+    yield pages.folded("All settings", body)

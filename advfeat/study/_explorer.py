@@ -29,9 +29,9 @@ def explorer(run: Run, bounds: Bounds) -> Iterator[str]:
     if not pages.is_image(image):
         return
     by_class = _samples_by_class(made)
-    room = _PIXELS // (max(image.numel(), 96 * 96) * (len(made) + 1))
-    each = max(1, min(_EACH, room // max(1, len(by_class))))
-    shown = list(by_class.items())[: max(1, room // each)]
+    most = _PIXELS // (max(image.numel(), 96 * 96) * (len(made) + 1))
+    each = max(1, min(_EACH, most // max(1, len(by_class))))
+    shown = list(by_class.items())[: max(1, most // each)]
     yield pages.heading("Images of each class")
     for label, numbers in shown:
         yield pages.folded(f"class {label}", _grid(made, source, numbers[:each], bounds))

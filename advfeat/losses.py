@@ -95,7 +95,8 @@ def _climbable_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return value
     own = logits.gather(1, labels[:, None]).squeeze(1)
     gap = logits.scatter(1, labels[:, None], float("-inf")).logsumexp(1) - own
-    size = gap.detach().exp().clamp_min(1e-30)
+    # Of other samples too: an infinite factor would make their gradient 0 * inf.
+    size = gap.detach().clamp_max(_SATURATED).exp().clamp_min(1e-30)
     exact = value.detach() + size * (gap - gap.detach())
     return torch.where((gap < _SATURATED) & gap.isfinite(), exact, value)
 

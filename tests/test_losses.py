@@ -222,3 +222,15 @@ def test_towards_one_class_is_the_difference_of_two_logits():
     # With three classes there is no fourth logit.
     few = losses.towards("dlr", logits[:, :3], label, target)
     assert few.tolist() == [-1.0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1e6])
+def test_a_certain_sample_does_not_change_the_gradient_of_one_that_is_far_off(scale):
+    logits = scale * torch.tensor([[3.0, 0.0, -1.0], [2.0, -1.0, 0.0]])
+    logits.requires_grad_()
+    labels = torch.tensor([0, 1])  # certain; wrong by 3
+    value = losses.objective("cross_entropy", labels, False)(logits)
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    (expected,) = torch.autograd.grad(losses.cross_entropy(logits, labels).sum(), logits)
+    torch.testing.assert_close(gradient[1], expected[1])
+    assert gradient[0, 0] < 0

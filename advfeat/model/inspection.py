@@ -8,20 +8,18 @@ of those samples; only where something is suspicious, further passes find out wh
 from __future__ import annotations
 
 import itertools
-import random
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from advfeat import checks
 from advfeat.model.access import logit_candidates, logits_of
 from advfeat.model.formats import at_least_float32
+from advfeat.model.state import own_state, random_state_kept, random_states, settings_of
 from advfeat.threat import FeatureBounds
 
 Forward: TypeAlias = Callable[[Tensor], object]
@@ -83,11 +81,11 @@ def inspect_module(
     if purpose != "predictions":
         _warn_of_unused_bounds(inputs, bounds)
     shape = (part.shape[1:], part.dtype, len(part) > 1, extras)
-    settings = (purpose, train, shape, _settings(module))
+    settings = (purpose, train, shape, settings_of(module))
     if _healthy.get(module) == settings:
         return None
-    with checks.warnings_counted() as count, _random_state_kept(part.device):
-        before = _random_numbers_drawn(part.device)
+    with checks.warnings_counted() as count, random_state_kept(part.device):
+        before = random_states(part.device), own_state(module)
         try:
             with select(slice(0, INSPECTED)):
                 outputs = _outputs(forward, part)
@@ -101,10 +99,10 @@ def inspect_module(
                 return None
             checks.logits(logits_of(forward(inputs)), inputs)
             return None
-        drew = _random_numbers_drawn(part.device) != before
+        varies = (random_states(part.device), own_state(module)) != before
         with select(slice(0, len(outputs.inputs))):
             if not train:
-                _warn_of_changing_outputs(forward, module, outputs, drew, select)
+                _warn_of_changing_outputs(forward, module, outputs, varies, select)
             if purpose != "features":
                 _warn_of_several_outputs(outputs)
                 _warn_of_nan(outputs)
@@ -120,15 +118,6 @@ def inspect_module(
     return from_probabilities
 
 
-def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What can change how a module computes, its weights and training flags aside."""
-    plain = (bool, int, float, str, type(None))
-    return tuple(
-        (type(m), *(item for item in vars(m).items() if isinstance(item[1], plain)))
-        for m in module.modules()
-    )
-
-
 def _outputs(forward: Forward, inputs: Tensor) -> _Outputs | None:
     """None where the module returns no logits."""
     leaf = inputs.detach().clone().requires_grad_()
@@ -139,34 +128,6 @@ def _outputs(forward: Forward, inputs: Tensor) -> _Outputs | None:
         except (TypeError, ValueError):
             return None
         return _Outputs(leaf, raw, at_least_float32(logits), logits.dtype)
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leave all global random states as they are; in another thread they may be in use."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    own, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(own)
-            np.random.set_state(numpys)  # noqa: NPY002
-
-
-def _random_numbers_drawn(device: torch.device) -> tuple[Any, ...]:
-    """The global random states, to be compared."""
-    numpys: Any = np.random.get_state(legacy=False)  # noqa: NPY002
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return (
-        tuple(bytes(state.numpy()) for state in states),
-        random.getstate(),
-        (numpys["state"]["pos"], numpys["state"]["key"].tobytes()),
-    )
 
 
 def _warn_of_unused_bounds(inputs: Tensor, bounds: FeatureBounds) -> None:
@@ -211,9 +172,12 @@ def _warn_of_nan(outputs: _Outputs) -> None:
 
 
 def _warn_of_changing_outputs(
-    forward: Forward, module: nn.Module, outputs: _Outputs, drew: bool, select: Select
+    forward: Forward, module: nn.Module, outputs: _Outputs, varies: bool, select: Select
 ) -> None:
-    """Compare with a call in which the second half of the samples is exchanged for the first."""
+    """Compare with a call in which the second half of the samples is exchanged for the first.
+
+    ``varies`` says that a call drew random numbers, or left something of the module changed.
+    """
     inputs, count = outputs.inputs.detach(), len(outputs.inputs)
     half = -(-count // 2)
     exchanged = torch.cat([inputs[:half], inputs[:half]])[:count]
@@ -229,10 +193,10 @@ def _warn_of_changing_outputs(
 
     every = torch.arange(count, device=inputs.device)
     changed = differ(exchanged, same)
-    is_random = (changed and drew) or any(
-        # More than one call: a model may alternate.
+    is_random = (changed and varies) or any(
+        # More than one call: a model may alternate, or be random in some calls.
         differ(inputs, every)
-        for _ in range(16 if drew else 2 * changed)
+        for _ in range(16 if varies else 2 * changed)
     )
     if is_random:
         checks.warn(

@@ -28,6 +28,9 @@ def make_model(width=8):
 def number():
     return 3
 
+def broken():
+    return {}["weights"]
+
 def dataset():
     generator = torch.Generator().manual_seed(0)
     return TensorDataset(torch.rand(20, 12, generator=generator), torch.arange(20) % 3)
@@ -109,6 +112,7 @@ def test_construct_makes_and_resumes(folder, capsys, kind):
         ("evaluate clitoys --data test.npz --eps 0.1 --norm linf", "MODULE:NAME"),
         ("evaluate none.py:make --data test.npz --eps 0.1 --norm linf", "no file none.py"),
         ("evaluate clitoys:number --data test.npz --eps 0.1 --norm linf", "made no model"),
+        ("evaluate clitoys:broken --data test.npz --eps 0.1 --norm linf", "KeyError: 'weights'"),
         ("evaluate clitoys:make_model --data none.npz --eps 0.1 --norm linf", "no such file"),
         ("evaluate clitoys:make_model --data none --eps 0.1 --norm linf", "expected an .npz"),
         ("evaluate clitoys:make_model --data test.npz --eps 0.1 --norm l7", "norm"),

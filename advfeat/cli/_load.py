@@ -64,7 +64,12 @@ def model_maker(options: Any) -> Callable[[], nn.Module]:
         raise ValueError("--mean, --std: give both or neither")
 
     def make() -> nn.Module:
-        model: Any = made if isinstance(made, nn.Module) else made(**keywords)
+        try:
+            model: Any = made if isinstance(made, nn.Module) else made(**keywords)
+        except Exception as error:  # the user's own code
+            kind = type(error).__name__
+            cause = f"{options.model!r} raised {kind}: {error}; --traceback shows where"
+            raise ValueError(cause) from error
         if not isinstance(model, nn.Module):
             raise TypeError(f"{options.model!r}: it made no model, but a {type(model).__name__}")
         if options.mean is None:

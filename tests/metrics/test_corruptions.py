@@ -1,5 +1,7 @@
 """Common corruptions: what each does in closed form, the folder of CIFAR-10-C, mCE."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,15 @@ def test_noise_has_its_size(severity, constants):
     amount = strength["impulse_noise"]
     for value in (0.0, 1.0):
         assert float((changed == value).double().mean()) == pytest.approx(amount / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("constants", ["cifar10", "imagenet"])
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_each_severity_is_stronger_than_the_one_before(name, constants):
+    falling = name in ("contrast", "jpeg_compression")  # what is left of the image
+    values = [CORRUPTIONS[name].constant(constants, severity) for severity in range(1, 6)]
+    values = [-value for value in values] if falling else values
+    assert all(weak < strong for weak, strong in itertools.pairwise(values))
 
 
 @pytest.mark.parametrize("sigma", [0.4, 1.0, 3.0])

@@ -17,6 +17,7 @@ collect_ignore = ["benchmarks"]  # scripts, to be run by hand
 SLOW_DOCTESTS = {  # whole studies, and other trainings
     "advfeat.study._calibrate.calibrate",
     "advfeat.study._run.run",
+    "advfeat.metrics._report._result.report",
     "advfeat.analysis._gaussian_study.fit_gaussian",
 }
 

@@ -101,12 +101,14 @@ def imported_packages(path):
     return packages - {package_of(path)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_imports_only_point_downward(path):
-    package = package_of(path)
-    assert package in LEVEL, "a new package needs its place in LEVELS and in docs/architecture.md"
-    too_high = {other for other in imported_packages(path) if LEVEL[other] >= LEVEL[package]}
-    assert not too_high
+def test_imports_only_point_downward():
+    for path in FILES:
+        package = package_of(path)
+        assert package in LEVEL, (
+            "a new package needs its place in LEVELS and in docs/architecture.md"
+        )
+        too_high = {other for other in imported_packages(path) if LEVEL[other] >= LEVEL[package]}
+        assert not too_high, path
 
 
 @pytest.mark.parametrize(
@@ -146,12 +148,12 @@ def test_what_a_package_may_import(package, allowed):
     assert known <= allowed
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_only_what_must_be_installed_is_imported_at_run_time(path):
-    for name, inside in imports(path):
-        package = name.split(".")[0]
-        allowed = REQUIRED | {"advfeat"} | set(sys.stdlib_module_names)
-        assert package in (allowed | EXTRAS if inside else allowed), name
+def test_only_what_must_be_installed_is_imported_at_run_time():
+    allowed = REQUIRED | {"advfeat"} | set(sys.stdlib_module_names)
+    for path in FILES:
+        for name, inside in imports(path):
+            package = name.split(".")[0]
+            assert package in (allowed | EXTRAS if inside else allowed), f"{path}: {name}"
 
 
 def test_the_package_imports_where_no_extra_is_installed():
@@ -172,12 +174,12 @@ def test_only_the_model_package_touches_the_users_module(name):
     assert touching <= {"model"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_nothing_seeds_the_global_random_state(path):
-    for node in nodes_of(path):
-        if isinstance(node, ast.Attribute) and node.attr in {"manual_seed", "manual_seed_all"}:
-            # A generator's own method is another thing: torch.Generator().manual_seed(...).
-            assert isinstance(node.value, ast.Call)
+def test_nothing_seeds_the_global_random_state():
+    for path in FILES:
+        for node in nodes_of(path):
+            if isinstance(node, ast.Attribute) and node.attr in {"manual_seed", "manual_seed_all"}:
+                # A generator's own method is another thing: torch.Generator().manual_seed(...).
+                assert isinstance(node.value, ast.Call), path
 
 
 def test_the_public_names_are_these():
@@ -197,12 +199,12 @@ LONGEST_MODULE, LONGEST_BODY, MOST_PARAMETERS = 400, 60, 12
 ARCHITECTURE = (ROOT.parent / "docs/architecture.md").read_text()
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_a_module_is_short_or_says_why_not(path):
-    name = path.relative_to(ROOT.parent).as_posix()
-    if len(path.read_text().splitlines()) > LONGEST_MODULE:
-        listed = ARCHITECTURE.split("## Modules above 400 lines\n", 1)[1].split("\n## ")[0]
-        assert f"`{name}`" in listed, "split it, or give the reason in docs/architecture.md"
+def test_a_module_is_short_or_says_why_not():
+    for path in FILES:
+        name = path.relative_to(ROOT.parent).as_posix()
+        if len(path.read_text().splitlines()) > LONGEST_MODULE:
+            listed = ARCHITECTURE.split("## Modules above 400 lines\n", 1)[1].split("\n## ")[0]
+            assert f"`{name}`" in listed, "split it, or give the reason in docs/architecture.md"
 
 
 def body_lines(function):
@@ -225,14 +227,14 @@ def is_public(path, name):
     return name in getattr(package, "__all__", ())
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_functions_are_short_and_take_few_arguments(path):
-    for function in functions_of(path):
-        assert body_lines(function) <= LONGEST_BODY, function.name
-        args = function.args
-        count = len(args.posonlyargs) + len(args.args) + len(args.kwonlyargs)
-        if count > MOST_PARAMETERS:
-            assert is_public(path, function.name), f"{function.name} takes {count} arguments"
+def test_functions_are_short_and_take_few_arguments():
+    for path in FILES:
+        for function in functions_of(path):
+            assert body_lines(function) <= LONGEST_BODY, f"{path}: {function.name}"
+            args = function.args
+            count = len(args.posonlyargs) + len(args.args) + len(args.kwonlyargs)
+            if count > MOST_PARAMETERS:
+                assert is_public(path, function.name), f"{function.name} takes {count} arguments"
 
 
 def test_no_two_modules_import_each_other_even_for_types():
@@ -267,16 +269,16 @@ def test_no_two_modules_import_each_other_even_for_types():
     assert len(order) == len(modules)
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
-def test_private_modules_are_imported_by_their_own_package_alone(path):
-    for name, _ in imports(path):
-        parts = name.split(".")
-        if (
-            parts[0] == "advfeat"
-            and parts[1] != "_version"
-            and any(part.startswith("_") for part in parts[2:3])
-        ):
-            assert parts[1] == package_of(path), name
+def test_private_modules_are_imported_by_their_own_package_alone():
+    for path in FILES:
+        for name, _ in imports(path):
+            parts = name.split(".")
+            if (
+                parts[0] == "advfeat"
+                and parts[1] != "_version"
+                and any(part.startswith("_") for part in parts[2:3])
+            ):
+                assert parts[1] == package_of(path), f"{path}: {name}"
 
 
 def test_the_top_level_holds_what_the_design_card_allows():

@@ -9,10 +9,7 @@ import functools
 import io
 import re
 import tokenize
-from collections import Counter
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parents[1] / "advfeat"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -120,19 +117,22 @@ def parts(name):
     return re.findall(r"[a-z]+", re.sub(r"([A-Z])", r"_\1", name).lower())
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_texts_use_the_terms_of_the_field(path):
+def test_texts_use_the_terms_of_the_field():
     rows = r"\brows?\b"
-    legitimate = name_of(path) in TABLES
-    terms = {term: instead for term, instead in TERMS.items() if term != rows or not legitimate}
-    found = list(hits(path.read_text(), terms))
+    found = []
+    for path in FILES:
+        legitimate = name_of(path) in TABLES
+        terms = {term: other for term, other in TERMS.items() if term != rows or not legitimate}
+        found += [f"{name_of(path)}, {hit}" for hit in hits(path.read_text(), terms)]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_names_use_the_terms_of_the_field(path):
-    avoid = NAMES - {"row", "rows"} if name_of(path) in TABLES else NAMES
-    found = Counter(name for name in identifiers(path.read_text()) if avoid & set(parts(name)))
+def test_names_use_the_terms_of_the_field():
+    found = []
+    for path in FILES:
+        avoid = NAMES - {"row", "rows"} if name_of(path) in TABLES else NAMES
+        names = identifiers(path.read_text())
+        found += [(name_of(path), name) for name in names if avoid & set(parts(name))]
     assert not found
 
 

@@ -115,6 +115,7 @@ def test_total_unknown(monkeypatch, clock):
     assert "left" not in shown.getvalue()
 
 
+@pytest.mark.slow
 def test_evaluations_name_the_attack_and_count_samples(monkeypatch):
     import torch
     from torch.utils.data import TensorDataset

@@ -111,7 +111,7 @@ def test_every_loss_reaches_the_same_optimum_with_two_classes(norm, loss):
 # --- Ball and box ---
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     norm=st.sampled_from(NORMS),
     eps=st.floats(0, 1),

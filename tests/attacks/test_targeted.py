@@ -80,7 +80,7 @@ def test_a_targeted_minimum_norm_attack_finds_the_distance_of_the_target(kind, n
         assert (sizes(found, x, norm)[~far] == 0).all()
 
 
-@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("norm", ["l2", pytest.param("linf", marks=pytest.mark.slow)])
 def test_what_a_targeted_attack_reports_is_what_the_model_says(norm):
     model, x = curved(), batch(10)
     toward = (predicted(model, x) + 1) % 4

@@ -109,6 +109,7 @@ def test_models_and_layers_give_features():
         assert found[name].constructed == pytest.approx(expected[name].constructed, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_features_of_noise_are_not_useful():
     """Signs and values are from different samples: random features have no use."""
     generator = torch.Generator().manual_seed(0)

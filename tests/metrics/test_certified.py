@@ -233,7 +233,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [n if n == "relu" else pytest.param(n, marks=pytest.mark.slow) for n in MODELS]
+)
 def test_certified_accuracy_is_never_above_accuracy_under_attack(name):
     torch.manual_seed(0)
     centres = torch.tensor([[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4, [0.5] * 8])
@@ -267,6 +269,7 @@ def test_certified_accuracy_is_never_above_accuracy_under_attack(name):
     assert checked  # attacks find something beyond the certificates
 
 
+@pytest.mark.slow
 def test_it_is_drawn_beside_the_curve_of_attacks():
     pytest.importorskip("matplotlib")
     model, inputs, distance = half_plane()

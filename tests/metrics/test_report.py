@@ -86,6 +86,7 @@ def test_text_page_and_json(found, tmp_path):
     assert "\n" not in repr(found)
 
 
+@pytest.mark.slow
 def test_images_are_shown_as_they_are(tmp_path):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.rand(30, 3, 8, 8, generator=generator)
@@ -124,6 +125,7 @@ def test_an_untrained_model_is_no_result():
     assert any("right on no sample" in each for each in found.left_out)
 
 
+@pytest.mark.slow
 def test_one_attack_is_a_warning_and_robustness_unconfirmed():
     data = TensorDataset(*points())
     attack = PGD(eps=0.01, norm="linf")

@@ -105,7 +105,7 @@ def test_the_diagonal_is_the_attack_on_the_model_itself(standard, robust, digits
     "attack",
     [
         APGD(eps=0.1, norm="linf", steps=5),
-        AutoAttack(eps=0.1, norm="linf", version="fast"),
+        pytest.param(AutoAttack(eps=0.1, norm="linf", version="fast"), marks=pytest.mark.slow),
     ],
 )
 def test_random_attacks_follow_the_seed(standard, robust, digits, attack):

@@ -98,7 +98,10 @@ CALLS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n != "AutoAttack" else pytest.param(n, marks=pytest.mark.slow) for n in CALLS],
+)
 def test_calls_with_an_expectation_repeat_without_a_warning(name):
     model, y = noisy()
     before = states()

@@ -137,6 +137,7 @@ def test_masked_model_has_its_exact_curve():
     )
 
 
+@pytest.mark.slow
 def test_samples_keep_their_lengths_in_the_pool():
     """Samples leave one by one and others take their places; the result is that of each alone."""
     model, x, lengths, y = case(Recurrent)
@@ -232,7 +233,14 @@ def test_constructions():
     assert gap.max() < 0.02 < inverted.field("distance_before").mean()
 
 
-@pytest.mark.parametrize("objective", ["fit", "pgd", "trades"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "fit",
+        pytest.param("pgd", marks=pytest.mark.slow),
+        pytest.param("trades", marks=pytest.mark.slow),
+    ],
+)
 def test_training_passes_them_on(objective):
     """What the mask hides says the other label: without the mask nothing can be learned."""
     generator = torch.Generator().manual_seed(0)

@@ -824,7 +824,7 @@ def test_features_that_are_taken_for_logits_are_warned_of_by_their_shapes():
         (lambda f, z: (f, {"z": z}), lambda found: found[1]["z"]),
     ],
 )
-@pytest.mark.parametrize("adversarial", [False, True])
+@pytest.mark.parametrize("adversarial", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_output_chooses_the_logits(pack, output, adversarial, tmp_path):
     models = [Returning(pack), Returning(lambda f, z: z)]
     settings = {"epochs": 2, "batch_size": 20, "validation": 0.2, "seed": 0}

@@ -56,7 +56,6 @@ def correlate(
     A class needs three samples for an interval; of fewer it is unbounded.
     """
     classes = check_classes(labels)
-    _check_finite(found.value)
     value, low, high = _centred(found)
     onehot = torch.nn.functional.one_hot(labels.cpu(), classes).to(torch.float64)
     moments = torch.cat([value, value.square(), low, high], 1)  # (N, 4 units)
@@ -113,6 +112,7 @@ def _centred(found: Extremes) -> tuple[Tensor, Tensor, Tensor]:
     What only rounding changes is no feature.
     """
     value, low, high = (field.detach().cpu().to(torch.float64) for field in found)
+    _check_finite(value)
     mean = value.mean(0)
     moving = value.std(0) > 1e-6 * mean.abs()
     value, low, high = (torch.where(moving, part - mean, 0.0) for part in (value, low, high))

@@ -140,7 +140,8 @@ def _values(feature: Feature, inputs: Tensor) -> Tensor:
 def distance_left(dataset: ConstructedDataset, source: Source) -> float | None:
     """Mean of abs(x_r - x) / abs(x_0 - x): how far images still are from the originals.
 
-    None where the starts are not images of the source.
+    None where the starts are not images of the source. A start that equals the original, as a
+    duplicate does, has no distance to leave and is not counted.
     """
     if "start_index" not in dataset.fields:
         return None
@@ -154,8 +155,9 @@ def distance_left(dataset: ConstructedDataset, source: Source) -> float | None:
         moved, whole = (
             (images.double() - original).flatten(1).norm(dim=1) for images in (part.images, start)
         )
-        left.append(moved / whole.clamp_min(1e-12))
-    return float(torch.cat(left).mean())
+        left.append((moved / whole)[whole > 0])
+    counted = torch.cat(left)
+    return float(counted.mean()) if len(counted) else None
 
 
 def notes(

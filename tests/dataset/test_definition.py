@@ -1,5 +1,6 @@
 """Equations 5, 8 and 9 on datasets whose features are known."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -92,6 +93,29 @@ def test_how_much_of_the_original_came_back():
     assert found.distance_left == pytest.approx(float(left.mean()), abs=1e-5)
     assert "40%" in found.notes[0]
     assert "fraction of the way" in str(found)
+
+
+def test_a_start_that_equals_the_original_is_not_counted():
+    """Duplicates, or one sample of its kind: there is no distance to divide by."""
+    x = torch.tensor([[0.2], [0.2], [0.8]])
+    fields = {
+        "images": np.array([[0.3], [0.2], [0.5]], dtype=np.float32),
+        "labels": np.array([0, 0, 1]),
+        "index": np.array([0, 1, 2]),
+        "start_index": np.array([1, 0, 0]),
+    }
+    data = TensorDataset(x, torch.tensor([0, 0, 1]))
+    found = inspect(af.ConstructedDataset(fields, {"method": "D_R"}), data)
+    assert found.distance_left == pytest.approx(0.5, abs=1e-6)
+    same = {**fields, "start_index": fields["index"]}
+    nothing = inspect(af.ConstructedDataset(same, {"method": "D_R"}), data)
+    assert nothing.distance_left is None
+
+
+def test_features_that_are_no_numbers_raise_an_error():
+    y = WORLD.data.tensors[1]
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        inspect(made("D_R", y, None), WORLD.data, features={"f": lambda x: x / 0}, seed=0)
 
 
 def test_models_and_layers_give_features():

@@ -227,9 +227,10 @@ def inputs(value: object, bounds: FeatureBounds, name: str = "inputs") -> None:
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(
-            f"{name}: expected floating-point values, got {value.dtype}; convert images with "
-            f"x.float() / {_largest_pixel(value)}"
+            f"{name}: expected floating-point values, got {value.dtype}; {_float_advice(value)}"
         )
+    if value.layout != torch.strided or value.is_nested:
+        fail(f"{name}.layout", value.layout, "expected a dense tensor; use x.to_dense()")
     if value.ndim < 2:
         fail(f"{name}.shape", tuple(value.shape), "the first axis is the sample; add one: x[None]")
     if value.numel() == 0:
@@ -333,9 +334,15 @@ def negative_label_advice(values: Tensor) -> str:
     return "class indices start at 0"
 
 
-def _largest_pixel(images: Tensor) -> int:
-    """What images of an integer type are divided by."""
-    return 255 if images.dtype in (torch.uint8, torch.int8, torch.bool) else 65535
+def _float_advice(values: Tensor) -> str:
+    """What to do about inputs of another type than floating point, by what they may be."""
+    if values.is_complex():
+        return "pass its real and imaginary parts: torch.view_as_real(x)"
+    if values.ndim == 1:
+        return "are these labels or indices? A batch is (inputs, labels, ...), in this order"
+    if values.dtype in (torch.uint8, torch.int8, torch.bool):
+        return "convert images with x.float() / 255"
+    return "convert images with x.float() / 65535; of tokens, pass the embeddings"
 
 
 def logits(value: object, inputs: Tensor) -> Tensor:

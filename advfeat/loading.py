@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
-    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     SubsetRandomSampler,
     TensorDataset,
     default_collate,
@@ -35,6 +33,8 @@ _INPUT_KEYS = (
     *("inputs", "input", "images", "image", "pixel_values", "img", "x", "data"),
     *("inputs_embeds", "input_values", "input_features"),
 )
+# Types that hardly any operation of torch takes.
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y", "fine_label")
 
 
@@ -210,10 +210,13 @@ def unpack(batch: object) -> tuple[Tensor, Tensor]:
     elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
         inputs, labels = batch[0], batch[1]
     else:
-        raise TypeError(
-            f"data: a batch is {type(batch).__name__}; expected (inputs, labels, ...) or a mapping"
-        )
+        kind = type(batch).__name__
+        if isinstance(batch, (tuple, list)):
+            kind += f" of {len(batch)}, without labels"
+        raise TypeError(f"data: a batch is a {kind}; expected (inputs, labels, ...) or a mapping")
     inputs, labels = _as_tensor(inputs), _as_tensor(labels)
+    if isinstance(labels, Tensor) and labels.dtype in _UNSIGNED:
+        labels = labels.to(torch.int64)
     if isinstance(inputs, Tensor) and isinstance(labels, Tensor):
         return inputs, labels
     raise TypeError(_no_tensors(inputs, labels))
@@ -306,6 +309,11 @@ def is_stream(data: object) -> bool:
                 "(N,), or a list of batches"
             )
         return True
+    if isinstance(data, Mapping):
+        raise TypeError(
+            f"data: a mapping with the keys {sorted(map(str, data))}; pass one of its datasets, "
+            "data['train'], or its tensors as a pair, (inputs, labels)"
+        )
     if isinstance(data, IterableDataset):
         raise TypeError("data: an IterableDataset gives single samples; wrap it in a DataLoader")
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
@@ -368,29 +376,3 @@ def _bounded(sampler: Iterable[int], count: int, name: str) -> list[int]:
     if len(numbers) > count or len(set(numbers)) != len(numbers):
         checks.fail("data", name, "this sampler repeats samples or never ends; pass the dataset")
     return sorted(numbers)
-
-
-def known_labels(dataset: Any) -> Tensor | None:
-    """Return the class indices of a dataset without reading its samples, where it has them."""
-    if isinstance(dataset, Subset):
-        labels = known_labels(dataset.dataset)
-        return None if labels is None else labels[list(dataset.indices)]
-    if isinstance(dataset, ConcatDataset):
-        parts = [known_labels(part) for part in dataset.datasets]
-        return None if None in [p if p is None else 0 for p in parts] else torch.cat(parts)  # type: ignore[arg-type]
-    if isinstance(dataset, (list, tuple, IterableDataset)):
-        return None
-    if type(dataset) is TensorDataset:
-        found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
-    else:
-        found = next(
-            (v for n in ("labels", "targets") if (v := getattr(dataset, n, None)) is not None), None
-        )
-    try:
-        labels = torch.as_tensor(
-            np.asarray(found) if isinstance(found, list) else found, device="cpu"
-        )
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    fits = labels.ndim == 1 and len(labels) == len(dataset) and labels.dtype != torch.bool
-    return labels if fits and not (labels.is_floating_point() or labels.is_complex()) else None

@@ -20,6 +20,7 @@ SAYS = {
     "construction": "what all constructed datasets share",
     "datasets": "constructed datasets, in memory or on disk",
     "attacks": "one file an attack",
+    "labels": "the labels that a dataset keeps apart",
     "loading": "any dataset or loader as indexed samples",
     "model": "the only code that touches a user's module",
     "plots": "figures",

@@ -26,6 +26,7 @@ LEVELS = [
     {"plots", "progress", "results", "pages"},
     {"statistics"},
     {"model", "class_correlation"},
+    {"labels"},
     {"loading"},
     {"attacks"},
     {"datasets"},

@@ -81,7 +81,8 @@ def misleading_gradients(
 
     The margin's gradient predicts how it changes when every feature moves by ``size`` up or down,
     at random. Without masking, predictions and changes correlate by more than 0.9. What is below
-    the resolution of float32, or lost in a random model's noise, is not counted as misleading.
+    the resolution of the model's own type, or lost in a random model's noise, is not counted as
+    misleading.
 
     Returns
     -------
@@ -107,6 +108,6 @@ def misleading_gradients(
     agrees &= (wanted <= _LARGEST_RATIO * seen) & (seen <= _LARGEST_RATIO * wanted)
     again = (objective(net.logits(inputs)) - margin).abs().double()
     largest = logits.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax(1).double()
-    resolution = _ROUNDINGS * torch.finfo(logits.dtype).eps * largest
+    resolution = _ROUNDINGS * max(torch.finfo(logits.dtype).eps, net.rounding) * largest
     unclear = (again > _NOISE * seen / _DIRECTIONS**0.5) | (wanted.maximum(seen) <= resolution)
     return (gradient == 0).all(1) | ~(agrees | unclear), margin

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from advfeat import checks
-from advfeat.loading import Source, known_labels
+from advfeat.labels import known_labels
+from advfeat.loading import Source
 from advfeat.threat import FeatureBounds
 
 

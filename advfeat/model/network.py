@@ -87,6 +87,10 @@ class Network:
         example = next((t for t in _tensors(module) if t.is_floating_point()), None)
         self.device = None if example is None else example.device
         self.dtype = None if example is None else example.dtype
+        types = {t.dtype for t in _tensors(module) if t.is_floating_point() and t.itemsize > 1}
+        # Size of a rounding in the coarsest type of the module, as a fraction.
+        self.rounding = max((torch.finfo(t).eps for t in types), default=0.0)
+        self._takes_straight_through = True
         self._has_float16 = any(t.dtype == torch.float16 for t in _tensors(module))
         self.low_precision = precision == "bfloat16"
         self._has_convolution = any(isinstance(m, CONVOLUTIONS) for m in module.modules())
@@ -274,8 +278,13 @@ class Network:
         return output
 
     def _straight_through_logits(self, inputs: Tensor, low_precision: bool) -> Tensor:
-        with StraightThroughMode():
-            return self._logits(inputs, low_precision)
+        if self._takes_straight_through:
+            try:
+                with StraightThroughMode():
+                    return self._logits(inputs, low_precision)
+            except Exception:  # of operations that the mode does not know; others fail again
+                self._takes_straight_through = False
+        return self._logits(inputs, low_precision)
 
     def _features(self, inputs: Tensor, low_precision: bool) -> Tensor:
         return self._mean_of_draws(self._features_once, inputs, low_precision)

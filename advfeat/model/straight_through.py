@@ -40,6 +40,7 @@ _SHIFT = {Tensor.__rshift__: 0.5, torch.bitwise_right_shift: 0.5}
 _SHIFT |= {Tensor.__lshift__: 2.0, torch.bitwise_left_shift: 2.0}
 _ARGMAX, _ARGMIN = _methods("argmax"), _methods("argmin")
 _DETACH = _methods("detach")
+_TO_NUMPY: set[Any] = {Tensor.numpy, Tensor.__array__}
 _SHAPE_ONLY = _methods(
     "reshape", "flatten", "unsqueeze", "squeeze", "permute", "transpose", "movedim", "expand_as"
 ) | {Tensor.view, Tensor.expand, Tensor.contiguous}
@@ -76,6 +77,9 @@ class StraightThroughMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _DETACH:
             return args[0]
+        if func in _TO_NUMPY:  # which takes detached tensors alone, and `detach` has left this one
+            with torch._C.DisableTorchFunction():
+                return func(args[0].detach(), *args[1:], **kwargs)
         if func in _SAWTOOTH:
             return func(args[0].detach(), *args[1:], **kwargs)
         if func in _ROUND:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from advfeat import checks
-from advfeat.loading import Data, Source, known_labels, unpack
+from advfeat.labels import known_labels
+from advfeat.loading import Data, Source, unpack
 from advfeat.threat import Bounds
 
 # Names a sample, of its index and its position in the batch.
@@ -127,6 +128,8 @@ def _is_plain(inputs: object, labels: object) -> bool:
     if not (isinstance(inputs, Tensor) and isinstance(labels, Tensor)):
         return False
     if not inputs.is_floating_point() or inputs.ndim < 2 or not inputs.numel() or inputs.is_meta:
+        return False
+    if inputs.layout != torch.strided or inputs.is_nested:
         return False
     if labels.shape[:1] != inputs.shape[:1] or labels.device != inputs.device:
         return False

@@ -128,8 +128,8 @@ def fit(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and the usual cause. Labels that a dataset keeps in
-        ``labels`` or ``targets`` are checked before the first step, others in their batch; a bad
+        Naming the argument, its value and the usual cause. Labels that a dataset keeps
+        apart from its samples are checked before the first step, others in their batch; a bad
         sample is named by its index.
     FloatingPointError
         Where training diverges, naming epoch, step and learning rate. ``last.pt`` stays as it was

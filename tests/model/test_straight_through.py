@@ -1,9 +1,11 @@
 """Straight-through gradients: values stay, and each operation has the slope of its neighbour."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from advfeat.model import attackable
 from advfeat.model.straight_through import StraightThroughMode
 
 GRID = torch.linspace(0, 1, 9)
@@ -79,3 +81,23 @@ def test_a_mask_that_keeps_the_largest_passes_its_own_gradient_too():
     torch.testing.assert_close(
         torch.autograd.grad(output.sum(), x)[0], torch.tensor([[0.2, 1.9, 1.7]])
     )
+
+
+def test_a_detached_tensor_goes_to_numpy():
+    x = torch.rand(4, requires_grad=True)
+    with StraightThroughMode():
+        assert (x.detach().numpy() == np.asarray(x.detach())).all()
+
+
+def test_a_model_that_fails_in_the_mode_is_called_without_it():
+    class Picky(torch.nn.Linear):
+        def forward(self, x):
+            if hasattr(x > 0.5, "_advfeat_soft"):
+                raise RuntimeError("an operation that the mode does not know")
+            return super().forward(x)
+
+    x = torch.rand(4, 3)
+    with attackable(Picky(3, 2)) as net:
+        found = net.logits_gradient(x, lambda z: z[:, 0], straight_through=True)
+        assert torch.equal(found.gradient, net.logits_gradient(x, lambda z: z[:, 0]).gradient)
+        assert found.gradient.abs().sum() > 0

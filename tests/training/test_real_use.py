@@ -1019,6 +1019,26 @@ class Slow(Dataset):
         return self.data[index]
 
 
+class Transformed(Slow):
+    """Passes the samples of another dataset on."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.dataset = data
+
+
+class Folder(Slow):
+    """Keeps paths and classes, as torchvision's ImageFolder does."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.samples = [(f"{n}.png", int(y)) for n, y in enumerate(data.tensors[1])]
+
+
+class Named(TensorDataset):
+    pass
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -1026,6 +1046,12 @@ class Slow(Dataset):
         lambda d: DataLoader(d, 32, shuffle=True),
         lambda d: Subset(d, range(1200)),
         lambda d: torch.utils.data.ConcatDataset([d, blobs()]),
+        Transformed,
+        Folder,
+        lambda d: Named(*d.tensors),
+        lambda d: Subset(Transformed(Folder(d)), torch.arange(1200)),
+        lambda d: torch.utils.data.StackDataset(*d.tensors),
+        lambda d: torch.utils.data.StackDataset(x=d.tensors[0], y=d.tensors[1]),
     ],
 )
 @pytest.mark.parametrize(("label", "message"), [(7, "3 classes"), (-1, "start at 0")])
@@ -1033,6 +1059,18 @@ def test_a_bad_label_is_found_before_any_step_and_named(wrap, label, message):
     steps = []
     with pytest.raises(ValueError, match=rf"labels\[1000\]={label}: .*{message}"):
         af.fit(linear(), wrap(spoiled(1000, label=label)), epochs=1, on_step=steps.append)
+    assert steps == []
+
+
+def test_a_bad_label_in_a_column_of_hugging_face_is_found_before_any_step():
+    datasets = pytest.importorskip("datasets")
+    if not hasattr(datasets, "Dataset"):
+        pytest.skip("another package of this name")
+    x, y = spoiled(1000, label=7).tensors
+    data = datasets.Dataset.from_dict({"x": x.tolist(), "label": y.tolist()}).with_format("torch")
+    steps = []
+    with pytest.raises(ValueError, match=r"labels\[1000\]=7"):
+        af.fit(linear(), data, epochs=1, on_step=steps.append)
     assert steps == []
 
 

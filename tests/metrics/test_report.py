@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import advfeat as af
 from advfeat import pages
 from advfeat.attacks import PGD, Square
-from advfeat.metrics import Report
+from advfeat.metrics import Diagnosis, Report
+from advfeat.metrics._diagnose import Finding
 from advfeat.metrics._report._budget import Budget
 from advfeat.metrics._report._provenance import size_text
 from advfeat.metrics._report._samples import Drawn
+from advfeat.metrics._report._verdict import _of_checks
 
 
 def points(count=40, classes=3, features=5, seed=0):
@@ -51,6 +53,7 @@ def test_the_numbers_are_those_of_a_linear_model(found):
     assert sum(each.robust.total for each in found.classes) == 40
     assert sum(each.robust.count for each in found.classes) == found.robust.count
     assert found.left_out == ()
+    assert ("may be lower" in found.verdict.summary) == (found.verdict.reliability != "green")
     # The same model twice: what fools one fools the other.
     assert found.transfer.fooled[0, 1] == found.transfer.fooled[0, 0]
 
@@ -96,7 +99,7 @@ def test_images_are_shown_as_they_are(tmp_path):
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 3 * len(
         found.examples
     )
-    assert found.examples
+    assert 0 < len(found.examples) <= 6
 
 
 class Rounded(nn.Module):
@@ -114,6 +117,22 @@ def test_a_model_without_gradients_gets_no_green_light():
     assert found.verdict.reliability == "red"
     assert found.verdict.light == "red"
     assert any("zero_gradients" in text for _, text in found.verdict.reasons)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "light"),
+    [
+        ("zero_gradients", 0.6, "red"),
+        ("zero_gradients", 0.4, "yellow"),
+        ("more_steps_help", 0.6, "yellow"),
+        ("random_predictions", 0.1, "red"),
+    ],
+)
+def test_the_light_of_a_finding_is_by_its_name_and_value(name, value, light):
+    finding = Finding(name, value, 0.01, "samples", "do this")
+    ((found, text),) = _of_checks(Diagnosis({name: finding}))
+    assert found == light
+    assert name in text
 
 
 def test_an_untrained_model_is_no_result():
@@ -135,6 +154,7 @@ def test_one_attack_is_a_warning_and_robustness_unconfirmed():
     assert [type(each) for each in found.robust.attacks] == [PGD]
     assert found.verdict.reliability == "yellow"
     assert found.verdict.word("robustness") == "robust, but unconfirmed"
+    assert "may be lower" in found.verdict.summary
 
 
 class Slow(First):

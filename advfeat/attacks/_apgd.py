@@ -48,7 +48,7 @@ class APGDState(NamedTuple):
     value_max: Tensor  # (N,)
     last_value: Tensor  # (N,) objective at the previous iterate
     rises: Tensor  # (N,) int64, steps since the last checkpoint that raised the objective
-    checkpoint_value: Tensor  # (N,) peak value at the last checkpoint
+    checkpoint_value: Tensor  # (N,) largest value at the last checkpoint
     reduced: Tensor  # (N,) bool, whether that checkpoint reduced the step size
     support: Tensor  # (N,) entries that the l1 perturbation used at the last checkpoint
     x_best: Tensor  # (N, ...) what is returned
@@ -197,8 +197,8 @@ class APGD(Attack):
 
     def _objective(self, state: APGDState) -> Callable[[Tensor], Tensor]:
         if not self.targets:
-            climbed = losses.objective(self.loss, state.labels, self.targeted)
-            return lambda logits: checks.objective(climbed(logits), logits)
+            objective = losses.objective(self.loss, state.labels, self.targeted)
+            return lambda logits: checks.objective(objective(logits), logits)
         turn = (state.step // self._round).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, turn[:, None]).squeeze(1)
         return lambda logits: checks.objective(

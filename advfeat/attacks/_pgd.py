@@ -191,8 +191,8 @@ class PGD(Attack):
         return net.logits_gradient(state.current, self._objective(state))
 
     def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
-        climbed = losses.objective(self.loss, state.labels, self.targeted)
-        return lambda logits: checks.objective(climbed(logits), logits)
+        objective = losses.objective(self.loss, state.labels, self.targeted)
+        return lambda logits: checks.objective(objective(logits), logits)
 
     def _settled(self, net: Network, state: PGDState) -> PGDState:
         logits = net.logits(state.current)

@@ -158,8 +158,8 @@ class SmoothedPGD(Attack):
         return len(self.scales) * self.steps
 
     def _objective(self, labels: Tensor) -> Callable[[Tensor], Tensor]:
-        climbed = losses.objective(self.loss, labels, self.targeted)
-        return lambda logits: checks.objective(climbed(logits), logits)
+        objective = losses.objective(self.loss, labels, self.targeted)
+        return lambda logits: checks.objective(objective(logits), logits)
 
     def _remaining(self, state: SmoothedPGDState) -> Tensor:
         """Fraction of its run that each sample still has before it, ``(N,)``, from 1 to 1/steps."""

@@ -26,7 +26,7 @@ class AttackStep(NamedTuple):
     step
         Steps taken before, from 0.
     loss
-        The objective that is climbed.
+        The objective that is maximized.
     gradient_norm
         l2 norm of its gradient by the inputs.
     success

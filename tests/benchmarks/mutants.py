@@ -59,7 +59,7 @@ TESTS = {
         for part in ("budget", "contents", "examples", "fields", "result", "samples", "verdict")
     },
     "analysis/_alignment.py": ["test_analysis_alignment.py"],
-    "analysis/_features.py": ["test_analysis_usefulness.py"],
+    "analysis/_features.py": ["test_analysis_alignment.py", "test_analysis_usefulness.py"],
     "analysis/_gaussian.py": ["test_analysis_gaussian.py"],
     "analysis/_gaussian_study.py": ["test_analysis_gaussian.py"],
     "analysis/_leakage.py": ["test_analysis_leakage.py"],
@@ -279,7 +279,7 @@ class Copy:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--named", action="store_true", help="the changes to APGD by name")
-    parser.add_argument("--files", nargs="*", default=list(TESTS), help="modules to change")
+    parser.add_argument("--files", nargs="*", default=[""], help="modules or packages to change")
     parser.add_argument("--sample", type=int, default=200, help="how many mutants of all of them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="without the tests marked slow")
@@ -290,9 +290,10 @@ def main() -> None:
     if options.named:
         chosen = every = named_mutants()
     else:
-        every = [mutant for file in options.files for mutant in mutants_of(file)]
+        files = [file for file in TESTS if file.startswith(tuple(options.files))]
+        every = [mutant for file in files for mutant in mutants_of(file)]
         chosen = random.Random(options.seed).sample(every, min(options.sample, len(every)))
-        chosen.sort(key=lambda mutant: options.files.index(mutant.file))
+        chosen.sort(key=lambda mutant: files.index(mutant.file))
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         checkout = Copy(folder, options.path, options.fast)

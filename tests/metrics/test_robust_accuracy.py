@@ -187,9 +187,14 @@ def test_the_same_seed_gives_the_same_result_and_another_another(standard, digit
 def test_an_ensembles_own_seed_is_that_of_the_call(standard, digits):
     rows = subset(digits, 40)
     ball = {"eps": 0.06, "norm": "linf", "version": "fast"}
-    inside = robust_accuracy(standard, rows, attack=AutoAttack(**ball, seed=3), keep_inputs=True)
-    outside = robust_accuracy(standard, rows, attack=AutoAttack(**ball), seed=3, keep_inputs=True)
+    inside, outside, other = (
+        robust_accuracy(
+            standard, rows, attack=AutoAttack(**ball, **own), seed=seed, keep_inputs=True
+        )
+        for own, seed in (({"seed": 3}, None), ({}, 3), ({}, 4))
+    )
     assert torch.equal(inside.adversarial, outside.adversarial)
+    assert not torch.equal(inside.adversarial, other.adversarial)
 
 
 @pytest.mark.slow

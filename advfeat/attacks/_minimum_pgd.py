@@ -46,6 +46,7 @@ class MinimumPGDState(NamedTuple):
     keys: Tensor  # (N,) int64, random keys
     classes: Tensor  # (N, T) int64, the classes to aim at
     slopes: Tensor  # (N, T) what each class's logit gains in a step of unit norm to it; 0 unknown
+    linear: Tensor  # (N,) distance of the nearest class by the gradients at the input
     target: Tensor  # (N,) int64, the class aimed at now
     step: Tensor  # (N,) int64, steps taken
     current: Tensor  # (N, ...)
@@ -127,6 +128,7 @@ class MinimumPGD(MinimumNorm):
             keys=seeding.keys(seeding.resolve(self.seed), batch.ids) if seeded else batch.ids,
             classes=classes,
             slopes=(gaps / distances).nan_to_num(0.0, 0.0, 0.0),
+            linear=distances.amin(1),
             target=classes.gather(1, nearest).squeeze(1),
             step=torch.zeros_like(labels),
             current=inputs,
@@ -214,6 +216,29 @@ class MinimumPGD(MinimumNorm):
             velocity=torch.where(chosen, 0.0, state.velocity),
             radius=torch.where(over, state.radius.minimum(state.distance), state.radius),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinimumPGDOnMaskedGradients(MinimumPGD):
+    """Minimum-norm PGD with further restarts where gradients are masked.
+
+    A sample takes the restarts after the second only if those two have found a point at less than
+    ``masking_ratio`` times the distance that the gradients at the input predict. Without masking,
+    points are rarely nearer than predicted. A stage of ensembles.
+
+    Examples
+    --------
+    >>> MinimumPGDOnMaskedGradients(norm="l1", eps=1.0).restarts
+    8
+    """
+
+    restarts: int = 8
+    masking_ratio: float = 0.7
+
+    def finished(self, state: MinimumPGDState) -> Tensor:
+        """Samples as of `MinimumPGD`, and after two restarts those without masking."""
+        sound = ~(state.distance < self.masking_ratio * state.linear)
+        return super().finished(state) | (sound & (state.step >= 2 * self._round))
 
 
 def minimum_pgd(

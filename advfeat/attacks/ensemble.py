@@ -13,7 +13,7 @@ from typing_extensions import Self
 from advfeat import checks, seeding
 from advfeat.attacks._apgd import APGD
 from advfeat.attacks._fab import FAB
-from advfeat.attacks._minimum_pgd import MinimumPGD
+from advfeat.attacks._minimum_pgd import MinimumPGDOnMaskedGradients
 from advfeat.attacks._smoothed import SmoothedPGD
 from advfeat.attacks._square import Square
 from advfeat.attacks.base import Attack, prepare_batch
@@ -105,7 +105,8 @@ class AutoAttack:
         ball = self._ball
         if self.norm == "l1":
             # Which optimum a run ends in is chance in l1: it takes more starts. Noise on the way
-            # to the closest point finds more than noise in the whole ball there.
+            # to the closest point finds more than noise in the whole ball there, the more so from
+            # more starts.
             return (
                 APGD(**ball, steps=30, returns="first"),
                 APGD(
@@ -119,7 +120,7 @@ class AutoAttack:
                 APGD(**ball, steps=30, loss="margin", restarts=8, returns="first"),
                 APGD(**ball, steps=30, loss="dlr", restarts=4, returns="first"),
                 SquareOnMisleadingGradients(**ball, queries=_QUERIES),
-                MinimumPGD(**ball, restarts=2),
+                MinimumPGDOnMaskedGradients(**ball),
                 self._smoothed(steps=120, scales=_SCALES[:3], masking_ratio=_MASKING_RATIO_L1),
             )
         return (

@@ -204,7 +204,7 @@ def robust_accuracy(
             still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
             unmoved += int(still.sum())
     unmoved, zero = shared.sum(unmoved), shared.sum(bad_gradients.zero)
-    misleading = shared.sum(bad_gradients.misleading)
+    misled = shared.sum(bad_gradients.misleading), shared.sum(bad_gradients.checked)
     broken_by = torch.full_like(clean.index, WRONG)
     value = torch.full(broken_by.shape, torch.nan, dtype=torch.float32, device="cpu")
     found_at = places(clean.index, tensor(ids))
@@ -221,7 +221,7 @@ def robust_accuracy(
     robust.standard, robust.attacks = Accuracy.of(right, index), attacks
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = None if inputs is None else inputs.contiguous()
-    signs = masking_signs(attacks, broken_by, zero, misleading)
+    signs = masking_signs(attacks, broken_by, zero, *misled)
     for topic, sign in signs.items():
         checks.warn(f"robust accuracy {float(robust):.4f} may be too high: {sign}", topic=topic)
     robust.warnings = tuple(signs.values())

@@ -8,7 +8,9 @@ from torch import nn
 from toys import NORMS, SHAPES, WIDE, batch, curved, linear, predicted, sizes
 
 from advfeat.attacks import FAB, FMN, MinimumPGD, minimum_pgd
+from advfeat.attacks._minimum_pgd import MinimumPGDOnMaskedGradients
 from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.pool import attack_batch
 from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.model import attackable
 
@@ -219,3 +221,30 @@ def test_the_seed_decides_and_the_global_random_state_is_untouched():
 def test_bad_settings_raise(options, argument):
     with pytest.raises((ValueError, TypeError), match=f"^{argument}="):
         MinimumPGD(**options)
+
+
+def test_only_samples_nearer_than_predicted_take_further_restarts():
+    class Bent(nn.Module):
+        """Class 1 is reached at half of what the gradient at the inputs (4 x 0.5) predicts."""
+
+        def forward(self, x):
+            total = x.flatten(1).sum(1) - 2
+            lead = total + 30 * torch.relu(total - 0.2) - 1
+            return torch.stack([-lead, lead], 1)
+
+    class Straight(Bent):
+        def forward(self, x):
+            lead = x.flatten(1).sum(1) - 3
+            return torch.stack([-lead, lead], 1)
+
+    x, y = torch.full((3, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+
+    def steps(model):
+        # Too small a ball: nothing ends the search but its own rule.
+        attack = MinimumPGDOnMaskedGradients(eps=0.01, norm="l1", steps=10, restarts=4, seed=0)
+        with attackable(model) as net:
+            batch = prepare_batch(net, x, y, None, (0.0, 1.0))
+            return attack_batch(attack, net, batch).step.tolist()
+
+    assert steps(Straight()) == [22, 22, 22]
+    assert steps(Bent()) == [44, 44, 44]

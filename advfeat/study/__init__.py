@@ -1,6 +1,7 @@
 """The whole paper in one call, on the user's own model and data; every stage can be resumed."""
 
-from advfeat.study._calibrate import Calibration, calibrate
+from advfeat.study._calibrate import calibrate
+from advfeat.study._calibration import Calibration
 from advfeat.study._comparison import Comparison
 from advfeat.study._recipe import Recipe
 from advfeat.study._result import Study

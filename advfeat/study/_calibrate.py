@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +14,7 @@ from advfeat.loading import Data
 from advfeat.metrics import accuracy
 from advfeat.model import Precision
 from advfeat.progress import Meter
-from advfeat.results import Result
-from advfeat.statistics import Estimate
+from advfeat.statistics import Estimate, paired_difference
 from advfeat.study._advice import (
     GOOD_SUCCESS,
     LEAST_ACCURACY,
@@ -25,6 +23,7 @@ from advfeat.study._advice import (
     MOST_CONTROL_SUCCESS,
     MOST_DISTANCE,
 )
+from advfeat.study._calibration import Calibration
 from advfeat.study._data import dataset_of
 from advfeat.study._pilot import (
     BATCH,
@@ -35,11 +34,8 @@ from advfeat.study._pilot import (
     Reached,
     epochs_for,
     serving,
-    shift_batch,
-    warmup_for,
 )
-from advfeat.study._recipe import Recipe
-from advfeat.tables import Table, table
+from advfeat.tables import table
 from advfeat.threat import Bounds, Norm
 
 _RADII = (0.25, 0.375, 0.5, 0.75, 1.0, 1.25, 1.5)  # of evaluation, as multiples of eps
@@ -51,90 +47,6 @@ _WORTHWHILE = 0.02  # accuracy that a smaller ball, or a lower rate, must gain
 _LOWER, _HIGHER = 0.3, 3.0  # other rates, as multiples
 _LEARNED = 0.5  # of the standard accuracy: a robust model below it has not learned at all
 _ACCURATE = 0.9  # a standard model for which no lower rate is tried
-
-
-@dataclass(frozen=True, repr=False)
-class Calibration(Result):
-    """What `calibrate` chose, and why.
-
-    Attributes
-    ----------
-    choices
-        The settings chosen, plain numbers by name.
-    reasons
-        One sentence for each choice, with the number behind it.
-    warnings
-        Where these data, or this model, lack what the paper found: the number and what it means.
-    tables
-        What was measured, by its title.
-    seconds
-        How long it took.
-    """
-
-    choices: Mapping[str, Any]
-    reasons: tuple[str, ...]
-    warnings: tuple[str, ...]
-    tables: Mapping[str, str]
-    seconds: float
-
-    @property
-    def at(self) -> tuple[float, ...]:
-        """Radii to report at."""
-        return tuple(self.choices["at"])
-
-    def recipe(self, *, samples: int | None = None) -> Recipe:
-        """The study's settings.
-
-        Parameters
-        ----------
-        samples
-            As in `Recipe`.
-        """
-        c = self.choices
-        inversion = {
-            "steps": c["steps"],
-            "step_size": c["step_size"],
-            "momentum": MOMENTUM,
-            "starts": c["starts"],
-        }
-        targeted = {"eps": c["targeted_eps"], "steps": 20}
-        light = {"augment": shift_batch if c["images"] else None, "epochs": c["epochs"]}
-        return Recipe(
-            standard={"lr": c["lr"], "schedule": "one_cycle", **light},
-            robust={
-                "eps": c["eps"],
-                "steps": 3,
-                "step_size": c["eps"] / 2,
-                "lr": c["robust_lr"],
-                "warmup": warmup_for(c["epochs"]),
-            },
-            sets={
-                "D_R": inversion,
-                "D_R control": {},
-                "D_NR": inversion,
-                "D_rand": targeted,
-                "D_rand control": {},
-                "D_det": targeted,
-                "D_det control": {},
-            },
-            fresh={"D_rand": {"lr": c["lr"] / 5}, "D_det": {"lr": c["targeted_lr"]}},
-            samples=samples,
-        )
-
-    def _summary(self) -> str:
-        return f"{len(self.choices)} settings chosen, {len(self.warnings)} warnings"
-
-    def __str__(self) -> str:
-        """What was measured, what was chosen and why, and what these data lack."""
-        parts = [f"{title}\n{text}" for title, text in self.tables.items()]
-        parts.append("\n".join(f"- {text}" for text in self.reasons))
-        parts += [f"Warning: {text}" for text in self.warnings]
-        return "\n\n".join(parts)
-
-    def _content(self) -> Sequence[str | Table]:
-        choices = [(name, str(value)) for name, value in self.choices.items()]
-        warnings = [f"Warning: {text}" for text in self.warnings]
-        return [Table(("setting", "chosen"), choices), *self.reasons, *warnings]
 
 
 def calibrate(
@@ -324,7 +236,10 @@ class _Choice:
             if rates[1] > 2 * MOST_CONTROL_SUCCESS:
                 break
         made = {radius: self.pilot.targeted(standard, robust, radius) for radius in serving(found)}
-        trials = {radius: self.pilot.try_targeted(both, lr) for radius, both in made.items()}
+        taught = {
+            radius: [self.pilot.taught(each, lr) for each in both] for radius, both in made.items()
+        }
+        trials = {radius: paired_difference(both[0], both[1]) for radius, both in taught.items()}
         radius = max(trials, key=lambda radius: trials[radius].value)
         self.tables["Targets reached, held out, and D_det - D_det control in a trial"] = table(
             (self.pilot.norm, "standard", "robust", "trial"),
@@ -333,10 +248,15 @@ class _Choice:
         _, on, off = next(each for each in found if each.radius == radius)
         text = f"{on:.0%} reach their target on the standard model and {off:.0%} on the robust one"
         self.reasons.append(f"targeted perturbations in {self.pilot.norm} {radius:g}: {text}")
-        trial, faster = trials[radius], self.pilot.try_targeted(made[radius], _HIGHER * lr)
-        if faster.value >= trial.value + _WORTHWHILE:
-            trial, lr = faster, _HIGHER * lr
-        self._report_trial("D_det", trial, f"accuracy, learning rate {lr:g}")
+        self._report_trial("D_det", trials[radius], "accuracy")
+        slow, fast = (
+            float(right.double().mean())
+            for right in (taught[radius][0], self.pilot.taught(made[radius][0], _HIGHER * lr))
+        )
+        text = f"it teaches {slow:.1%} at a rate of {lr:g} and {fast:.1%} at {_HIGHER * lr:g}"
+        if fast >= slow + _WORTHWHILE:
+            lr *= _HIGHER
+        self.reasons.append(f"learning rate on D_det {lr:g}: {text}")
         if on < GOOD_SUCCESS or off > MOST_CONTROL_SUCCESS:
             weak = "can hardly teach" if on < LEAST_SUCCESS else "may teach less than they could"
             self.warnings.append(

@@ -14,7 +14,7 @@ from advfeat import checks
 from advfeat.datasets import ConstructedDataset
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.study._advice import advise, widest_gaps
-from advfeat.study._calibrate import Calibration
+from advfeat.study._calibration import Calibration
 from advfeat.study._claims import Claim, Outcomes, judge
 from advfeat.study._data import commonest, from_text
 from advfeat.study._plan import PLANS

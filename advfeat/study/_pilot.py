@@ -132,15 +132,10 @@ class Pilot:
         some = Subset(self.train, range(min(len(self.train), _TRIED[1])))
         return self._targeted(standard, some, eps), self._targeted(robust, some, eps)
 
-    def try_targeted(
-        self, both: tuple[ConstructedDataset, ConstructedDataset], lr: float
-    ) -> Estimate:
-        """The accuracy that D_det teaches minus what its control does."""
-        own, other = (
-            accuracy(self._learned(made, len(made), lr), self.held_out, progress=False).correct
-            for made in both
-        )
-        return paired_difference(own, other)
+    def taught(self, made: ConstructedDataset, lr: float) -> Tensor:
+        """Which held-out samples a fresh model has right that learned from a dataset."""
+        model = self._learned(made, len(made), lr)
+        return accuracy(model, self.held_out, progress=False).correct
 
     def _fresh(self) -> nn.Module:
         device = torch.device("cpu" if self.device is None else self.device)

@@ -17,7 +17,7 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.results import Result
-from advfeat.study._calibrate import Calibration
+from advfeat.study._calibration import Calibration
 from advfeat.study._claims import Claim, claims_as_table, claims_table
 from advfeat.study._comparison import Comparison, compare
 from advfeat.study._data import plain

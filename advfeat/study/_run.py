@@ -15,7 +15,8 @@ from advfeat import checks, distributed
 from advfeat.loading import Data
 from advfeat.model import Precision
 from advfeat.progress import Meter
-from advfeat.study._calibrate import Calibration, calibrate
+from advfeat.study._calibrate import calibrate
+from advfeat.study._calibration import Calibration
 from advfeat.study._data import dataset_of, plain
 from advfeat.study._findings import Run
 from advfeat.study._recipe import Recipe

@@ -3,7 +3,7 @@
 from advfeat.model.access import device_of, innermost, logit_candidates, logits_of, unwrapped
 from advfeat.model.extras import ExtraArguments, Extras
 from advfeat.model.folding import rare_comparisons
-from advfeat.model.formats import Precision
+from advfeat.model.formats import Precision, without_autocast
 from advfeat.model.freezing import buffers_kept
 from advfeat.model.inspection import Purpose
 from advfeat.model.layers import Layer, find_layer
@@ -33,4 +33,5 @@ __all__ = [
     "rare_comparisons",
     "trainable",
     "unwrapped",
+    "without_autocast",
 ]

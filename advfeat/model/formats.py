@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeAlias
 
 import torch
@@ -80,6 +81,13 @@ def supports_bfloat16(device: torch.device) -> bool:
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return True
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Against the user's own autocast, which would decide the precision of a backward pass too."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -27,13 +27,23 @@ Select: TypeAlias = Callable[[Tensor | slice], AbstractContextManager[None]]
 FromProbabilities: TypeAlias = Callable[[Tensor], Tensor]
 
 # What a call goes by: input gradients of logits, clean predictions alone, or a layer's activations.
-Purpose: TypeAlias = Literal["attack", "predictions", "features"]
+# "training" is that of predictions whose cross-entropy is trained on.
+Purpose: TypeAlias = Literal["attack", "predictions", "features", "training"]
 # Samples of the first batch that are inspected.
 INSPECTED = 32
 NO_GRADIENT = (
     "the model's output has no gradient by its input (detached, or computed outside autograd): "
     "gradient attacks cannot move, and robustness measured so means nothing; attack a "
     "differentiable version of the model, or use advfeat.attacks.Square"
+)
+_IN_ATTACKS = (
+    "the losses of attacks expect logits, and a softmax hides gradients. Their logarithm is "
+    "attacked here, which is exact where they are not rounded to 0 or 1; return the logits, the "
+    "values before the softmax or sigmoid, to be sure"
+)
+_IN_TRAINING = (
+    "the cross-entropy takes the softmax itself, and learns slowly from a second one. Return the "
+    "logits, the values before the softmax or sigmoid, or pass loss="
 )
 # Functions whose values are between 0 and 1, by autograd's name, and those that become so by a
 # shift, or by their own limits.
@@ -107,8 +117,10 @@ def inspect_module(
                 _warn_of_several_outputs(outputs)
                 _warn_of_nan(outputs)
             from_probabilities = None
+            if purpose == "training":
+                _find_probabilities(forward, outputs, _IN_TRAINING)
             if purpose == "attack":
-                from_probabilities = _find_probabilities(forward, outputs)
+                from_probabilities = _find_probabilities(forward, outputs, _IN_ATTACKS)
                 if from_probabilities is not None:
                     outputs = outputs._replace(logits=from_probabilities(outputs.logits))
                 _warn_of_rounded_margins(outputs)
@@ -225,7 +237,9 @@ def _rounding(module: nn.Module, outputs: _Outputs) -> Tensor:
     return 1e-4 * (finite.amax(1) - finite.amin(1)) + 8 * eps * finite.abs().amax(1)
 
 
-def _find_probabilities(forward: Forward, outputs: _Outputs) -> FromProbabilities | None:
+def _find_probabilities(
+    forward: Forward, outputs: _Outputs, advice: str
+) -> FromProbabilities | None:
     """Warn of outputs that are probabilities, and return what makes logits of them."""
     if not _are_distributions(outputs.logits, outputs):
         found = _to_logit if _are_single_probabilities(outputs) else None
@@ -240,10 +254,7 @@ def _find_probabilities(forward: Forward, outputs: _Outputs) -> FromProbabilitie
         kind = "not negative, with a constant sum"
     if found is not None:
         checks.warn(
-            f"the model returns probabilities ({kind}), not logits: the losses of attacks expect "
-            "logits, and a softmax hides gradients. Their logarithm is attacked here, which is "
-            "exact where they are not rounded to 0 or 1; return the logits, the values before "
-            "the softmax or sigmoid, to be sure",
+            f"the model returns probabilities ({kind}), not logits: {advice}",
             topic="probabilities",
         )
     return found

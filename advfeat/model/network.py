@@ -414,8 +414,8 @@ def attackable(
     straight_through
         Let gradients of `Network.features` pass the last ReLU before the layer unchanged.
     purpose
-        What `Network.inspect` warns of: what makes an attack doubtful, or ``"predictions"``, or a
-        layer's ``"features"``; nothing if None.
+        What `Network.inspect` warns of: what makes an attack doubtful, or ``"predictions"``, or
+        ``"training"``, or a layer's ``"features"``; nothing if None.
     expectation
         Logits, and their gradients, are means over so many calls of a random model.
     """

@@ -23,6 +23,8 @@ class CheckpointFolder:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"checkpoint={path!r}: expected the name of a folder")
+        if not os.fspath(path):
+            checks.fail("checkpoint", path, "expected the name of a folder; '.' is this one")
         self.path = Path(path).expanduser()
         if self.path.exists() and not self.path.is_dir():
             checks.fail("checkpoint", str(path), "expected a folder, and this is a file")
@@ -52,6 +54,11 @@ class CheckpointFolder:
                 f"checkpoint={str(file)!r}: cannot be read ({type(error).__name__}); cut off, or "
                 "written by something else? Remove the file to start the run anew"
             ) from error
+        if not (isinstance(state, dict) and "identity" in state):
+            raise OSError(
+                f"checkpoint={str(file)!r}: written by something else than this library; give "
+                "another folder"
+            )
         return state
 
     def write(self, state: State, name: str = "last.pt") -> None:

@@ -22,6 +22,11 @@ from advfeat.training._plan import Plan, as_called
 from advfeat.training._totals import StepResult
 from advfeat.training._weights import Average, perturbed
 
+_NO_GRADIENT = (
+    "model: the loss has no gradient by the weights: detached or computed under torch.no_grad in "
+    "forward or in loss=, or the logits are another part of the output: pass output="
+)
+
 
 class Learner:
     """Updates the weights of a model from batches, by a method of training."""
@@ -99,6 +104,8 @@ class Learner:
                 if weights is not None:
                     losses = losses * weights
                 total = losses.sum()
+                if not total.requires_grad:
+                    raise ValueError(_NO_GRADIENT)
                 (total * scale).backward()  # type: ignore[no-untyped-call]
             self._method.after_backward(example)
             hits = logits[-1].detach().argmax(1) == example.labels

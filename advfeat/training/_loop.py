@@ -16,7 +16,14 @@ from torch import Tensor
 from advfeat import checks, seeding
 from advfeat.distributed import on_one_rank
 from advfeat.durable import Termination
-from advfeat.model import ExtraArguments, attackable, rare_comparisons, trainable
+from advfeat.model import (
+    ExtraArguments,
+    attackable,
+    device_of,
+    rare_comparisons,
+    trainable,
+    without_autocast,
+)
 from advfeat.training._batch_checks import BatchChecks
 from advfeat.training._batches import BatchReader, TrainBatch
 from advfeat.training._history import History
@@ -47,7 +54,14 @@ _CHANCE_EPOCHS, _CHANCE_STEPS = 3, 30
 
 def train(settings: TrainingSettings, method_settings: MethodSettings) -> History:
     """Train a model; the one way from both public functions."""
-    with checks.warns_once(), make_plan(settings, method_settings) as plan:
+    with (
+        # What is on around the call is not meant for training.
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        without_autocast(device_of(settings.model)),
+        checks.warns_once(),
+        make_plan(settings, method_settings) as plan,
+    ):
         method = method_settings.method(settings, plan.seed)
         _check_closure(plan, method)
         return TrainingLoop(plan, method).run()
@@ -215,7 +229,9 @@ class TrainingLoop:
             model = self._plan.model
             if self._settings.output is None:
                 model = OutputInspector(model)
-            with attackable(model, purpose="predictions") as net:
+            # A loss of the user's own may well take probabilities.
+            plain = self._settings.loss is None
+            with attackable(model, purpose="training" if plain else "predictions") as net:
                 inputs = net.prepare(batch.inputs)
                 with net.given(batch.extras):
                     net.inspect(inputs, self._method.bounds)
@@ -328,7 +344,10 @@ def _is_floating(value: object) -> bool:
 def _augment(augment: Any, batch: TrainBatch) -> TrainBatch:
     """Augment inputs, or inputs and labels where ``augment`` takes both."""
     if not takes_labels(augment):
-        return batch._replace(inputs=augment(batch.inputs))
+        inputs = augment(batch.inputs)
+        if isinstance(inputs, Tensor) and inputs.shape[:1] != batch.labels.shape:
+            checks.fail("augment", tuple(inputs.shape), f"expected {len(batch.labels)} samples")
+        return batch._replace(inputs=inputs)
     targets = batch.labels if batch.targets is None else batch.targets
     found = augment(batch.inputs, targets)
     if not (isinstance(found, tuple) and len(found) == 2):

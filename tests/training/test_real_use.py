@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 import advfeat as af
+from advfeat.checks import ResultWarning
 from advfeat.distributed import SINGLE
 from advfeat.training import Options
 from advfeat.training._batch_checks import BatchChecks
@@ -1312,3 +1313,72 @@ def test_folding_is_compared_once_in_a_hundred_steps(monkeypatch):
             )
         counts.append(sum(reads.count.values()))
     assert counts[1] - counts[0] <= 30
+
+
+# --- What is on around the call, and what a model does to its own gradient ---
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+)
+def test_what_is_on_around_the_call_changes_nothing(around, adversarial):
+    settings = {"epochs": 1, "seed": 0, "batch_size": 20}
+    if adversarial:
+        settings |= {"eps": 0.1, "norm": "l2", "steps": 1}
+    run = af.adversarial_fit if adversarial else af.fit
+    plain, inside = linear(), linear()
+    run(plain, blobs(), **settings)
+    with around():
+        run(inside, blobs(), **settings)
+    assert torch.equal(plain.weight, inside.weight)
+
+
+class Ending(nn.Module):
+    def __init__(self, end):
+        super().__init__()
+        self.model, self.end = nn.Linear(3, 3), end
+
+    def forward(self, x):
+        return self.end(self.model(x))
+
+
+def test_a_loss_without_a_gradient_is_named():
+    with pytest.raises(ValueError, match="no gradient by the weights"):
+        af.fit(Ending(lambda z: z.detach()), blobs(), epochs=1)
+
+
+@pytest.mark.parametrize("end", [lambda z: z.softmax(1), torch.sigmoid])
+def test_probabilities_are_not_trained_as_logits_without_a_word(end):
+    with pytest.warns(ResultWarning, match="probabilities.*cross-entropy"):
+        af.fit(Ending(end), blobs(), epochs=1)
+
+
+def test_probabilities_may_have_a_loss_of_their_own():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        af.fit(
+            Ending(lambda z: z.softmax(1)),
+            blobs(),
+            epochs=1,
+            loss=lambda p, y: F.nll_loss(p.log(), y, reduction="none"),
+        )
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:2], lambda x: torch.cat([x, x])])
+def test_augment_keeps_the_number_of_samples(change):
+    with pytest.raises(ValueError, match=r"augment=.*samples"):
+        af.fit(linear(), blobs(), epochs=1, augment=change)
+
+
+def test_a_checkpoint_of_another_program_and_a_folder_without_a_name(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "last.pt")
+    with pytest.raises(OSError, match=r"last\.pt.*something else"):
+        af.fit(linear(), blobs(), epochs=1, checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="name of a folder"):
+        af.fit(linear(), blobs(), epochs=1, checkpoint="")

@@ -146,7 +146,7 @@ def test_no_kind_is_left_out():
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     elsewhere = {
-        "Calibration", "Claim", "Evidence", "FeatureUsefulness", "Study", "Report",
+        "Calibration", "Claim", "Comparison", "Evidence", "FeatureUsefulness", "Study", "Report",
         "ReportFields",
         "ClassAccuracy",
         "Example",

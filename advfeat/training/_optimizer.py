@@ -61,7 +61,8 @@ def has_modes(optimizer: Optimizer) -> bool:
 
 def needs_closure(optimizer: Optimizer) -> bool:
     """Whether ``step`` evaluates the loss again: LBFGS, and SAM in its common form."""
-    step = inspect.signature(optimizer.step).parameters.get("closure")
+    # Of the class: up to torch 2.4 a scheduler replaces the step of the instance by any arguments.
+    step = inspect.signature(type(optimizer).step).parameters.get("closure")
     if step is not None and step.default is inspect.Parameter.empty:
         return True
     return all(callable(getattr(optimizer, f"{nth}_step", None)) for nth in ("first", "second"))

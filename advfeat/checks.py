@@ -230,7 +230,8 @@ def inputs(value: object, bounds: FeatureBounds, name: str = "inputs") -> None:
             f"{name}: expected floating-point values, got {value.dtype}; {_float_advice(value)}"
         )
     if value.layout != torch.strided or value.is_nested:
-        fail(f"{name}.layout", value.layout, "expected a dense tensor; use x.to_dense()")
+        kind = "nested" if value.is_nested else value.layout
+        fail(f"{name}.layout", kind, "expected one dense tensor; use x.to_dense(), or pad")
     if value.ndim < 2:
         fail(f"{name}.shape", tuple(value.shape), "the first axis is the sample; add one: x[None]")
     if value.numel() == 0:
@@ -308,6 +309,8 @@ def labels(value: object, inputs: Tensor, name: str = "labels") -> None:
         )
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: expected integer class indices, got {value.dtype}; use .long()")
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch cannot compare
+        raise TypeError(f"{name}: {value.dtype} is not supported by torch; use .long()")
     if value.device != inputs.device:
         fail(f"{name}.device", str(value.device), f"the inputs are on {inputs.device}; move one")
     smallest = int(value.min())

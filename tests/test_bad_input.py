@@ -464,3 +464,30 @@ def test_a_bad_callback_is_refused_before_the_first_epoch():
         with pytest.raises(TypeError):
             fit(model, **bad)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "error", "message"),
+    [
+        (lambda x: x.to_sparse(), lambda y: y, ValueError, "to_dense"),
+        (lambda x: x.to(torch.complex64), lambda y: y, TypeError, "view_as_real"),
+        (lambda x: x, lambda y: y.to(torch.uint16), TypeError, r"uint16.*\.long"),
+        (lambda x: torch.arange(4), lambda y: y, TypeError, r"\(inputs, labels"),
+    ],
+)
+def test_tensors_of_unusual_types_are_named(inputs, labels, error, message):
+    x, y = torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
+    with pytest.raises(error, match=message):
+        af.pgd(torch.nn.Linear(3, 2), inputs(x), labels(y), eps=0.1, norm="l2")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"x": torch.rand(4, 3), "y": torch.zeros(4)}, r"mapping.*'x', 'y'"),
+        ([(torch.rand(4, 3),)], "without labels"),
+    ],
+)
+def test_data_without_labels_or_in_a_mapping_are_named(data, message):
+    with pytest.raises(TypeError, match=message):
+        af.accuracy(torch.nn.Linear(3, 2), data)

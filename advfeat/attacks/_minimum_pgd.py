@@ -229,10 +229,10 @@ class MinimumPGDOnMaskedGradients(MinimumPGD):
     Examples
     --------
     >>> MinimumPGDOnMaskedGradients(norm="l1", eps=1.0).restarts
-    8
+    16
     """
 
-    restarts: int = 8
+    restarts: int = 16
     masking_ratio: float = 0.7
 
     def finished(self, state: MinimumPGDState) -> Tensor:

@@ -99,7 +99,8 @@ def test_images_are_shown_as_they_are(tmp_path):
     assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 3 * len(
         found.examples
     )
-    assert 0 < len(found.examples) <= 6
+    for kind in ("fragile", "robust"):
+        assert 0 < sum(each.kind == kind for each in found.examples) <= 6
 
 
 class Rounded(nn.Module):

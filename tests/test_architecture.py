@@ -157,6 +157,7 @@ def test_only_what_must_be_installed_is_imported_at_run_time():
             assert package in (allowed | EXTRAS if inside else allowed), f"{path}: {name}"
 
 
+@pytest.mark.slow
 def test_the_package_imports_where_no_extra_is_installed():
     # None in sys.modules is how Python writes down that a module cannot be imported.
     code = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); import advfeat.study"

@@ -76,6 +76,7 @@ def test_the_blocks_of_the_page_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_evaluate_prints_and_writes_the_report(folder, capsys):
     command = "evaluate clitoys:make_model --weights w.pt --data test.npz --eps 1/50 --norm linf"
     command += " --json out.json --html out.html --budget 8 --quiet"
@@ -184,6 +185,7 @@ def test_unknown_options_end_with_exit_code_2(capsys):
     assert ended.value.code == 2
 
 
+@pytest.mark.slow
 def test_the_module_runs():
     done = subprocess.run(
         [sys.executable, "-m", "advfeat", "--version"], capture_output=True, text=True, check=True

@@ -127,6 +127,7 @@ def small_files():
 DATA = TensorDataset(torch.rand(4000, 1, 3, 3), torch.arange(4000) % 4)
 
 
+@pytest.mark.slow
 def test_a_dataset_that_does_not_fit_is_named_and_leaves_nothing(small_files, tmp_path):
     limit, lift = small_files
     large = af.ConstructedDataset(

@@ -24,6 +24,7 @@ def test_dir_shows_public_names_and_packages_alone():
         assert getattr(advfeat, name) is not None
 
 
+@pytest.mark.slow
 def test_packages_need_no_import_and_cost_none():
     code = (
         "import sys, advfeat; before = 'advfeat.study' in sys.modules or"

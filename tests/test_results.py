@@ -180,6 +180,7 @@ def test_json_there_and_back(found):
         assert str(again) == str(found)
 
 
+@pytest.mark.slow
 def test_plots_return_axes_and_take_them(found):
     if not hasattr(found, "plot"):
         pytest.skip("no plot")

@@ -121,6 +121,7 @@ def test_no_other_covariance_has_a_smaller_robust_likelihood():
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.5, 2.0])
+@pytest.mark.slow
 def test_adversarial_training_converges_to_the_closed_form(eps):
     truth = tilted()
     x, y = truth.sample(2000, seed=3).tensors
@@ -258,6 +259,7 @@ def test_only_two_dimensions_are_drawn():
 
 
 @pytest.mark.parametrize("scale", [0.01, 100.0])
+@pytest.mark.slow
 def test_adversarial_fit_does_not_depend_on_the_units(scale):
     truth = Gaussian([1.0, 0.5], [[1.0, 0.3], [0.3, 0.5]])
     inputs, labels = truth.sample(300, seed=0).tensors

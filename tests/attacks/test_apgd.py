@@ -61,6 +61,7 @@ def test_models_of_few_classes_work(norm, classes):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.slow
 def test_the_pool_and_the_order_do_not_change_a_verdict(norm):
     model, x = cnn().double(), torch.rand(23, 3, 6, 6, dtype=torch.float64)
     y = model(x).argmax(1)

@@ -119,6 +119,7 @@ def test_the_class_aimed_at_is_the_nearest_of_all(monkeypatch, norm, accelerator
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.slow
 def test_it_finds_the_closest_where_the_box_is_in_the_way(norm, classes):
     model, x = linear(classes), batch(30, dtype=torch.float32)
     x = x.where(x < 0.7, 1.0).where(x > 0.3, 0.0)

@@ -39,6 +39,7 @@ def test_it_finds_the_closed_form_on_a_linear_model(norm, classes, noise):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.slow
 def test_it_finds_the_closest_where_the_bounds_are_in_the_way(norm, classes):
     model, x = linear(classes), batch(30, dtype=torch.float32)
     x = x.where(x < 0.7, 1.0).where(x > 0.3, 0.0)

@@ -38,6 +38,7 @@ def torchattacks_fab(model, x, y, norm, targets):
 @pytest.mark.parametrize("targets", [1, 3])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("peer", [adv_lib_fab, torchattacks_fab])
+@pytest.mark.slow
 def test_fab_finds_the_points_of_the_peers(case, peer, norm, targets):
     model, x, y = case
     theirs = peer(model, x, y, norm, targets)

@@ -103,6 +103,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.slow
 def test_every_rank_stays_in_ball_and_box(norm, shape):
     model, x = Exact(shape), batch(5, shape)
     x[0], x[1] = 0.0, 1.0
@@ -199,6 +200,7 @@ def test_how_near_it_comes_to_the_optimum_of_a_larger_linear_model(norm, shape, 
 @pytest.mark.parametrize("classes", [2, 3, 10])
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.slow
 def test_it_fools_models_of_any_number_of_classes(norm, targeted, classes):
     model, x = Exact(classes=classes), batch(12)
     clean = predicted(model, x)
@@ -313,6 +315,7 @@ def test_the_window_shrinks_as_published(height, width):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (30,)], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.slow
 def test_no_query_is_spent_on_the_current_iterate(norm, shape):
     model, x = Constant(), torch.full((6, *shape), 0.5)
     square(model, x, torch.zeros(6).long(), eps=0.1, norm=norm, queries=100, seed=0)
@@ -323,6 +326,7 @@ def test_no_query_is_spent_on_the_current_iterate(norm, shape):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("shape", [(1, 7, 7), (9,)])
+@pytest.mark.slow
 def test_every_entry_is_tried(norm, shape):
     model, x = Constant(), torch.full((10, *shape), 0.5)
     square(model, x, torch.zeros(10).long(), eps=0.1, norm=norm, queries=100, seed=0)
@@ -369,6 +373,7 @@ def test_a_sample_does_not_depend_on_its_batch(norm, model_type):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.slow
 def test_the_pool_does_not_matter(norm):
     model, x = Exact(), batch(20)
     y = predicted(model, x)

@@ -50,6 +50,7 @@ def own_loss(logits, labels):
 @pytest.mark.parametrize(
     "name", [n if "-" not in n else pytest.param(n, marks=pytest.mark.slow) for n in BALL]
 )
+@pytest.mark.slow
 def test_a_targeted_attack_reaches_the_face_of_the_ball_towards_the_target(name, norm):
     model, x = three_classes(offset=8.0), inputs()
     for target in (0, 1):
@@ -63,6 +64,7 @@ def test_a_targeted_attack_reaches_the_face_of_the_ball_towards_the_target(name,
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", [FAB, FMN, MinimumPGD])
+@pytest.mark.slow
 def test_a_targeted_minimum_norm_attack_finds_the_distance_of_the_target(kind, norm):
     model, x = three_classes(offset=1.0), inputs()
     labels = predicted(model, x)

@@ -45,6 +45,7 @@ def test_the_settings_are_those_of_the_paper():
 
 @pytest.mark.parametrize("steps", [1, 5, 10])
 @pytest.mark.parametrize("decay", [0.5, 1.0])
+@pytest.mark.slow
 def test_mi_fgsm_is_that_of_torchattacks(steps, decay):
     ta = pytest.importorskip("torchattacks")
     model, x = convolution(), images()

@@ -90,6 +90,7 @@ def test_a_set_goes_into_a_loader_and_a_model_learns_it(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["shuffled", "dropping", "workers", "batch sampler", "dictionary"])
+@pytest.mark.slow
 def test_the_order_and_kind_of_loader_do_not_matter(method, kind):
     rows = dataset()
     loader = {
@@ -398,6 +399,7 @@ def test_momentum_is_a_setting_of_the_set(tmp_path):
         made("D_NR", out=tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_patience_saves_gradients_and_keeps_the_distance():
     model, passes = network(), []
     model[1].register_forward_hook(lambda _, x, __: passes.append(len(x[0])))

@@ -312,6 +312,7 @@ OTHER = {
 
 @pytest.mark.parametrize("state", ["finished", "half built"])
 @pytest.mark.parametrize("name", OTHER)
+@pytest.mark.slow
 def test_another_set_is_refused_and_the_difference_named(name, state, tmp_path):
     options, told = OTHER[name]
     folder = tmp_path / "set"

@@ -50,6 +50,7 @@ def others():
 
 @pytest.mark.parametrize("kind", list(others()))
 @pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.slow
 def test_other_data_are_refused_by_the_difference(taker, kind):
     data, message = others()[kind]
     made = build("D_det")

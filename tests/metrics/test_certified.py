@@ -69,6 +69,7 @@ def test_the_largest_radius_is_that_of_votes_that_all_agree():
     assert found.distance.tolist() == pytest.approx([largest, 0.0])
 
 
+@pytest.mark.slow
 def test_confidence_is_kept():
     """At most alpha of the samples are certified beyond their true radius."""
     model, inputs, distance = half_plane()

@@ -80,6 +80,7 @@ def test_the_plot_steps_down_where_samples_are():
     assert str(curve).startswith("4 samples, 1 wrong without an attack, median distance 0.2 in l2")
 
 
+@pytest.mark.slow
 def test_samples_keep_their_places_whatever_the_batches(standard, digits):
     rows = TensorDataset(*(tensor[:12] for tensor in digits[1].tensors))
     attack = FMN(norm="l2", steps=20)
@@ -252,6 +253,7 @@ def test_the_batch_size_never_changes():
     assert 0 < (curve.distance > 0).sum() < 16
 
 
+@pytest.mark.slow
 def test_the_seed_decides(robust, digits):
     rows = TensorDataset(*(tensor[:8] for tensor in digits[1].tensors))
     attack = MinimumPGD(norm="l2", steps=10)

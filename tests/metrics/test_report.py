@@ -164,6 +164,7 @@ class Slow(First):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_what_it_left_out_is_said():
     data = TensorDataset(*points(400))
     began = time.monotonic()

@@ -85,6 +85,7 @@ def test_a_source_that_is_never_fooled_has_no_share_of_fooled():
     assert not matrix.of_all.isnan().any()
 
 
+@pytest.mark.slow
 def test_the_diagonal_is_the_attack_on_the_model_itself(standard, robust, digits):
     data = TensorDataset(*(tensor[:100] for tensor in digits[1].tensors))
     x, y = data.tensors

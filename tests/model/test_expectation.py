@@ -102,6 +102,7 @@ CALLS = {
     "name",
     [n if n != "AutoAttack" else pytest.param(n, marks=pytest.mark.slow) for n in CALLS],
 )
+@pytest.mark.slow
 def test_calls_with_an_expectation_repeat_without_a_warning(name):
     model, y = noisy()
     before = states()
@@ -117,6 +118,7 @@ def test_calls_with_an_expectation_repeat_without_a_warning(name):
 
 
 @pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.slow
 def test_the_average_of_many_calls_is_the_model_without_noise(noise):
     """At 0.05 in linf a sample is robust whose lead is above the sum of the weights, exactly."""
     model, y = noisy(noise)

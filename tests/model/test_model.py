@@ -245,6 +245,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("kind", ["logits", "logits_gradient"])
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, batch(2, 6))])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.slow
 def test_a_scripted_module_gets_its_buffers_back(make, kind):
     module = make(Counting())
     before = {name: value.clone() for name, value in module.state_dict().items()}

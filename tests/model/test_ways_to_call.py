@@ -200,6 +200,7 @@ def test_no_random_model_is_asked_twice_in_a_ball_of_nothing():
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.3])
+@pytest.mark.slow
 def test_the_mean_of_many_calls_of_a_random_model(noise):
     """Noise in the inputs of a linear model averages out: its mean is the model without noise."""
 

@@ -293,6 +293,7 @@ def test_several_seeds_are_the_studies_of_each(three):
     assert "One training of each model" in str(three.runs[0])
 
 
+@pytest.mark.slow
 def test_what_is_of_one_seed_is_asked_of_one_run(three):
     with pytest.raises(ValueError, match=r"3 seeds; take it from one of \.runs"):
         _ = three.measured

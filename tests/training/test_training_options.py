@@ -309,6 +309,7 @@ def test_bfloat16_is_the_precision_of_the_model_not_of_the_weights():
         assert_same_weights(*models)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_learns_the_same(monkeypatch):
     # The compiler itself is torch's own; what it is given, and that the result is used, is ours.
     compiled = []

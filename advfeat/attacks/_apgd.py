@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks._apgd_schedule import Schedule, phases, schedule_of
-from advfeat.attacks.base import Attack, per_sample_eps, random_points
+from advfeat.attacks.base import Attack, checked_objective, per_sample_eps, random_points
 from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
@@ -197,8 +197,7 @@ class APGD(Attack):
 
     def _objective(self, state: APGDState) -> Callable[[Tensor], Tensor]:
         if not self.targets:
-            objective = losses.objective(self.loss, state.labels, self.targeted)
-            return lambda logits: checks.objective(objective(logits), logits)
+            return checked_objective(self.loss, state.labels, self.targeted)
         turn = (state.step // self._round).clamp_max(state.targets.shape[1] - 1)
         target = state.targets.gather(1, turn[:, None]).squeeze(1)
         return lambda logits: checks.objective(

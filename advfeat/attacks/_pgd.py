@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from advfeat import checks, losses, seeding, threat
-from advfeat.attacks.base import Attack, per_sample_eps, random_points, track_patience
+from advfeat import checks, seeding, threat
+from advfeat.attacks.base import (
+    Attack,
+    checked_objective,
+    per_sample_eps,
+    random_points,
+    track_patience,
+)
 from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
@@ -191,8 +197,7 @@ class PGD(Attack):
         return net.logits_gradient(state.current, self._objective(state))
 
     def _objective(self, state: PGDState) -> Callable[[Tensor], Tensor]:
-        objective = losses.objective(self.loss, state.labels, self.targeted)
-        return lambda logits: checks.objective(objective(logits), logits)
+        return checked_objective(self.loss, state.labels, self.targeted)
 
     def _settled(self, net: Network, state: PGDState) -> PGDState:
         logits = net.logits(state.current)

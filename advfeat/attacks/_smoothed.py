@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from advfeat import checks, losses, seeding, threat
-from advfeat.attacks.base import Attack, per_sample_eps, verified_logits
+from advfeat import checks, seeding, threat
+from advfeat.attacks.base import Attack, checked_objective, per_sample_eps, verified_logits
 from advfeat.attacks.misleading import check_size, misleading_gradients
 from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
@@ -158,8 +158,7 @@ class SmoothedPGD(Attack):
         return len(self.scales) * self.steps
 
     def _objective(self, labels: Tensor) -> Callable[[Tensor], Tensor]:
-        objective = losses.objective(self.loss, labels, self.targeted)
-        return lambda logits: checks.objective(objective(logits), logits)
+        return checked_objective(self.loss, labels, self.targeted)
 
     def _remaining(self, state: SmoothedPGDState) -> Tensor:
         """Fraction of its run that each sample still has before it, ``(N,)``, from 1 to 1/steps."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from advfeat import checks, threat
+from advfeat import checks, losses, threat
 from advfeat.attacks.pool import attack_batch
 from advfeat.attacks.restricted import is_by_feature, restricted
 from advfeat.attacks.samples import Batch
@@ -247,6 +247,14 @@ def can_move(attack: object) -> bool:
     """Whether the radius is above 0 for some feature."""
     eps = getattr(attack, "eps", None)
     return bool((eps > 0).any()) if isinstance(eps, Tensor) else eps != 0
+
+
+def checked_objective(
+    loss: losses.LossName | losses.Objective, labels: Tensor, targeted: bool
+) -> Callable[[Tensor], Tensor]:
+    """What an attack maximises, as a function of the logits; a user's loss is checked."""
+    objective = losses.objective(loss, labels, targeted)
+    return lambda logits: checks.objective(objective(logits), logits)
 
 
 def verified_logits(

@@ -28,43 +28,52 @@ def explorer(run: Run, bounds: Bounds) -> Iterator[str]:
     (image,) = source.samples(source.indices[:1], torch.device("cpu")).inputs
     if not pages.is_image(image):
         return
-    by_class = _samples_by_class(made)
+    places = {name: _places(each) for name, each in made.items()}
+    by_class = _samples_by_class(made, places)
     most = _PIXELS // (max(image.numel(), 96 * 96) * (len(made) + 1))
     each = max(1, min(_EACH, most // max(1, len(by_class))))
     shown = list(by_class.items())[: max(1, most // each)]
     yield pages.heading("Images of each class")
     for label, numbers in shown:
-        yield pages.folded(f"class {label}", _grid(made, source, numbers[:each], bounds))
+        yield pages.folded(f"class {label}", _grid(made, places, source, numbers[:each], bounds))
     if len(shown) < len(by_class):
         yield pages.note(f"The first {len(shown)} of {len(by_class)} classes.")
 
 
-def _samples_by_class(made: dict[str, ConstructedDataset]) -> dict[int, list[int]]:
+def _places(made: ConstructedDataset) -> dict[int, int]:
+    """For each sample number its first place in a dataset, which may have several starts of it."""
+    found: dict[int, int] = {}
+    for place, number in enumerate(made.field("index").tolist()):
+        found.setdefault(number, place)
+    return found
+
+
+def _samples_by_class(
+    made: dict[str, ConstructedDataset], places: dict[str, dict[int, int]]
+) -> dict[int, list[int]]:
     """For each class, samples that all datasets have."""
-    common = set.intersection(*(set(_index(each)) for each in made.values()))
-    first = next(iter(made.values()))
-    true = first.field("source_labels") if "source_labels" in first.fields else first.labels
+    name, first = next(iter(made.items()))
+    labels = first.field("source_labels") if "source_labels" in first.fields else first.labels
+    true = labels.tolist()
     found: dict[int, list[int]] = {}
-    for number, label in zip(_index(first), true.tolist(), strict=True):
-        if number in common and number not in found.setdefault(label, []):
-            found[label].append(number)
-    return dict(sorted((label, numbers) for label, numbers in found.items() if numbers))
-
-
-def _index(made: ConstructedDataset) -> list[int]:
-    numbers: list[int] = made.field("index").tolist()
-    return numbers
+    for number, place in places[name].items():
+        if all(number in each for each in places.values()):
+            found.setdefault(true[place], []).append(number)
+    return dict(sorted(found.items()))
 
 
 def _grid(
-    made: dict[str, ConstructedDataset], source: Source, numbers: Sequence[int], bounds: Bounds
+    made: dict[str, ConstructedDataset],
+    places: dict[str, dict[int, int]],
+    source: Source,
+    numbers: Sequence[int],
+    bounds: Bounds,
 ) -> str:
     """A line for each sample: the original, and what each dataset made of it, with its label."""
     original = source.samples(list(numbers), torch.device("cpu"))
     columns = [_cells(original.inputs, original.labels, bounds)]
-    for each in made.values():
-        index = _index(each)
-        part = each.subset([index.index(number) for number in numbers])
+    for name, each in made.items():
+        part = each.subset([places[name][number] for number in numbers])
         columns.append(_cells(part.images, part.labels, bounds))
     head = "".join(f"<th>{escape(name)}</th>" for name in ("original", *made))
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in zip(*columns, strict=True))

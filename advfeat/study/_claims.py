@@ -34,30 +34,42 @@ class Evidence(Result):
     difference
         `advfeat.statistics.Estimate` of it.
     opposite
-        What is true if the difference is below 0, as a sentence without its full stop.
+        What is true if the difference is below ``against``, as a sentence without its full stop.
     context
         A sentence with what the difference is to be seen beside, for where it is not above 0.
+    against
+        A difference below this speaks against the claim. It is 0, but for comparisons with chance:
+        a model that guesses is less accurate than one that always answers the commonest class, but
+        not less than one that always answers the rarest.
     """
 
     text: str
     difference: Estimate
     opposite: str = ""
     context: str = ""
+    against: float = 0.0
 
     def _summary(self) -> str:
         return f"{self.text}: {self.difference}, {self.verdict}"
 
     @property
     def verdict(self) -> Verdict:
-        """By the interval: above 0, below 0, or with 0 inside."""
-        verdicts: dict[int, Verdict] = {1: "confirmed", -1: "not confirmed"}
-        return verdicts.get(self.difference.sign, "undecided")
+        """By the interval: above 0, below ``against``, or neither."""
+        low, high = self.difference.interval
+        if low > 0:
+            return "confirmed"
+        return "not confirmed" if high < self.against else "undecided"
 
     @property
     def note(self) -> str | None:
         """A sentence with the number, where the evidence does not confirm the claim."""
         if self.verdict == "confirmed":
             return None
+        if self.verdict == "undecided" and self.difference.sign < 0:
+            return (
+                f"Undecided: {self.text} is {self.difference} points: not above chance, and no "
+                f"less than a model that guesses may have. {self.context}".strip()
+            )
         if self.verdict == "undecided":
             return (
                 f"Undecided: {self.text} is {self.difference} points, an interval that contains 0. "
@@ -122,6 +134,7 @@ def judge(
     *,
     norm: str,
     chance: float,
+    rarest: float,
     control: Callable[[str], str | None],
 ) -> tuple[Claim, ...]:
     """Compare the models that a study measured; claims without measurements are left out.
@@ -130,10 +143,12 @@ def judge(
     Models that learned from D_R, D_NR and their controls are compared where the standard model
     keeps nearest to half of its accuracy: they are not much more robust than it, and where all are
     right, or none, no difference is seen. Both radii are chosen on these two models alone.
+    ``chance`` and ``rarest`` are what always answering the commonest and the rarest class gets
+    right.
     """
     if not {"standard", "robust"} <= measured.keys():
         return ()
-    judge = _Judge(measured, norm, chance, control, _widest(measured), _halfway(measured))
+    judge = _Judge(measured, norm, chance, rarest, control, _widest(measured), _halfway(measured))
     found = (Claim(text, tuple(evidence)) for text, evidence in judge.claims())
     return tuple(claim for claim in found if claim.evidence)
 
@@ -159,6 +174,7 @@ class _Judge:
     measured: Mapping[str, Outcomes]
     norm: str
     chance: float
+    rarest: float
     control: Callable[[str], str | None]
     widest: float | None
     halfway: float | None
@@ -237,7 +253,7 @@ class _Judge:
                 interval=(low - self.chance, high - self.chance),
             )
             text, opposite = f"{name} - chance ({self.chance:.1%}), accuracy", f"{name} misleads"
-            yield Evidence(text, shifted, opposite)
+            yield Evidence(text, shifted, opposite, against=self.rarest - self.chance)
 
     def _both(self, name: str, other: str | None) -> bool:
         return name in self.measured and other in self.measured

@@ -58,11 +58,12 @@ def from_text(outcomes: str) -> Accuracy:
     return Accuracy.of(torch.tensor([digit == "1" for digit in outcomes]))
 
 
-def commonest(data: Dataset[Any]) -> float:
-    """Fraction of the commonest class of a dataset: what a constant answer gets right."""
+def constant_accuracies(data: Dataset[Any]) -> tuple[float, float]:
+    """Fractions of the rarest and of the commonest class: what constant answers get right."""
     batches = Source(data, 1024).batches(torch.device("cpu"))
     counts = torch.bincount(torch.cat([batch.labels for batch in batches]))
-    return int(counts.max()) / int(counts.sum())
+    total = int(counts.sum())
+    return int(counts.min()) / total, int(counts.max()) / total
 
 
 def plain(settings: Any) -> Any:

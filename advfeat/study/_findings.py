@@ -16,7 +16,7 @@ from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.study._advice import advise, widest_gaps
 from advfeat.study._calibration import Calibration
 from advfeat.study._claims import Claim, Outcomes, judge
-from advfeat.study._data import commonest, from_text
+from advfeat.study._data import constant_accuracies, from_text
 from advfeat.study._plan import PLANS
 from advfeat.study._work import TRANSFER, Work
 from advfeat.training import History
@@ -171,7 +171,11 @@ class Findings:
     @cached_property
     def chance(self) -> float:
         """Fraction of the commonest class of the test data: what a constant answer gets right."""
-        return commonest(self.work.test)
+        return self._constant[1]
+
+    @cached_property
+    def _constant(self) -> tuple[float, float]:
+        return constant_accuracies(self.work.test)
 
     @cached_property
     def claims(self) -> tuple[Claim, ...]:
@@ -184,6 +188,7 @@ class Findings:
             outcomes(measured_by_all(self.runs)),
             norm=self.work.norm,
             chance=self.chance,
+            rarest=self._constant[0],
             control=self.work.recipe.control,
         )
 

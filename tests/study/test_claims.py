@@ -49,7 +49,7 @@ def control(name):
 
 
 def test_the_papers_numbers_confirm_the_papers_claims():
-    found = judge(paper(), norm="l2", chance=0.1, control=control)
+    found = judge(paper(), norm="l2", chance=0.1, rarest=0.1, control=control)
     assert [claim.verdict for claim in found] == ["confirmed"] * 6
     of_d_r = next(claim for claim in found if claim.text.startswith("D_R:"))
     # At the radius where the standard model keeps nearest to half of its accuracy.
@@ -74,7 +74,7 @@ def test_radii_are_chosen_on_the_standard_and_the_robust_model_alone():
         "D_R control": model(0.98, 0.9, 0.6, 0.01),
         "D_NR": model(0.97, 0.7, 0.3, 0.0),
     }
-    found = judge(measured, norm="l2", chance=0.1, control=lambda name: "D_R control")
+    found = judge(measured, norm="l2", chance=0.1, rarest=0.1, control=lambda name: "D_R control")
     evidence = [each for claim in found for each in claim.evidence]
     differences = {each.text: round(each.difference.value, 6) for each in evidence}
     assert differences["robust - standard, l2 1.5"] == 0.78
@@ -84,21 +84,22 @@ def test_radii_are_chosen_on_the_standard_and_the_robust_model_alone():
 
 def test_one_piece_of_evidence_against_it_turns_a_claim_down():
     measured = paper() | {"D_det": outcomes(0.37, {0.25: 0, 0.5: 0}, shifted=0.55)}
-    found = judge(measured, norm="l2", chance=0.1, control=control)
+    found = judge(measured, norm="l2", chance=0.1, rarest=0.1, control=control)
     verdicts = {claim.text.split(":")[0]: claim.verdict for claim in found}
     assert verdicts["D_det"] == "not confirmed"
     assert verdicts["D_rand"] == "confirmed"
     # The same above chance, but level with its control.
     measured = paper() | {"D_det": outcomes(0.437, {0.25: 0, 0.5: 0}, shifted=0.437)}
-    found = judge(measured, norm="l2", chance=0.1, control=control)
+    found = judge(measured, norm="l2", chance=0.1, rarest=0.1, control=control)
     assert [c.verdict for c in found if c.text.startswith("D_det:")] == ["undecided"]
 
 
 def test_what_was_not_measured_is_left_out():
     measured = {name: paper()[name] for name in ("standard", "robust", "D_R")}
-    found = judge(measured, norm="l2", chance=0.1, control=lambda name: None)
+    found = judge(measured, norm="l2", chance=0.1, rarest=0.1, control=lambda name: None)
     assert [len(claim.evidence) for claim in found] == [1, 1]
-    assert judge({"standard": paper()["standard"]}, norm="l2", chance=0.1, control=control) == ()
+    alone = {"standard": paper()["standard"]}
+    assert judge(alone, norm="l2", chance=0.1, rarest=0.1, control=control) == ()
 
 
 def test_what_is_against_the_paper_is_said_plainly():
@@ -110,16 +111,16 @@ def test_what_is_against_the_paper_is_said_plainly():
         "D_det": outcomes(0.27, {0.75: 0.0}, shifted=0.305, count=1000),
         "D_det control": outcomes(0.358, {0.75: 0.0}, shifted=0.526, count=1000),
     }
-    found = judge(measured, norm="l2", chance=0.1, control=control)
+    found = judge(measured, norm="l2", chance=0.1, rarest=0.1, control=control)
     notes = [each.note for claim in found for each in claim.evidence]
     text = "\n".join(note for note in notes if note)
     assert "D_R is less robust than standard: D_R - standard, l2 0.75 is -26.3" in text
     assert "D_det control teaches more than D_det: D_det - D_det control, accuracy is -8.8" in text
     assert "Undecided: D_det, original - shifted labels is -3.5" in text
-    assert [note for each in judge(paper(), norm="l2", chance=0.1, control=control)
+    assert [note for each in judge(paper(), norm="l2", chance=0.1, rarest=0.1, control=control)
             for note in (one.note for one in each.evidence) if note] == []  # fmt: skip
     worse = {**measured, "D_det": outcomes(0.1, {0.75: 0.0}, shifted=0.6, count=1000)}
-    found = judge(worse, norm="l2", chance=0.1, control=control)
+    found = judge(worse, norm="l2", chance=0.1, rarest=0.1, control=control)
     text = "\n".join(each.note or "" for claim in found for each in claim.evidence)
     assert "The model of D_det predicts shifted labels more often than original ones" in text
 
@@ -132,17 +133,39 @@ def test_models_that_guess_confirm_nothing(seeds):
     wrong = total = 0
     for _ in range(100):
 
-        def guess():
-            labels = torch.randint(10, (seeds, 200), generator=generator)
-            robust = {0.5: (labels == 0) & (torch.rand(seeds, 200, generator=generator) < 0.5)}
-            return Outcomes(labels == 0, robust, labels == 1)
+        def guess(labels):
+            answers = torch.randint(10, (seeds, 200), generator=generator)
+            right, half = answers == labels, torch.rand(seeds, 200, generator=generator) < 0.5
+            return Outcomes(right, {0.5: right & half}, answers == (labels + 1) % 10)
 
-        measured = {name: guess() for name in paper()}
-        found = judge(measured, norm="l2", chance=0.1, control=control)
+        labels = torch.randint(10, (200,), generator=generator)
+        counts = labels.bincount(minlength=10) / 200
+        constant = {"chance": float(counts.max()), "rarest": float(counts.min())}
+        measured = {name: guess(labels) for name in paper()}
+        found = judge(measured, norm="l2", **constant, control=control)
         evidence = [each for claim in found for each in claim.evidence]
         wrong += sum(each.verdict != "undecided" for each in evidence)
         total += len(evidence)
     assert wrong / total <= 0.08
+
+
+def test_less_than_the_commonest_class_is_not_misled():
+    """Of labels 60 to 40 percent a model that guesses has half right; one that has 10% misleads."""
+
+    def verdict(accuracy):
+        measured = paper() | {"D_rand": outcomes(accuracy, {0.25: 0, 0.5: 0})}
+        found = judge(measured, norm="l2", chance=0.6, rarest=0.4, control=lambda name: None)
+        (evidence,) = next(c for c in found if c.text.startswith("D_rand:")).evidence
+        return evidence.verdict, evidence.note
+
+    assert verdict(0.7) == ("confirmed", None)
+    undecided, note = verdict(0.5)
+    assert undecided == "undecided"
+    assert "-10.0" in note
+    assert "guesses" in note
+    against, note = verdict(0.1)
+    assert against == "not confirmed"
+    assert note.startswith("D_rand misleads")
 
 
 def test_notes_name_the_number_and_the_remedy():

@@ -22,7 +22,7 @@ SAYS = {
     "attacks": "one file an attack",
     "labels": "the labels that a dataset keeps apart",
     "loading": "any dataset or loader as indexed samples",
-    "model": "the only code that touches a user's module",
+    "model": "access to the user's module",
     "plots": "figures",
     "progress": "progress",
     "seeding": "random numbers",

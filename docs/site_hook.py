@@ -22,14 +22,45 @@ PLACES = {
 }
 
 
+# "a, b: text" of a docstring comes as two items of the same text.
+ITEM = '<li class="doc-section-item field-body">'
+WITHIN = r"(?:(?!</li>).)*?"
+TWINS = re.compile(
+    rf"({ITEM}{WITHIN})\s*–\s*(<div class=\"doc-md-description\">{WITHIN}</div>)\s*</li>\s*"
+    rf"{ITEM}({WITHIN})\s*–\s*\2\s*</li>",
+    re.S,
+)
+CELL = re.compile(r"<td[^>]*>.*?</td>", re.S)
+CODE = re.compile(r"(<code[^>]*>)(.*?)(</code>)", re.S)
+OUTPUT = re.compile(r'<div class="language-text highlight">(.*?)</div>', re.S)
+
+
 def on_page_content(content: str, **_: Any) -> str:
-    """Replace every formula of a page."""
+    """Replace formulas, join parameters of one description, and say where code may break."""
 
     def mathml(found: re.Match[str]) -> str:
         display = "block" if found[1] == "div" else "inline"
         return str(convert(html.unescape(found[2]), display=display))
 
-    return FORMULA.sub(mathml, content)
+    def breakable(cell: re.Match[str]) -> str:
+        """Long names in a table break after a sign, not within a word."""
+
+        def broken(code: re.Match[str]) -> str:
+            return code[1] + re.sub(r"(?<=[\w(])([_.(/=,])(?=\w)", r"\1<wbr>", code[2]) + code[3]
+
+        return CODE.sub(broken, cell[0])
+
+    def columns(output: re.Match[str]) -> str:
+        """A printed table scrolls on a phone; other output wraps (style.css)."""
+        lines = re.sub(r"<[^>]*>", "", output[1]).strip("\n").split("\n")
+        table = len(lines) > 3 and len({len(html.unescape(line)) for line in lines}) == 1
+        return output[0].replace("language-text", "language-text columns") if table else output[0]
+
+    content = OUTPUT.sub(columns, CELL.sub(breakable, FORMULA.sub(mathml, content)))
+    joined = 1
+    while joined:
+        content, joined = TWINS.subn(rf"\1, \3 – \2</li>", content)
+    return content
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

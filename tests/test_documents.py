@@ -117,6 +117,21 @@ def test_the_extras_that_a_page_installs_exist(page):
                 assert re.search(rf"^{name} = \[", project, re.M), f"{page.name}: [{name}]"
 
 
+COMMAND = re.compile(r"((?:examples|tests/benchmarks|docs)/\w+\.py)((?:[^\n]*\\\n)*[^\n]*)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_options_of_a_command_exist(page):
+    for block in CONSOLE.findall(page.read_text()):
+        for script, arguments in COMMAND.findall(block):
+            known = (ROOT / script).read_text()
+            for name in re.findall(r"^(?:from|import) (\w+)", known, re.M):
+                beside = (ROOT / script).with_name(f"{name}.py")  # its parser, for one script
+                known += beside.read_text() if beside.exists() else ""
+            for option in re.findall(r"--[a-z][\w-]*", arguments.split("#")[0]):
+                assert f'"{option}"' in known, f"{page.name}: {script} has no {option}"
+
+
 def test_no_output_was_left_out():
     assert not [page.name for page in PAGES if "OUTPUT:" in page.read_text()]
 

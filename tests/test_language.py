@@ -25,6 +25,7 @@ TERMS = {
     r"\btrue data\b": "original data",
     r"\bof one's own\b": "your own",
     r"\bsays? so\b": "what it says",
+    r"\b([a-z]+)[ \n]\1\b": "the word once",
 }
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)", re.S | re.M)
 

@@ -39,7 +39,9 @@ def accuracy(
     expectation: int = 1,
     progress: bool | None = None,
 ) -> Accuracy:
-    """Standard accuracy, in evaluation mode.
+    """Measure standard accuracy, in evaluation mode.
+
+    A sample with NaN among its logits counts as wrong.
 
     Parameters
     ----------
@@ -65,8 +67,6 @@ def accuracy(
     -------
     Accuracy
         A float with ``count``, ``total``, ``correct``, ``index`` and ``interval``.
-
-    A sample with NaN among its logits is wrong.
 
     Raises
     ------

@@ -75,7 +75,7 @@ class RobustnessCurve(Result):
         return Accuracy.of(self.distance > eps, self.index)
 
     def table(self, eps: Sequence[float]) -> list[dict[str, float]]:
-        """Samples of eps and robust accuracy."""
+        """Return robust accuracy at each ``eps``, as a list of dictionaries."""
         return [{"eps": radius, "robust_accuracy": float(self.at(radius))} for radius in eps]
 
     @property

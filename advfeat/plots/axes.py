@@ -111,6 +111,7 @@ def bars(
     Returns
     -------
     matplotlib.figure.Figure
+        A bar for each measure, grouped by dataset.
 
     Raises
     ------

@@ -36,7 +36,7 @@ def curves(
     quantities: Sequence[str] = (),
     ax: Sequence[Axes] | None = None,
 ) -> Figure:
-    """Loss and accuracies over epochs.
+    """Draw loss and accuracies over epochs.
 
     Parameters
     ----------
@@ -50,6 +50,7 @@ def curves(
     Returns
     -------
     matplotlib.figure.Figure
+        A panel for the loss and one for the accuracies.
 
     Raises
     ------
@@ -179,7 +180,7 @@ def robustness_curves(
     largest: float | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Fraction of samples that need a larger perturbation, over its size.
+    """Draw the percentage of samples that are still robust, over the size of the perturbation.
 
     Parameters
     ----------
@@ -197,6 +198,7 @@ def robustness_curves(
     Returns
     -------
     matplotlib.figure.Figure
+        A curve for each model.
 
     Raises
     ------
@@ -251,20 +253,21 @@ def samples(
     labels: Mapping[str, Sequence[object]] | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Figure:
-    """Images in samples.
+    """Draw images of several datasets, one line of images for each.
 
     Parameters
     ----------
     images
-        For each sample its images ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``.
+        For each name the images of its line, ``(N, H, W)``, ``(N, 1, H, W)`` or ``(N, 3, H, W)``.
     labels
-        For samples by name, what stands under each image.
+        For the same names, or some of them, what stands under each image.
     bounds
         Values drawn black and white.
 
     Returns
     -------
     matplotlib.figure.Figure
+        A grid of images.
 
     Raises
     ------
@@ -335,7 +338,7 @@ def differences(
     magnify: float | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Figure:
-    r"""Images, what became of them, and the difference magnified (grey where there is none).
+    r"""Draw images, the changed images, and the difference, magnified (grey where there is none).
 
     Parameters
     ----------
@@ -344,13 +347,14 @@ def differences(
     labels
         What stands under each image, for ``"source"`` and ``"result"``.
     magnify
-        Factor of the difference; by default the one that takes its largest entry to black or white.
+        Factor of the difference; by default its largest entry becomes black or white.
     bounds
         Values drawn black and white.
 
     Returns
     -------
     matplotlib.figure.Figure
+        Three lines of images.
 
     Raises
     ------

@@ -15,6 +15,15 @@ from advfeat.training import crop_flip
 Settings: TypeAlias = Mapping[str, Any]
 
 
+def _default_sets() -> Mapping[str, Settings]:
+    names = ("D_R", "D_R control", "D_NR", "D_rand", "D_det", "D_det control")
+    return {name: {} for name in names}
+
+
+def _default_transfer() -> Settings:
+    return {"samples": 1000, "steps": 20}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Settings of every stage, as keyword arguments of the function that does it.
@@ -26,8 +35,9 @@ class Recipe:
     robust
         Of `advfeat.adversarial_fit`, where they differ from ``standard``.
     sets
-        For each dataset that is to be made, in order, what its construction is given; an ``eps``
-        and a ``norm`` are the study's if none is given here. The names are ``"D_R"``, ``"D_NR"``,
+        For each dataset that is to be made, in order, the arguments of its construction; ``eps``
+        and ``norm`` are the study's if they are not given here. By default D_R, D_NR, D_rand,
+        D_det and the controls of D_R and D_det. The names are ``"D_R"``, ``"D_NR"``,
         ``"D_R from noise"``, ``"D_NR from noise"``, ``"D_rand"``, ``"D_det"``, and their
         controls: ``"D_R control"`` and ``"D_NR control"`` are the original images of the same
         samples; ``"D_rand control"`` and ``"D_det control"`` the same construction from the
@@ -42,7 +52,8 @@ class Recipe:
     measured
         Of `advfeat.robust_accuracy`; by default the fast ensemble in float32.
     transfer
-        Of the PGD whose examples are tried on other models; ``samples`` is how many test samples.
+        Of the PGD whose examples are tried on other models; ``samples`` is how many test samples
+        (1000, with 20 steps, by default).
     samples
         Make datasets of the first samples of the training data only; by default of all.
 
@@ -56,14 +67,10 @@ class Recipe:
 
     standard: Settings
     robust: Settings = field(default_factory=dict)
-    sets: Mapping[str, Settings] = field(
-        default_factory=lambda: {
-            name: {} for name in ("D_R", "D_R control", "D_NR", "D_rand", "D_det", "D_det control")
-        }
-    )
+    sets: Mapping[str, Settings] = field(default_factory=_default_sets)
     fresh: Mapping[str, Settings] = field(default_factory=dict)
     measured: Settings = field(default_factory=dict)
-    transfer: Settings = field(default_factory=lambda: {"samples": 1000, "steps": 20})
+    transfer: Settings = field(default_factory=_default_transfer)
     samples: int | None = None
 
     def __post_init__(self) -> None:

@@ -105,7 +105,7 @@ class Report(ReportFields):
         return f'<iframe srcdoc="{quoted}" style="width:100%;height:46rem;border:0"></iframe>'
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one HTML file that loads nothing from anywhere.
+        """Write one HTML file that needs no network.
 
         Examples
         --------

@@ -24,10 +24,10 @@ PLACES = {
 
 # "a, b: text" of a docstring comes as two items of the same text.
 ITEM = '<li class="doc-section-item field-body">'
-WITHIN = r"(?:(?!</li>).)*?"
+WITHIN, DASH = r"(?:(?!</li>).)*?", "\N{EN DASH}"
 TWINS = re.compile(
-    rf"({ITEM}{WITHIN})\s*–\s*(<div class=\"doc-md-description\">{WITHIN}</div>)\s*</li>\s*"
-    rf"{ITEM}({WITHIN})\s*–\s*\2\s*</li>",
+    rf"({ITEM}{WITHIN})\s*{DASH}\s*(<div class=\"doc-md-description\">{WITHIN}</div>)\s*</li>\s*"
+    rf"{ITEM}({WITHIN})\s*{DASH}\s*\2\s*</li>",
     re.S,
 )
 CELL = re.compile(r"<td[^>]*>.*?</td>", re.S)
@@ -59,7 +59,7 @@ def on_page_content(content: str, **_: Any) -> str:
     content = OUTPUT.sub(columns, CELL.sub(breakable, FORMULA.sub(mathml, content)))
     joined = 1
     while joined:
-        content, joined = TWINS.subn(rf"\1, \3 – \2</li>", content)
+        content, joined = TWINS.subn(rf"\1, \3 {DASH} \2</li>", content)
     return content
 
 

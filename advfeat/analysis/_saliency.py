@@ -86,9 +86,9 @@ def gradient_measures(
     """Measure input gradients as published, to compare with `alignment`.
 
     Etmann et al. (2019): ``abs(<x, g>) / ||g||`` with g the gradient of the largest logit. For a
-    score w^T x it is the distance of x to the boundary w^T x = 0. Local input-gradient similarity (LIGS):
-    the cosine of the gradients of the *loss* at x and at random points of the ball, mean of
-    ``draws``, as in Andriushchenko and Flammarion (2020); 1 for a linear model of two classes.
+    score w^T x it is the distance of x to the boundary w^T x = 0. Local input-gradient similarity
+    (LIGS): the cosine of the gradients of the *loss* at x and at random points of the ball, mean
+    of ``draws``, as in Andriushchenko and Flammarion (2020); 1 for a linear model of two classes.
     `alignment` takes the margin's gradient and cosines with images and class means.
 
     Parameters

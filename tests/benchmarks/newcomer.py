@@ -3,12 +3,13 @@
     python tests/benchmarks/newcomer.py [--install] [--out FOLDER]
 
 --install begins with what install.md says, in a fresh environment. Prints what the blocks print,
-page by page, and the waiting; pictures go to FOLDER.
+page by page, the waiting, and the longest time without a sign of life; pictures go to FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -30,17 +31,33 @@ def pages() -> list[Path]:
 
 def session() -> str:
     """One script of all blocks, which says where it is and how long each block took."""
-    parts = ["import time as _time\n_total, _began = 0.0, 0.0\n"]
+    parts = ["import time as _time\n_total, _began, _cpu = 0.0, 0.0, 0.0\n"]
     for page in pages():
         for place, block in enumerate(PYTHON.findall(page.read_text())):
             parts += [
-                f'print("\\n== {page.name} {place}", flush=True)\n_began = _time.perf_counter()\n',
+                f'print("\\n== {page.name} {place}", flush=True)\n'
+                "_began, _cpu = _time.perf_counter(), _time.process_time()\n",
                 block,
-                "_took = _time.perf_counter() - _began\n_total += _took\n"
-                'print(f"-- {_took:.1f} s", flush=True)\n',
+                "_took, _cpu = _time.perf_counter() - _began, _time.process_time() - _cpu\n"
+                '_total += _took\nprint(f"-- {_took:.1f} s, {_cpu:.1f} s of CPU", flush=True)\n',
             ]
     parts.append('print(f"\\nall blocks: {_total:.0f} s, {_time.process_time():.0f} s of CPU")\n')
     return "\n".join(parts)
+
+
+def followed(command: list[str], folder: Path) -> float:
+    """Run a command, show what it prints, and measure its longest silence."""
+    longest, before = 0.0, time.perf_counter()
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": folder}
+    with subprocess.Popen(command, **pipe) as run:
+        while shown := os.read(run.stdout.fileno(), 65536):
+            now = time.perf_counter()
+            longest, before = max(longest, now - before), now
+            sys.stdout.buffer.write(shown)
+            sys.stdout.buffer.flush()
+    if run.returncode:
+        raise subprocess.CalledProcessError(run.returncode, command)
+    return longest
 
 
 def main() -> None:
@@ -62,7 +79,8 @@ def main() -> None:
             print(f"install: {time.perf_counter() - began:.0f} s")
         script = Path(scratch) / "session.py"
         script.write_text(session())
-        subprocess.run([python, script.resolve()], check=True, cwd=folder)
+        silence = followed([str(python), str(script.resolve())], folder)
+        print(f"longest time without output: {silence:.0f} s")
 
 
 if __name__ == "__main__":

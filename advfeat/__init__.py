@@ -1,4 +1,4 @@
-"""Adversarial examples are features: attack, train, split datasets, measure, for any module.
+"""Adversarial attacks, robust training and robust / non-robust datasets for any PyTorch model.
 
 Evaluate a trained model
     report              everything to know about its robustness, with a verdict, as a page
@@ -30,6 +30,9 @@ Understand
     analysis            one function for each question of the paper and of its discussion
     statistics          intervals and tests
     plots               figures of several results together
+
+Run in several processes
+    distributed         `on_one_rank`, for what one process does alone under torchrun
 
 ``help(advfeat.report)`` and so on have arguments, returns and an example.
 """
@@ -73,10 +76,9 @@ _PACKAGES = (
     "analysis",
     "attacks",
     "datasets",
+    "distributed",
     "metrics",
-    "nonrobust",
     "plots",
-    "robustify",
     "statistics",
     "study",
     "training",

@@ -54,7 +54,9 @@ class History(Result):
         if not self.rows:
             return "no epochs"
         last = [f"{n} {_cell(v)}" for n, v in self.rows[-1].items() if n == "loss" or "acc" in n]
-        return ", ".join([f"{len(self.rows)} epochs", *last])
+        count = len(self.rows)
+        epochs = "1 epoch" if count == 1 else f"{count} epochs"
+        return ", ".join([epochs, *last])
 
     def _content(self) -> Sequence[str | Table]:
         if not self.rows:

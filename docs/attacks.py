@@ -20,6 +20,7 @@ from advfeat.threat import NORMS
 
 PAGE = Path(__file__).parent / "attack.md"
 BEGIN, END = "<!-- attacks: written by docs/attacks.py -->\n", "<!-- end of attacks -->\n"
+FIRST = 3  # columns before the measured one
 LIBRARIES = ("torchattacks", "foolbox", "ART", "adv-lib", "cleverhans")
 # Paper, and names in the libraries, in their order.
 KNOWN = {
@@ -92,18 +93,18 @@ def properties(name: str, kind: type) -> dict[str, str]:
     return {
         "attack": f"`{name}`",
         "norms": ", ".join(norm for norm in NORMS if defaults(kind, norm).norm == norm),
+        "steps": cost,
         "targeted": "yes" if "targeted" in own else "",
         "black box": "yes" if black_box else "",
         "minimum norm": "yes" if issubclass(kind, MinimumNorm) else "",
         "mask, eps by feature": "yes" if "mask" in own and name != "DIFGSM" else "",
         "expectation": "yes" if "expectation" in asked else "",
         "own loss": "yes" if "loss" in own else "",
-        "steps of the default": cost,
     }
 
 
 def measured() -> dict[str, str]:
-    """Percent of digits on which a robust network withstands each attack, in linf and l2."""
+    """Percent of digits on which a robust network is still right under each attack, in linf and l2."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -141,8 +142,10 @@ def write(robust: dict[str, str]) -> str:
         paper, names = KNOWN[name]
         own = properties(name, kind)
         others = [f"`{other}`" if other else "" for other in names]
-        rows.append((*own.values(), robust.get(name, ""), paper, *others))
-    titles = (*own, "still robust, %, linf / l2", "paper", *LIBRARIES)
+        first, rest = list(own.values())[:FIRST], list(own.values())[FIRST:]
+        rows.append((*first, robust.get(name, ""), *rest, paper, *others))
+    titles = (*own, "paper", *LIBRARIES)
+    titles = (*titles[:FIRST], "still robust, %, linf / l2", *titles[FIRST:])
     lines = [titles, tuple("---" for _ in titles), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

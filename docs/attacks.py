@@ -104,7 +104,7 @@ def properties(name: str, kind: type) -> dict[str, str]:
 
 
 def measured() -> dict[str, str]:
-    """Percent of digits on which a robust network is still right under each attack, in linf and l2."""
+    """Percent of digits on which a robust network is right under each attack, in linf and l2."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -268,8 +268,8 @@ def project(
         length = size(delta, "l2", keepdim=True)
         if not inplace and known_none(length > radius):
             return clip(points, bounds)
-        inside = _scale_into_ball(delta, length, radius, limits).add_(center)
-        return clip(inside, bounds, inplace=True)
+        kept, factor = _scale_into_ball(delta, length, radius, limits)
+        return clip(torch.addcmul(center, kept, factor, out=kept), bounds, inplace=True)
     kept = _shrink_l1(delta.abs(), torch.where(delta > 0, limits[1], limits[0]).abs_(), radius)
     nearest = center + torch.copysign(kept, delta)
     # Rounded towards the center: roundings of one sign in many entries would leave the ball.
@@ -294,8 +294,10 @@ def limits_of(
 
 def _scale_into_ball(
     delta: Tensor, length: Tensor, radius: Tensor, limits: tuple[Tensor, Tensor]
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Return clip(s * delta, *limits) with the largest s <= 1 whose l2 size is in the radius.
+
+    Beside it a factor ``(N, 1, ...)`` that is still to be multiplied by: 1 but for rounding.
 
     The squared size is concave and piecewise linear in s squared: secants, the first from 0 and
     the s of the ball alone, stay within the radius but for rounding, and are exact once both points
@@ -323,7 +325,7 @@ def _scale_into_ball(
         length = size(kept, "l2", keepdim=True)
         last = square, excess
         square, excess = grown, (length * inverse).square_().sub_(1.0)
-    return kept.mul_((radius / _nonzero(length)).clamp_max_(1.0))
+    return kept, (radius / _nonzero(length)).clamp_max_(1.0)
 
 
 def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 40) -> Tensor:

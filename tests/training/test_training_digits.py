@@ -40,6 +40,7 @@ def constant(optimizer):
 
 
 LEARNING = {"optimizer": adam, "schedule": constant, "seed": 0}
+ATTACK = af.PGD(eps=0.15, norm="linf", steps=20)
 
 
 def plain_loop(model, batches, eps, epochs):
@@ -78,7 +79,7 @@ def test_pgd_training_reaches_what_a_plain_loop_reaches(digits):
                     model, batches, eps=0.15, norm="linf", epochs=4, precision=precision, **LEARNING
                 )
         found = [
-            af.robust_accuracy(m, held, eps=0.15, norm="linf", seed=0) for m in (ours, low, plain)
+            af.robust_accuracy(m, held, attack=ATTACK) for m in (ours, low, plain)
         ]
         figures.append([[float(r.standard), float(r)] for r in found])
     ours, low, plain = torch.tensor(figures).mean(0)
@@ -96,7 +97,7 @@ def test_trades_trades_accuracy_for_robustness(digits):
         models = [mlp(seed), mlp(seed)]
         for model, beta in zip(models, (0.5, 20.0), strict=True):
             af.adversarial_fit(model, train, beta=beta, epochs=6, batch_size=64, **settings)
-        found = [af.robust_accuracy(m, held, eps=0.15, norm="linf", seed=0) for m in models]
+        found = [af.robust_accuracy(m, held, attack=ATTACK) for m in models]
         figures.append([[float(r.standard), float(r)] for r in found])
     little, much = torch.tensor(figures).mean(0)
     assert much[0] < little[0] - 0.005
@@ -139,7 +140,7 @@ def test_free_training_makes_a_model_robust(digits):
         free, train, method="free", eps=0.15, norm="linf", steps=4, epochs=3, **settings
     )
     af.fit(standard, train, epochs=8, **settings)
-    found = [af.robust_accuracy(m, held, eps=0.15, norm="linf") for m in (free, standard)]
+    found = [af.robust_accuracy(m, held, attack=ATTACK) for m in (free, standard)]
     assert found[0] > found[1] + 0.2
     assert found[0].standard > 0.85
 

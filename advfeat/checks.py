@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
@@ -351,8 +351,9 @@ def _float_advice(values: Tensor) -> str:
 def logits(value: object, inputs: Tensor) -> Tensor:
     """Check that a model returned at least two logits for each input."""
     if not isinstance(value, Tensor):
+        keys = f" with keys {sorted(map(str, value))}" if isinstance(value, Mapping) else ""
         raise TypeError(
-            f"model: returned {type(value).__name__}; expected logits (N, C) as a tensor, the "
+            f"model: returned {type(value).__name__}{keys}; expected logits (N, C) as a tensor, the "
             "first item of a tuple, an entry 'logits' of a dict, or an attribute .logits"
         )
     if value.ndim != 2 or value.shape[0] != inputs.shape[0]:

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from advfeat import checks, seeding, threat
 from advfeat.attacks.base import Attack, checked_objective, per_sample_eps, verified_logits
-from advfeat.attacks.misleading import check_size, misleading_gradients
+from advfeat.attacks.misleading import check_gradients, check_size
 from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
 from advfeat.attacks.settings import canonical
@@ -118,16 +118,20 @@ class SmoothedPGD(Attack):
     def _inspected(self, net: Network, batch: Batch, eps: Tensor) -> tuple[Tensor, Tensor]:
         """The objective that counts as expected, and where straight-through gradients differ."""
         inputs, objective = batch.inputs, self._objective(batch.labels)
-        found = net.logits_gradient(inputs, objective)
-        slope = threat.size(_finite(found.gradient), _DUAL[self.norm]).to(eps.dtype)
-        expected = found.value.to(eps.dtype) + self.masking_ratio * eps * slope
         bounds, size = threat.bounds_of(batch.box, self.bounds), check_size(eps, self.norm, inputs)
-        misled, _ = misleading_gradients(net, inputs, batch.labels, size, bounds, self.targeted)
-        through = torch.zeros_like(misled)
+        found = check_gradients(net, inputs, batch.labels, size, bounds, self.targeted)
+        value, gradient = found.margin, found.gradient
+        if self.loss != "margin":
+            own = net.logits_gradient(inputs, objective)
+            value, gradient = own.value, _finite(own.gradient).flatten(1)
+        slope = threat.size(gradient, _DUAL[self.norm]).to(eps.dtype)
+        expected = value.to(eps.dtype) + self.masking_ratio * eps * slope
+        through = torch.zeros_like(found.misled)
         if self.straight_through == "auto" and len(self.scales) > 1:
             other = net.logits_gradient(inputs, objective, straight_through=True)
-            through = misled & (other.gradient != found.gradient).flatten(1).any(1)
-        return expected.masked_fill(misled, -torch.inf), through
+            differs = _finite(other.gradient).flatten(1).to(gradient.dtype) != gradient
+            through = found.misled & differs.any(1)
+        return expected.masked_fill(found.misled, -torch.inf), through
 
     def step(self, net: Network, state: SmoothedPGDState) -> SmoothedPGDState:
         """Move every sample by one gradient at a noisy copy, and evaluate where it arrives."""

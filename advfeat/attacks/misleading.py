@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,20 +44,19 @@ class SquareOnMisleadingGradients(Square):
         state = super().init(net, batch)
         size = check_size(per_sample_eps(self.eps, batch.inputs), self.norm, batch.inputs)
         bounds = threat.bounds_of(batch.box, self.bounds)
-        misled, margin = misleading_gradients(
-            net, batch.inputs, batch.labels, size, bounds, self.targeted
-        )
+        found = check_gradients(net, batch.inputs, batch.labels, size, bounds, self.targeted)
+        misled = found.misled
         return state._replace(
             step=torch.where(misled, state.step, self.max_evaluations),
             current=torch.where(
                 threat.per_sample(misled, state.current), state.current, batch.inputs
             ),
-            value=torch.where(misled, state.value, margin.to(state.value.dtype)),
+            value=torch.where(misled, state.value, found.margin.to(state.value.dtype)),
         )
 
 
 def check_size(eps: Tensor, norm: Norm, inputs: Tensor) -> Tensor:
-    """How far `misleading_gradients` moves each feature in a ball, ``(N,)``."""
+    """How far `check_gradients` moves each feature in a ball, ``(N,)``."""
     width = inputs[0].numel()
     unit = {"linf": 1.0, "l2": width**-0.5, "l1": width**-0.5 / 4}[norm]
     size: Tensor = _FRACTION * unit * eps
@@ -64,30 +64,33 @@ def check_size(eps: Tensor, norm: Norm, inputs: Tensor) -> Tensor:
 
 
 def reached_size(inputs: Tensor, reached: Tensor) -> Tensor:
-    """How far `misleading_gradients` moves each feature, by where an attack ended, ``(N,)``."""
+    """How far `check_gradients` moves each feature, by where an attack ended, ``(N,)``."""
     size: Tensor = (reached - inputs).flatten(1).square().mean(1).sqrt()
     return _FRACTION * size
 
 
-def misleading_gradients(
+class GradientCheck(NamedTuple):
+    """What `check_gradients` finds."""
+
+    misled: Tensor  # (N,) bool, whether the gradient is zero or predicts no change
+    margin: Tensor  # (N,) the margin, which an attack raises
+    gradient: Tensor  # (N, d) float64, the margin's; zero where it is not finite
+
+
+def check_gradients(
     net: Network,
     inputs: Tensor,
     labels: Tensor,
     size: Tensor,
     bounds: FeatureBounds,
     targeted: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Which samples' gradients are zero or do not predict changes of the margin, and the margin.
+) -> GradientCheck:
+    """Find the samples whose gradient is zero or does not predict how the margin changes.
 
     The margin's gradient predicts how it changes when every feature moves by ``size`` up or down,
     at random. Without masking, predictions and changes correlate by more than 0.9. What is below
     the resolution of the model's own type, or lost in a random model's noise, is not counted as
     misleading.
-
-    Returns
-    -------
-    (Tensor, Tensor)
-        Bool and floating point, ``(N,)`` each.
     """
     objective = losses.objective("margin", labels, targeted)
     gradient = net.logits_gradient(inputs, objective).gradient.flatten(1).double()
@@ -110,4 +113,5 @@ def misleading_gradients(
     largest = logits.detach().nan_to_num(0.0, 0.0, 0.0).abs().amax(1).double()
     resolution = _ROUNDINGS * max(torch.finfo(logits.dtype).eps, net.rounding) * largest
     unclear = (again > _NOISE * seen / _DIRECTIONS**0.5) | (wanted.maximum(seen) <= resolution)
-    return (gradient == 0).all(1) | ~(agrees | unclear), margin
+    misled = (gradient == 0).all(1) | ~(agrees | unclear)
+    return GradientCheck(misled, margin, gradient)

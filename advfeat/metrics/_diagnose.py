@@ -15,7 +15,7 @@ from advfeat import checks, losses, plots, seeding
 from advfeat.attacks import APGD, FAB, PGD, Attack, Batch, SmoothedPGD, Square
 from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.ensemble import seed_attacks
-from advfeat.attacks.misleading import check_size, misleading_gradients
+from advfeat.attacks.misleading import check_gradients, check_size
 from advfeat.attacks.pool import attack_batch
 from advfeat.attacks.samples import concat_samples, select_samples
 from advfeat.loading import Data, Source
@@ -338,7 +338,7 @@ def _misled(net: Network, batch: Batch, eps: float, norm: Norm, bounds: Bounds) 
     radius = batch.inputs.new_full((len(batch.ids),), eps)
     size = check_size(radius, norm, batch.inputs)
     with net.given(batch.extras):
-        return misleading_gradients(net, batch.inputs, batch.labels, size, bounds)[0]
+        return check_gradients(net, batch.inputs, batch.labels, size, bounds).misled
 
 
 def _changing(net: Network, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from advfeat import losses
 from advfeat.attacks import Attack, MinimumPGD, SmoothedPGD, Square, pool
 from advfeat.attacks.base import can_move
-from advfeat.attacks.misleading import misleading_gradients, reached_size
+from advfeat.attacks.misleading import check_gradients, reached_size
 from advfeat.losses import LossName, Objective
 from advfeat.model import Network
 from advfeat.threat import FeatureBounds
@@ -58,9 +58,9 @@ class BadGradients:
         inputs, labels = verdict.inputs[robust], verdict.labels[robust]
         size = reached_size(inputs, verdict.adversarial[robust])
         with net.given(verdict.extras), net.selected(robust):
-            misled, _ = misleading_gradients(net, inputs, labels, size, bounds)
+            found = check_gradients(net, inputs, labels, size, bounds)
         self.checked += len(labels)
-        self.misleading += int((misled & ~flat).sum())
+        self.misleading += int((found.misled & ~flat).sum())
 
 
 def masking_signs(

@@ -7,8 +7,8 @@ from torch import nn
 from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.misleading import (
     SquareOnMisleadingGradients,
+    check_gradients,
     check_size,
-    misleading_gradients,
     reached_size,
 )
 from advfeat.attacks.pool import attack_batch
@@ -45,7 +45,7 @@ def misled(model, size=0.02, inputs=None):
     y = model(x).argmax(1)
     with attackable(model) as net:
         sizes = torch.full((len(x),), size)
-        return misleading_gradients(net, x, y, sizes, (0.0, 1.0))[0]
+        return check_gradients(net, x, y, sizes, (0.0, 1.0)).misled
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])

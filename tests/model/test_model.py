@@ -530,7 +530,7 @@ def test_named_logits_come_before_the_first_item():
     ("output", "error", "message"),
     [
         (lambda x: "no tensor", TypeError, "returned str"),
-        (lambda x: {"scores": x}, TypeError, "returned dict"),
+        (lambda x: {"scores": x}, TypeError, r"returned dict with keys \['scores'\]"),
         (lambda x: (), TypeError, "returned tuple"),
         (lambda x: x.long(), TypeError, "int64"),
         (lambda x: x.sum(1), ValueError, r"\(2,\)"),

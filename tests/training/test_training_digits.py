@@ -78,9 +78,7 @@ def test_pgd_training_reaches_what_a_plain_loop_reaches(digits):
                 af.adversarial_fit(
                     model, batches, eps=0.15, norm="linf", epochs=4, precision=precision, **LEARNING
                 )
-        found = [
-            af.robust_accuracy(m, held, attack=ATTACK) for m in (ours, low, plain)
-        ]
+        found = [af.robust_accuracy(m, held, attack=ATTACK) for m in (ours, low, plain)]
         figures.append([[float(r.standard), float(r)] for r in found])
     ours, low, plain = torch.tensor(figures).mean(0)
     assert plain[1] > 0.3  # it learned something to compare

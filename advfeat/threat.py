@@ -337,10 +337,13 @@ def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 4
     low = torch.zeros_like(radius.expand(magnitude.shape[0], *radius.shape[1:]))
     high = magnitude.amax(axes, keepdim=True)
     threshold = low
+    enough = 8 * torch.finfo(radius.dtype).eps * radius  # what the sum is rounded by
     for _ in range(rounds):
         rest = magnitude - threshold
         kept = torch.minimum(rest.clamp_min(0.0), limit)
         excess = kept.sum(axes, keepdim=True) - radius
+        if known_none((excess > enough) | ((excess < -enough) & (threshold > 0))):
+            break
         low = torch.where(excess > 0, threshold, low)
         high = torch.where(excess > 0, high, threshold)
         slope = ((rest > 0) & (rest < limit)).sum(axes, keepdim=True)

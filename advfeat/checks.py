@@ -353,8 +353,8 @@ def logits(value: object, inputs: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         keys = f" with keys {sorted(map(str, value))}" if isinstance(value, Mapping) else ""
         raise TypeError(
-            f"model: returned {type(value).__name__}{keys}; expected logits (N, C) as a tensor, the "
-            "first item of a tuple, an entry 'logits' of a dict, or an attribute .logits"
+            f"model: returned {type(value).__name__}{keys}; expected logits (N, C) as a tensor, "
+            "the first item of a tuple, an entry 'logits' of a dict, or an attribute .logits"
         )
     if value.ndim != 2 or value.shape[0] != inputs.shape[0]:
         fail(

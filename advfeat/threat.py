@@ -146,8 +146,7 @@ def _known_in_range(length: Tensor) -> bool:
 
 def _over_peak(gradient: Tensor) -> Tensor:
     """Each sample's gradient over its largest entry; zero where that is zero."""
-    axes = feature_axes(gradient)
-    finite = gradient.nan_to_num(nan=0.0)
+    axes, finite = feature_axes(gradient), gradient.nan_to_num(nan=0.0)
     peak = torch.maximum(finite.amax(axes, keepdim=True), finite.amin(axes, keepdim=True).neg_())
     return finite.div_(peak.masked_fill_(peak == 0, 1.0))
 
@@ -295,9 +294,9 @@ def limits_of(
 def _scale_into_ball(
     delta: Tensor, length: Tensor, radius: Tensor, limits: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return clip(s * delta, *limits) with the largest s <= 1 whose l2 size is in the radius.
+    """Find clip(s * delta, *limits) with the largest s <= 1 whose l2 size is in the radius.
 
-    Beside it a factor ``(N, 1, ...)`` that is still to be multiplied by: 1 but for rounding.
+    Returned with a factor ``(N, 1, ...)``, 1 but for rounding, that is to be multiplied by.
 
     The squared size is concave and piecewise linear in s squared: secants, the first from 0 and
     the s of the ball alone, stay within the radius but for rounding, and are exact once both points
@@ -308,8 +307,7 @@ def _scale_into_ball(
     kept = (delta * scale).clamp_(*limits)
     length = size(kept, "l2", keepdim=True)
     square, value = scale.square_(), (length * inverse).square_()
-    slope = value / _nonzero(square)
-    excess = value.sub_(1.0)
+    slope, excess = value / _nonzero(square), value - 1.0
     last = square, excess
     # Where the end cannot be seen, as many rounds as all but constructed cases need.
     for turn in range(64 if delta.device.type == "cpu" else 16):
@@ -337,7 +335,7 @@ def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 4
     low = torch.zeros_like(radius.expand(magnitude.shape[0], *radius.shape[1:]))
     high = magnitude.amax(axes, keepdim=True)
     threshold = low
-    enough = 8 * torch.finfo(radius.dtype).eps * radius  # what the sum is rounded by
+    enough = 8 * torch.finfo(radius.dtype).eps * radius  # by which the sum is rounded
     for _ in range(rounds):
         rest = magnitude - threshold
         kept = torch.minimum(rest.clamp_min(0.0), limit)
@@ -353,7 +351,6 @@ def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 4
         if known_none(following != threshold):
             break
         threshold = following
-    kept = torch.minimum((magnitude - threshold).clamp_min(0.0), limit)
     # The sum of many entries is itself rounded.
     safe = radius * (1 - 2 * torch.finfo(radius.dtype).eps)
     return kept * (safe / _nonzero(kept.sum(axes, keepdim=True))).clamp_max(1.0)

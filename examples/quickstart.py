@@ -46,15 +46,15 @@ test = TensorDataset(images[begin:end], labels[begin:end])
 def network() -> nn.Module:
     """A small CNN."""
     return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
+        nn.Conv2d(1, 24, 3, padding=1, bias=False),
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        nn.Conv2d(24, 48, 3, padding=1, bias=False),
+        nn.BatchNorm2d(48),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(64 * 16, 128, bias=False),
+        nn.Linear(48 * 16, 128, bias=False),
         nn.BatchNorm1d(128),
         nn.ReLU(),
         nn.Linear(128, 10),
@@ -75,18 +75,20 @@ def shift_each(x: Tensor) -> Tensor:
     return padded[rows, 0, (dy + eight)[:, :, None], (dx + eight)[:, None, :]][:, None]
 
 
-# Three starts for each image of D_R, at equal numbers of steps. Controls share the settings of
+# Five starts for each image of D_R, at equal numbers of steps. Controls share the settings of
 # their dataset.
-inverted = {"steps": 25, "step_size": 0.15, "momentum": 0.6}
-targeted = {"eps": 1.0, "steps": 20}
+inverted = {"steps": 20, "step_size": 0.15, "momentum": 0.6}
+targeted = {"eps": 1.1, "steps": 20}
 longer = {"epochs": 20}
 recipe = study.Recipe(
     standard={
         "epochs": 15, "batch_size": 64, "lr": 0.1, "schedule": "one_cycle", "augment": shift_batch
     },
-    robust={"eps": 1.0, "steps": 3, "step_size": 0.5, "augment": shift_each},
+    robust={
+        "eps": 1.15, "steps": 3, "step_size": 0.575, "epochs": 18, "augment": shift_each
+    },
     sets={
-        "D_R": {**inverted, "starts": 3},
+        "D_R": {**inverted, "starts": 5},
         "D_R control": {},  # the original images
         "D_NR": inverted,
         "D_rand": targeted,

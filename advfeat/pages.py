@@ -34,13 +34,15 @@ _STYLE = """
         --soft: #24272d; --grey: #aaa; --good: #6cc98a; --warn: #f0b64b; --bad: #ff7b86;
         --curve: #5ab4e8; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
-       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
+       max-width: 66rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right;
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
          white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child, .words { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; white-space: normal; min-width: 6.5rem; }
+p, li { max-width: 48rem; }
 img { max-width: 100%; height: auto; background: #fff; } td img { min-width: 4rem; }
 pre { overflow-x: auto; background: var(--soft); padding: 1rem; }
 @media (max-width: 32rem) { th, td { padding: .3rem .45rem; } body { margin-top: 1rem; } }

@@ -25,12 +25,16 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]], format: Form
         rule = ["---", *("---:" for _ in head[1:])]
         return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], rule, *cells[1:]])
     if format == "html":
-        titles = "".join(f"<th>{escape(cell)}</th>" for cell in cells[0])
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>"
-            for line in cells[1:]
+        columns = zip(*cells[1:], strict=True) if rows else [()] * len(cells[0])
+        words = [all(not cell or cell[0].isalpha() for cell in column) for column in columns]
+        marks = ["", *(' class="words"' if only else "" for only in words[1:])]
+        tags = ["th", *("td" for _ in rows)]
+        lines = (
+            "".join(f"<{tag}{m}>{escape(c)}</{tag}>" for c, m in zip(line, marks, strict=True))
+            for tag, line in zip(tags, cells, strict=True)
         )
-        return f'<div class="wide"><table><tr>{titles}</tr>{body}</table></div>'
+        body = "".join(f"<tr>{line}</tr>" for line in lines)
+        return f'<div class="wide"><table>{body}</table></div>'
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join(

@@ -114,14 +114,14 @@ def claims_as_table(claims: tuple[Claim, ...]) -> Table:
     rows = [
         (
             claim.text if not place else "",
+            claim.verdict if not place else "",
             evidence.text,
             str(evidence.difference),
-            claim.verdict if not place else "",
         )
         for claim in claims
         for place, evidence in enumerate(claim.evidence)
     ]
-    return Table(("claim", "evidence", "points (95% interval)", "verdict"), rows)
+    return Table(("claim", "verdict", "evidence", "points (95% interval)"), rows)
 
 
 def claims_table(claims: tuple[Claim, ...], format: Format = "text") -> str:

@@ -64,10 +64,9 @@ def sections(found: Findings, draw: Callable[[str], Figure]) -> Iterator[str]:
 def _verdicts(found: Findings) -> Iterator[str]:
     if found.claims:
         verdicts = [claim.verdict for claim in found.claims]
+        counts = (f"{verdicts.count(v)} {v}" for v in ("confirmed", "not confirmed", "undecided"))
         yield pages.paragraph(
-            f"Of {len(verdicts)} claims of the paper, {verdicts.count('confirmed')} are confirmed "
-            f"on these data, {verdicts.count('not confirmed')} are not confirmed, and "
-            f"{verdicts.count('undecided')} are undecided."
+            f"The {len(verdicts)} claims of the paper on these data: {', '.join(counts)}."
         )
 
 
@@ -164,7 +163,7 @@ def _provenance(found: Findings) -> Iterator[str]:
     yield pages.paragraph(
         f"advfeat {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} {device or platform.machine()}, {torch.get_num_threads()} threads; "
-        f"{sum(seconds.values()):.0f} seconds in all"
+        f"{sum(seconds.values()):.0f} seconds altogether"
     )
     of_call = pages.note("Of the call that finished the stage.")
     yield pages.folded("Seconds of each stage", pages.rows(["stage", "seconds"], times), of_call)

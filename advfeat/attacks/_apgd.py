@@ -253,6 +253,9 @@ class APGD(Attack):
         shrunk = torch.maximum(state.step_size / _L1_SHRINK, radius * _L1_SMALLEST)
         size = torch.where(back, radius, shrunk)
         density = support / state.inputs[0].numel() / _L1_SHRINK
+        if state.box.numel():
+            # Towards single entries: equal steps of several may be what the projection takes back.
+            density = torch.minimum(density, state.density / _L1_SHRINK)
         state = state._replace(
             current=threat.choose(back, state.x_max, state.current),
             step_size=torch.where(due, size, state.step_size),
@@ -288,9 +291,12 @@ class APGD(Attack):
         radius = state.eps * schedule.radius[place + 1]
         size = threat.per_sample(state.step_size, state.current)
         bounds = threat.bounds_of(state.box, self.bounds)
-        if bounds is not self.bounds:  # the published step may press against a face
-            direction = threat.unblocked(direction, state.current, bounds)
-        moved = torch.addcmul(state.current, self._sparse_step(state, direction), size)
+        if state.box.numel():  # the published step would be lost at a face
+            width = state.inputs[0].numel()
+            entries = (state.density * width).to(torch.int64).clamp_min(1)
+            moved = threat.ascend_l1(state.current, direction, state.step_size, bounds, entries)
+        else:
+            moved = torch.addcmul(state.current, self._sparse_step(state, direction), size)
         moved = threat.choose(starting, state.x_max, moved)
         limits = state.low, state.high
         moved = threat.project(moved, state.inputs, radius, "l1", bounds, limits)

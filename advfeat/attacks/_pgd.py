@@ -232,14 +232,13 @@ class PGD(Attack):
             unit.masked_fill_(~threat.per_sample(torch.isfinite(length), unit), 0.0)
             velocity = gradient = self.momentum * velocity + unit
         size = threat.per_sample(state.step_size, state.current)
-        if self.norm == "l2":
+        bounds = threat.bounds_of(state.box, self.bounds)
+        if self.norm == "l1":
+            moved = threat.ascend_l1(state.current, gradient, state.step_size, bounds)
+        elif self.norm == "l2":
             moved = threat.ascend_l2(state.current, gradient, size)
         else:
-            if self.norm == "l1":
-                gradient = threat.unblocked(
-                    gradient, state.current, threat.bounds_of(state.box, self.bounds)
-                )
-            moved = torch.addcmul(state.current, threat.steepest(gradient, self.norm), size)
+            moved = torch.addcmul(state.current, gradient.sign(), size)
         limits = state.low, state.high
         own = self.norm == "linf"  # in l2 a point in the ball is to stay as it is
         moved = threat.project(
@@ -247,7 +246,7 @@ class PGD(Attack):
             state.inputs,
             state.eps,
             self.norm,
-            threat.bounds_of(state.box, self.bounds),
+            bounds,
             limits,
             inplace=own,
         )

@@ -201,10 +201,11 @@ class SmoothedPGD(Attack):
         bounds = threat.bounds_of(state.box, self.bounds)
         size = state.eps * (_FIRST_STEP * self._remaining(state) + _LAST_STEP)
         if self.norm == "l1":
-            unit = _sparse_step(threat.unblocked(direction, state.current, bounds))
+            count = max(1, math.ceil(_L1_DENSITY * state.inputs[0].numel()))
+            moved = threat.ascend_l1(state.current, direction, size, bounds, count)
         else:
             unit = threat.steepest(direction, self.norm)
-        moved = state.current + threat.per_sample(size, unit) * unit
+            moved = state.current + threat.per_sample(size, unit) * unit
         return threat.project(moved, state.inputs, state.eps, self.norm, bounds)
 
     def _keep(self, net: Network, state: SmoothedPGDState) -> SmoothedPGDState:
@@ -243,15 +244,6 @@ class SmoothedPGD(Attack):
 
 def _finite(gradient: Tensor) -> Tensor:
     return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _sparse_step(gradient: Tensor) -> Tensor:
-    """Signs of the largest entries of the gradient, of l1 size 1 in all."""
-    flat = gradient.flatten(1)
-    count = max(1, math.ceil(_L1_DENSITY * flat.shape[1]))
-    smallest = flat.abs().topk(count, dim=1).values[:, -1:]
-    signs = torch.where((flat.abs() >= smallest) & (flat != 0), flat.sign(), 0.0)
-    return (signs / signs.abs().sum(1, keepdim=True).clamp_min(1.0)).view(gradient.shape)
 
 
 def smoothed_pgd(

@@ -41,6 +41,13 @@ def eps(value: object, argument: str = "eps") -> None:
         checks.fail(f"{argument}.shape", tuple(value.shape), "an empty tensor")
 
 
+def positive_eps(value: object) -> None:
+    """Raise an error for a radius that is not above 0, or a tensor with none that is."""
+    eps(value)
+    if not (value > 0 if not isinstance(value, Tensor) else bool((value > 0).any())):  # type: ignore[operator]
+        checks.fail("eps", 0.0, "must be above 0; for clean inputs use advfeat.accuracy")
+
+
 def bounds(value: object) -> FeatureBounds:
     """Return bounds as a tuple of numbers, or of tensors by feature; raise an error for others."""
     ends = value if isinstance(value, (tuple, list)) and len(value) == 2 else ()

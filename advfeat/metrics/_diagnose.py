@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from advfeat import checks, losses, plots, seeding
 from advfeat.attacks import APGD, FAB, PGD, Attack, Batch, SmoothedPGD, Square
-from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.base import per_sample_eps, prepare_batch
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.misleading import check_gradients, check_size
 from advfeat.attacks.pool import attack_batch
+from advfeat.attacks.restricted import entered, restricted
 from advfeat.attacks.samples import concat_samples, select_samples
+from advfeat.attacks.settings import positive_eps
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.model import Network, attackable, device_of
@@ -25,7 +27,7 @@ from advfeat.progress import Meter
 from advfeat.results import Result
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm, bounds_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,11 +117,12 @@ def diagnose(
     model: nn.Module,
     data: Data,
     *,
-    eps: float,
+    eps: float | Tensor,
     norm: Norm,
     samples: int = 128,
     queries: int = 1000,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = None,
     progress: bool | None = None,
 ) -> Diagnosis:
@@ -130,10 +133,11 @@ def diagnose(
 
     Parameters
     ----------
-    model, data, bounds, progress
+    model, data, progress
         As in `robust_accuracy`.
-    eps, norm
-        The ball of the result in question.
+    eps, norm, bounds, mask
+        Those of the result in question, as in `robust_accuracy`. With a mask, gradients are those
+        by the features that may change.
     samples
         Samples evaluated, from the beginning of ``data``, those that are right.
     queries
@@ -156,7 +160,8 @@ def diagnose(
         ``smoothed_gradients_win``: fraction that `advfeat.attacks.SmoothedPGD` fools and APGD
         does not.
         ``more_steps_help``: fraction that APGD fools by 100 steps from 2 starts and not by 25.
-        ``large_eps_resists``: accuracy under PGD in a ball that covers the whole valid range.
+        ``large_eps_resists``: accuracy under PGD in a ball that covers the whole valid range, with
+        all features free.
 
     Raises
     ------
@@ -178,16 +183,14 @@ def diagnose(
     >>> "zero_gradients" in diagnosis.suspicious
     True
     """
-    checks.number("eps", eps, low=0.0, strict=True)
-    norm = checks.norm(norm)
-    checks.bounds(bounds)
-    checks.linf_in_bounds(eps, norm, bounds)
+    positive_eps(eps)
+    attack = APGD(eps=eps, norm=norm, bounds=bounds, mask=mask, steps=25)  # checks its settings
     checks.count("samples", samples, low=1)
     checks.count("queries", queries, low=1)
     checks.seed(seed)
     number = seeding.resolve(seed)
     with Meter(progress, "diagnose", _ATTACKS) as meter:
-        findings = _findings(model, data, eps, norm, samples, queries, bounds, number, meter)
+        findings = _findings(model, data, attack, samples, queries, number, meter)
     diagnosis = Diagnosis({finding.name: finding for finding in findings})
     if diagnosis.suspicious:
         signs = "\n".join(str(diagnosis[name]) for name in diagnosis.suspicious)
@@ -253,19 +256,20 @@ _CHECKS: dict[str, tuple[float, str, str]] = {
 def _findings(
     model: nn.Module,
     data: Data,
-    eps: float,
-    norm: Norm,
+    attack: APGD,
     samples: int,
     queries: int,
-    bounds: Bounds,
     seed: int,
     meter: Meter,
 ) -> list[Finding]:
-    ball: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds}
+    ball: dict[str, Any] = {
+        name: getattr(attack, name) for name in ("eps", "norm", "bounds", "mask")
+    }
+    low, high = attack.bounds
     with attackable(model, purpose=None) as net, warnings.catch_warnings():
         # A detached input is what one of the checks is for.
         warnings.filterwarnings("ignore", "the model's output has no gradient")
-        batch = _correct_samples(net, model, data, samples, bounds)
+        batch = _correct_samples(net, model, data, samples, attack.bounds)
 
         def fooled(*attacks: Attack, only: Tensor | None = None) -> Tensor:
             """Whether one of the attacks fools each sample; False outside ``only``."""
@@ -275,12 +279,12 @@ def _findings(
             meter.update(figures={"attack": type(attacks[0]).__name__})
             if len(chosen):
                 part = select_samples(batch, chosen)
-                runs = (a.stop_at_success() for a in seed_attacks(attacks, seed))
+                runs = (restricted(a.stop_at_success()) for a in seed_attacks(attacks, seed))
                 wins = [attack_batch(attack, net, part).success for attack in runs]
                 found[chosen] = torch.stack(wins).any(0)
             return found
 
-        short = fooled(APGD(**ball, steps=25))
+        short = fooled(attack)
         long = fooled(APGD(**ball, steps=100, restarts=2))
         gradient = short | long
         gradient |= fooled(APGD(**ball, steps=50, loss="dlr", targets=4), only=~gradient)
@@ -291,11 +295,13 @@ def _findings(
         }
         wins = {name: _fraction(fooled(one, only=~gradient)) for name, one in others.items()}
         # The whole valid range, whatever the norm: a step of l1 would move one entry at a time.
-        anywhere = fooled(PGD(eps=bounds[1] - bounds[0], norm="linf", steps=50, bounds=bounds))
+        anywhere = fooled(PGD(eps=high - low, norm="linf", steps=50, bounds=attack.bounds))
+        # By the features that may change.
+        plain, inside, entered_batch = entered(attack, net, batch)
         values = {
             "random_predictions": _fraction(_changing(net, batch)),
-            "zero_gradients": _fraction(_without_gradient(net, batch)),
-            "misleading_gradients": _fraction(_misled(net, batch, eps, norm, bounds)),
+            "zero_gradients": _fraction(_without_gradient(inside, entered_batch)),
+            "misleading_gradients": _fraction(_misled(inside, entered_batch, plain)),
             "more_steps_help": _fraction(long & ~short),
             "large_eps_resists": 1 - _fraction(anywhere),
             **wins,
@@ -304,7 +310,7 @@ def _findings(
 
 
 def _correct_samples(
-    net: Network, model: nn.Module, data: Data, samples: int, bounds: Bounds
+    net: Network, model: nn.Module, data: Data, samples: int, bounds: FeatureBounds
 ) -> Batch:
     """The first samples of the data, those of them that the model gets right."""
     source, found, seen = Source(data), [], 0
@@ -334,9 +340,9 @@ def _without_gradient(net: Network, batch: Batch) -> Tensor:
     return (peak == 0) | ~peak.isfinite()
 
 
-def _misled(net: Network, batch: Batch, eps: float, norm: Norm, bounds: Bounds) -> Tensor:
-    radius = batch.inputs.new_full((len(batch.ids),), eps)
-    size = check_size(radius, norm, batch.inputs)
+def _misled(net: Network, batch: Batch, attack: APGD) -> Tensor:
+    size = check_size(per_sample_eps(attack.eps, batch.inputs), attack.norm, batch.inputs)
+    bounds = bounds_of(batch.box, attack.bounds)
     with net.given(batch.extras):
         return check_gradients(net, batch.inputs, batch.labels, size, bounds).misled
 

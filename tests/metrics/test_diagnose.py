@@ -178,3 +178,28 @@ def test_a_model_that_is_wrong_everywhere_is_refused(standard, digits):
         wrong = (standard(x).argmax(1) + 1) % 10
     with pytest.raises(ValueError, match="right on none"):
         diagnose(standard, TensorDataset(x, wrong), **BALL)
+
+
+class Two(nn.Module):
+    """Two classes, by the first features; the third has a gradient that rounding hides."""
+
+    def forward(self, x):
+        x = x.flatten(1)
+        hidden = torch.round(8 * x[:, 2]) / 8
+        return torch.stack([x[:, 0] + 0.5 * hidden, x[:, 1]], 1)
+
+
+@pytest.mark.parametrize(("free", "zero"), [((0, 3), 0.0), ((2, 3), 1.0)])
+def test_gradients_are_those_by_the_features_of_the_mask(free, zero):
+    x = torch.rand(40, 4, generator=torch.Generator().manual_seed(0))
+    data = TensorDataset(x, Two()(x).argmax(1))
+    mask = torch.zeros(4, dtype=torch.bool)
+    mask[list(free)] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ball = {"eps": 0.05 * torch.ones(4), "norm": "linf", "samples": 40, "queries": 50}
+        found = diagnose(Two(), data, **ball, mask=mask, seed=0)
+        same = diagnose(Two(), data, **{**ball, "eps": 0.05 * mask.float()}, seed=0)
+    assert found["zero_gradients"].value == zero
+    assert ("misleading_gradients" in found.suspicious) == bool(zero)
+    assert same["zero_gradients"].value == zero

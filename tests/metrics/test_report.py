@@ -89,6 +89,69 @@ def test_text_page_and_json(found, tmp_path):
     assert "\n" not in repr(found)
 
 
+MASK = torch.tensor([True, False, False, True, False])
+
+
+def masked_distance(inputs, labels, mask):
+    """How far the first features must move towards each other, those that may."""
+    found = torch.full(labels.shape, torch.inf)
+    for n, label in enumerate(labels.tolist()):
+        for other in {0, 1, 2} - {label}:
+            moving = int(mask[n, label]) + int(mask[n, other])
+            if moving:
+                gap = inputs[n, label] - inputs[n, other]
+                found[n] = min(found[n], float(gap) / moving)
+    return found
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["one mask", *(pytest.param(k, marks=pytest.mark.slow) for k in ("masks", "eps by feature"))],
+)
+def test_a_report_in_a_restricted_ball_has_the_numbers_of_a_linear_model(kind):
+    inputs, labels = points(24)
+    inputs = 0.3 + 0.4 * inputs  # no face of the bounds is in reach
+    generator = torch.Generator().manual_seed(3)
+    masks = torch.rand(24, 5, generator=generator) < 0.6
+    masks[:, 4] = True
+    masks = masks if kind == "masks" else MASK.expand(24, 5)
+    ball = {"eps": 0.1, "mask": masks if kind == "masks" else MASK}
+    if kind == "eps by feature":
+        ball = {"eps": 0.1 * MASK.float()}
+    found = af.report(
+        First(), TensorDataset(inputs, labels), **ball, norm="linf", budget=None, other=First(),
+        progress=False, class_names=["a", "b", "c"],
+    )  # fmt: skip
+    distance = masked_distance(inputs, labels, masks)
+    assert 0 < found.robust.count < 24
+    assert torch.equal(found.robust.correct, distance > 0.1)
+    unit = 0.1 if kind == "eps by feature" else 1.0
+    measured = found.curve.distance * unit
+    reachable = distance < 0.29
+    torch.testing.assert_close(measured[reachable], distance[reachable], rtol=1e-3, atol=1e-4)
+    assert (found.robust.adversarial == inputs)[~masks].all()
+    assert found.transfer.fooled[0, 0] == pytest.approx(1 - found.robust.count / 24)
+    assert ("by feature" if kind == "eps by feature" else "mask") in found.title
+    assert "masked gradients was not checked" not in str(found)
+    assert any("Two kinds of attacks agree" in text for _, text in found.verdict.reasons)
+    again = Report.from_dict(json.loads(json.dumps(found.to_dict(), allow_nan=False)))
+    assert str(again) == str(found)
+    assert again._repr_html_()
+
+
+def test_an_attack_of_its_own_must_have_the_mask_of_the_report():
+    settings = {"eps": 0.1, "norm": "linf", "budget": None, "progress": False}
+    with pytest.raises(ValueError, match="mask must be equal"):
+        af.report(First(), points(), attack=PGD(eps=0.1, norm="linf", mask=MASK), **settings)
+    with pytest.raises(ValueError, match="mask must be equal"):
+        af.report(First(), points(), attack=PGD(eps=0.1, norm="linf"), mask=MASK, **settings)
+    with pytest.raises(TypeError, match="mask"):
+        af.report(First(), points(), mask=[True, False], **settings)
+    attack = PGD(eps=0.1, norm="linf", mask=MASK)
+    found = af.report(First(), points(), attack=attack, mask=MASK, **settings)
+    assert (found.robust.adversarial == points()[0])[:, ~MASK].all()
+
+
 @pytest.mark.slow
 def test_images_are_shown_as_they_are(tmp_path):
     generator = torch.Generator().manual_seed(0)

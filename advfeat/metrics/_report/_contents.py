@@ -59,7 +59,7 @@ class Stages:
     drawn: Drawn
     budget: Budget
     meter: Meter
-    ball: dict[str, Any]  # eps, norm, bounds, and what else restricts a perturbation
+    ball: dict[str, Any]  # eps, norm, bounds, mask
     attacks: tuple[Attack, ...]
     is_default: bool  # the ensemble may be replaced where there is no time for it
     seed: int
@@ -168,7 +168,7 @@ class Stages:
             try:
                 return diagnose(
                     self.model, self.drawn.part(0, count), samples=count, seed=self.seed,
-                    **self._plain_ball(), progress=False,
+                    **self.ball, progress=False,
                 )  # fmt: skip
             except ValueError as error:
                 self.budget.left_out.append(f"signs of masked gradients: {error}")
@@ -176,9 +176,6 @@ class Stages:
 
         (found,), _ = self.budget.parts("signs of masked gradients", 1, run, required=True)
         return found
-
-    def _plain_ball(self) -> dict[str, Any]:
-        return {name: self.ball[name] for name in ("eps", "norm", "bounds")}
 
     def _transfer(self) -> TransferMatrix | None:
         models = {"this model": self.model, **self.others}
@@ -199,7 +196,10 @@ class Stages:
         return found
 
     def _curve(self) -> RobustnessCurve | None:
-        settings = {name: self.ball[name] for name in ("norm", "bounds")}
+        eps = self.ball["eps"]
+        settings = {name: self.ball[name] for name in ("norm", "bounds", "mask")}
+        if isinstance(eps, Tensor):
+            settings["scale"] = eps
         affordable = 0.8 * self.budget.left / (_CURVE * self._gradient)
 
         def part(start: int, stop: int) -> RobustnessCurve:
@@ -225,7 +225,7 @@ class Stages:
         index = torch.cat([each.index for each in parts])
         order = index.argsort()
         distance = torch.cat([each.distance for each in parts])
-        return RobustnessCurve(distance[order], index[order], parts[0].norm)
+        return RobustnessCurve(distance[order], index[order], parts[0].norm, parts[0].scale)
 
 
 @contextmanager

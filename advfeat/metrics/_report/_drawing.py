@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,15 +21,13 @@ def difference_uri(clean: Tensor, adversarial: Tensor, bounds: Bounds) -> tuple[
     return pages.image_uri((low + high) / 2 + factor * delta, bounds), factor
 
 
-def curve_svg(curve: RobustnessCurve, eps: Any, *, chance: float) -> str:
+def curve_svg(curve: RobustnessCurve, radius: float, *, chance: float) -> str:
     """Robust accuracy over the radius, with the radius of the report as a line."""
     ordered = curve.distance.double().nan_to_num(nan=-1.0).sort().values
     finite = ordered[ordered.isfinite()]
-    radius = float(eps) if isinstance(eps, (int, float)) else None
     largest = float(finite[-1]) if len(finite) else 0.0
-    end = max(1.05 * largest, 1.2 * (radius or 0.0)) or 1.0
     # Far beyond the radius nothing is of interest.
-    end = min(end, 4 * radius) if radius else end
+    end = min(max(1.05 * largest, 1.2 * radius), 4 * radius)
     edges = torch.linspace(0, end, 241, dtype=torch.float64)
     above = len(ordered) - torch.searchsorted(ordered, edges, right=True)
     percentages = (100 * above.double() / max(1, len(ordered))).tolist()
@@ -51,12 +47,13 @@ def curve_svg(curve: RobustnessCurve, eps: Any, *, chance: float) -> str:
         value = end * place / 4
         anchor = "end" if place == 4 else "middle"  # the last one ends with the axis
         parts.append(_text(x(value), _HEIGHT - _BOTTOM + 20, f"{value:.3g}", anchor))
-    parts.append(_text(_WIDTH / 2, _HEIGHT - 6, f"{curve.norm} size of the perturbation", "middle"))
+    unit = "" if curve.scale is None else ", in multiples of eps"
+    title = f"{curve.norm} size of the perturbation{unit}"
+    parts.append(_text(_WIDTH / 2, _HEIGHT - 6, title, "middle"))
     parts.append(_line(_LEFT, y(100 * chance), _WIDTH - 12, y(100 * chance), "var(--grey)", "2 4"))
     parts.append(_text(_WIDTH - 14, y(100 * chance) - 5, "commonest class", "end"))
-    if radius is not None:
-        parts.append(_line(x(radius), y(0), x(radius), y(100), "var(--bad)", "6 4"))
-        parts.append(_text(x(radius) + 5, y(94), "eps", "start"))
+    parts.append(_line(x(radius), y(0), x(radius), y(100), "var(--bad)", "6 4"))
+    parts.append(_text(x(radius) + 5, y(94), "eps", "start"))
     parts.append(
         f'<polyline points="{points}" fill="none" stroke="var(--curve)" stroke-width="2.5"/>'
     )

@@ -12,7 +12,7 @@ from advfeat.metrics._curve import RobustnessCurve
 from advfeat.metrics._diagnose import Diagnosis
 from advfeat.metrics._outcome import Accuracy, RobustAccuracy
 from advfeat.metrics._report._examples import Example
-from advfeat.metrics._report._provenance import size_text
+from advfeat.metrics._report._provenance import radius_of
 from advfeat.metrics._report._verdict import Verdict
 from advfeat.metrics._transfer import TransferMatrix
 from advfeat.results import Result
@@ -55,6 +55,7 @@ class ReportFields(Result):
     eps: float | Tensor
     norm: Norm
     bounds: Bounds
+    ball: str
     chance: float
     left_out: tuple[str, ...]
     seconds: Mapping[str, float]
@@ -66,8 +67,12 @@ class ReportFields(Result):
     @property
     def title(self) -> str:
         """Of the page."""
-        ball = f"{self.norm} {size_text(self.eps, self.bounds)}"
-        return f"How robust is {self.provenance['model']} in {ball}?"
+        return f"How robust is {self.provenance['model']} in {self.ball}?"
+
+    @property
+    def radius(self) -> float:
+        """The radius in the units of the curve: 1 where there is one for each feature."""
+        return radius_of(self.eps)
 
     def class_name(self, label: int) -> str:
         """Name of a class, or its number."""

@@ -44,7 +44,7 @@ def sections(report: ReportFields) -> Iterator[str]:
     yield _fates(report.robust.broken_counts, report.robust.total)
     if report.curve is not None:
         yield pages.heading("Robust accuracy at every radius")
-        yield _drawing.curve_svg(report.curve, report.eps, chance=report.chance)
+        yield _drawing.curve_svg(report.curve, report.radius, chance=report.chance)
         yield pages.note(
             f"Percent of {len(report.curve.distance)} samples whose nearest adversarial example is "
             f"farther away; median distance {report.curve.median:.4g}."

@@ -14,7 +14,7 @@ from advfeat._version import __version__
 from advfeat.attacks import Attack
 from advfeat.metrics._outcome import attack_name
 from advfeat.model import device_of
-from advfeat.threat import Bounds
+from advfeat.threat import Bounds, FeatureBounds, hull
 
 PAPERS = {
     "PGD": "Madry et al. 2018, Towards Deep Learning Models Resistant to Adversarial Attacks",
@@ -37,12 +37,20 @@ _CHECKS = (
 )
 
 
-def size_text(eps: Any, bounds: Bounds) -> str:
-    """A radius as papers write it: 8/255 where it is one, or the range of one for each feature."""
+def radius_of(eps: float | Tensor) -> float:
+    """The radius in the units of a curve: 1 where there is one for each feature."""
+    return 1.0 if isinstance(eps, Tensor) else float(eps)
+
+
+def size_text(eps: float | Tensor, bounds: FeatureBounds, mask: Tensor | None = None) -> str:
+    """A radius as papers write it, 8/255 where it is one; and whether some features are fixed."""
+    masked = "" if mask is None else " on some features (mask)"
+    return _radius_text(eps, hull(bounds)) + masked
+
+
+def _radius_text(eps: float | Tensor, bounds: Bounds) -> str:
     if isinstance(eps, Tensor):
-        if eps.numel() > 1:
-            return f"{float(eps.min()):.4g} to {float(eps.max()):.4g} by feature"
-        eps = float(eps)
+        return f"{float(eps.min()):.4g} to {float(eps.max()):.4g} by feature"
     levels = 255 * eps
     if bounds == (0.0, 1.0) and 0.99 < levels < 64 and abs(levels - round(levels)) < 1e-6:
         return f"{round(levels)}/255"

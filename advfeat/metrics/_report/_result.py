@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advfeat import checks, pages, seeding
-from advfeat.attacks import Attack, AutoAttack
+from advfeat.attacks import PGD, Attack, AutoAttack
+from advfeat.attacks.settings import positive_eps
 from advfeat.loading import Data
 from advfeat.metrics._choice import choose_attacks
 from advfeat.metrics._outcome import Accuracy, accuracy_row, attack_name
@@ -22,13 +23,19 @@ from advfeat.metrics._report._budget import Budget
 from advfeat.metrics._report._contents import Contents, Stages
 from advfeat.metrics._report._examples import Example, examples
 from advfeat.metrics._report._fields import ClassAccuracy, ReportFields
-from advfeat.metrics._report._provenance import citations, paper_text, provenance, size_text
+from advfeat.metrics._report._provenance import (
+    citations,
+    paper_text,
+    provenance,
+    radius_of,
+    size_text,
+)
 from advfeat.metrics._report._samples import Drawn
 from advfeat.metrics._report._verdict import judge
 from advfeat.progress import Meter
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
-from advfeat.threat import Bounds, Norm
+from advfeat.threat import FeatureBounds, Norm, hull, same_bounds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,8 +63,8 @@ class Report(ReportFields):
         Clean and robust accuracy of each class, of the samples that were attacked.
     examples
         The most fragile and the most robust samples.
-    eps, norm, bounds
-        The ball.
+    eps, norm, bounds, ball
+        The ball, and in words; of bounds by feature the smallest and the largest.
     chance
         Fraction of the commonest class.
     left_out
@@ -131,14 +138,15 @@ def report(
     model: nn.Module,
     data: Data,
     *,
-    eps: float,
+    eps: float | Tensor,
     norm: Norm,
     attack: Attack | AutoAttack | Sequence[Attack | AutoAttack] | str | None = None,
     other: nn.Module | Mapping[str, nn.Module] | None = None,
     budget: float | None = 45.0,
     samples: int | None = 1000,
     class_names: Sequence[str] | None = None,
-    bounds: Bounds = (0.0, 1.0),
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
     seed: int | torch.Generator | None = 0,
     batch_size: int | None = None,
     expectation: int = 1,
@@ -156,7 +164,10 @@ def report(
     model, data, bounds, batch_size, expectation, progress
         As in `robust_accuracy`. Samples are drawn from the data at random, by ``seed``.
     eps, norm
-        The ball, in the units of the inputs.
+        The ball, in the units of the inputs. With a radius for each feature, the distances of the
+        curve are in multiples of it.
+    mask
+        As in `robust_accuracy`: features that may change, for all samples or by sample number.
     attack
         As in `robust_accuracy`; by default the ensemble ``fast``.
     other
@@ -200,8 +211,8 @@ def report(
         checks.count("samples", samples, low=1)
     checks.seed(seed)
     number = seeding.resolve(seed)
-    ball: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds}
-    checks.number("eps", eps, low=0.0, strict=True)
+    positive_eps(eps)
+    ball: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds, "mask": mask}
     attacks = _attacks(attack, ball, number)
     drawn = Drawn(data, samples, batch_size, number)
     limit = Budget(budget)
@@ -215,15 +226,35 @@ def report(
 
 def _attacks(attack: Any, ball: dict[str, Any], seed: int) -> tuple[Attack, ...]:
     """Single attacks with their seeds; an error where their ball is another than the report's."""
-    eps, norm, bounds = ball["eps"], ball["norm"], ball["bounds"]
+    eps, norm, bounds, mask = (ball[name] for name in ("eps", "norm", "bounds", "mask"))
+    own = PGD(eps=eps, norm=norm, bounds=bounds, mask=mask)  # checks the settings
+    ball.update(eps=own.eps, bounds=own.bounds, mask=own.mask)
     if attack is None or isinstance(attack, str):
-        return choose_attacks(attack, eps, norm, None, bounds, seed)
+        return choose_attacks(attack, eps, norm, None, bounds, seed, mask)
     attacks = choose_attacks(attack, None, None, None, bounds, seed)
     for each in attacks:
-        own: Any = each
-        if own.norm != norm or abs(float(own.eps) - eps) > 1e-9 * eps:
-            checks.fail("attack", each, f"its ball is not that of the report, {norm} {eps:g}")
+        if not _same_ball(each, own):
+            cause = f"its ball is not that of the report, {norm} {size_text(eps, own.bounds)}"
+            checks.fail("attack", each, f"{cause}: norm, eps, bounds and mask must be equal")
     return attacks
+
+
+def _same_ball(first: Any, second: Any) -> bool:
+    masks = (None if mask is None else mask.cpu() for mask in (first.mask, second.mask))
+    one, other = (torch.as_tensor(each.eps, device="cpu").double() for each in (first, second))
+    return (
+        first.norm == second.norm
+        and one.shape == other.shape
+        and torch.allclose(one, other, rtol=1e-6, atol=0.0)  # a radius may come in float32
+        and same_bounds(first.bounds, second.bounds)
+        and _same_mask(*masks)
+    )
+
+
+def _same_mask(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return torch.equal(first, second)
 
 
 def _others(other: nn.Module | Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
@@ -248,11 +279,12 @@ def _composed(
     drawn: Drawn,
     class_names: Sequence[str] | None,
 ) -> Report:
-    eps, norm, bounds = ball["eps"], ball["norm"], ball["bounds"]
-    robust, size = contents.robust, size_text(ball["eps"], ball["bounds"])
+    norm, bounds, eps = ball["norm"], hull(ball["bounds"]), ball["eps"]
+    robust, size = contents.robust, size_text(eps, ball["bounds"], ball["mask"])
+    eps = eps.cpu() if isinstance(eps, Tensor) else eps
     verdict = judge(
         contents.clean, robust, contents.curve, contents.diagnosis,
-        eps=eps, ball=f"{norm} {size}", chance=contents.chance,
+        eps=radius_of(eps), ball=f"{norm} {size}", chance=contents.chance,
         warnings=contents.warnings, ensemble=contents.ensemble,
     )  # fmt: skip
     about = provenance(model, robust.attacks, seed, norm, size, bounds)
@@ -268,7 +300,8 @@ def _composed(
         verdict=verdict, clean=contents.clean, robust=robust, curve=contents.curve,
         diagnosis=contents.diagnosis, transfer=contents.transfer,
         classes=_classes(contents, names), examples=pictures,
-        eps=eps, norm=norm, bounds=(float(bounds[0]), float(bounds[1])), chance=contents.chance,
+        eps=eps, norm=norm, bounds=(float(bounds[0]), float(bounds[1])), ball=f"{norm} {size}",
+        chance=contents.chance,
         left_out=tuple(budget.left_out), seconds=dict(budget.spent), provenance=about,
         paper=paper_text(about, sentence, map(attack_name, robust.attacks)),
         citations=citations(robust.attacks, others, contents.diagnosis is not None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from advfeat.metrics._curve import RobustnessCurve
 from advfeat.metrics._diagnose import Diagnosis
@@ -81,7 +81,7 @@ def judge(
     curve: RobustnessCurve | None,
     diagnosis: Diagnosis | None,
     *,
-    eps: Any,
+    eps: float,
     ball: str,
     chance: float,
     warnings: Sequence[str],
@@ -94,7 +94,7 @@ def judge(
     clean, robust, curve, diagnosis
         What was measured; None where it was left out.
     eps, ball
-        The radius, and norm and radius in words.
+        The radius in the units of the curve, and norm and radius in words.
     chance
         Fraction of the commonest class.
     warnings
@@ -159,12 +159,12 @@ def _of_checks(diagnosis: Diagnosis | None) -> Iterator[tuple[Light, str]]:
 
 
 def _of_attacks(
-    robust: RobustAccuracy, curve: RobustnessCurve | None, eps: Any, ensemble: bool
+    robust: RobustAccuracy, curve: RobustnessCurve | None, eps: float, ensemble: bool
 ) -> Iterator[tuple[Light, str]]:
     if not ensemble:
         text = "One attack was run, so the number is no more than an upper bound"
         yield "yellow", f"{text}: leave attack= out, and raise budget=, for an ensemble."
-    if curve is None or not isinstance(eps, (int, float)):
+    if curve is None:
         return
     robust_of = dict(zip(robust.index.tolist(), robust.correct.tolist(), strict=True))
     pairs = [

@@ -215,41 +215,6 @@ def finite(gradient: Tensor) -> Tensor:
     return torch.where(is_finite, gradient, replaced)
 
 
-def ascend_l1(
-    points: Tensor,
-    gradient: Tensor,
-    length: Tensor,
-    bounds: FeatureBounds,
-    entries: int | Tensor = 1,
-) -> Tensor:
-    """Points moved by an l1 length ``(N,)`` along the largest entries of a gradient.
-
-    ``entries``, one number or ``(N,)``, share the length. An entry that a face of the bounds stops
-    takes its part, beyond the face, but of the length only what it can move: the next entries take
-    the rest. `project` then brings the point back. At the best point of a linear function it leaves
-    the point as it is: were the entries at a face left out, their distance to it would be lost.
-    An entry of the gradient that is NaN counts as zero.
-
-    Examples
-    --------
-    >>> points, gradient = torch.tensor([[0.9, 0.5]]), torch.tensor([[2.0, 1.0]])
-    >>> ascend_l1(points, gradient, torch.tensor([0.3]), (0.0, 1.0))
-    tensor([[1.2000, 0.7000]])
-    """
-    low, high = bounds
-    gradient = gradient.nan_to_num(nan=0.0)
-    room = torch.where(gradient > 0, high - points, points - low).clamp_min_(0.0).flatten(1)
-    flat, length = gradient.flatten(1), length.to(points.dtype)[:, None]
-    each = length / (entries[:, None] if isinstance(entries, Tensor) else entries)
-    order = flat.abs().argsort(dim=1, descending=True, stable=True)
-    stopped = torch.minimum(room.gather(1, order), each)
-    left = length - (stopped.cumsum(1) - stopped)
-    # What is left by rounding moves no further entry.
-    left = torch.minimum(left, each).masked_fill_(left < 1e-4 * each, 0.0)
-    move = torch.zeros_like(flat).scatter_(1, order, left).mul_(flat.sign())
-    return points + move.view(points.shape)
-
-
 def project(
     points: Tensor,
     center: Tensor,

@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from advfeat import checks, losses, seeding, threat
 from advfeat.attacks._apgd_schedule import Schedule, phases, schedule_of
+from advfeat.attacks._l1_step import ascend_l1
 from advfeat.attacks.base import Attack, checked_objective, per_sample_eps, random_points
 from advfeat.attacks.restricted import check_not_restricted
 from advfeat.attacks.samples import Batch
@@ -294,7 +295,7 @@ class APGD(Attack):
         if state.box.numel():  # the published step would be lost at a face
             width = state.inputs[0].numel()
             entries = (state.density * width).to(torch.int64).clamp_min(1)
-            moved = threat.ascend_l1(state.current, direction, state.step_size, bounds, entries)
+            moved = ascend_l1(state.current, direction, state.step_size, bounds, entries)
         else:
             moved = torch.addcmul(state.current, self._sparse_step(state, direction), size)
         moved = threat.choose(starting, state.x_max, moved)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, seeding, threat
+from advfeat.attacks._l1_step import ascend_l1
 from advfeat.attacks.base import (
     Attack,
     checked_objective,
@@ -234,7 +235,7 @@ class PGD(Attack):
         size = threat.per_sample(state.step_size, state.current)
         bounds = threat.bounds_of(state.box, self.bounds)
         if self.norm == "l1":
-            moved = threat.ascend_l1(state.current, gradient, state.step_size, bounds)
+            moved = ascend_l1(state.current, gradient, state.step_size, bounds)
         elif self.norm == "l2":
             moved = threat.ascend_l2(state.current, gradient, size)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from advfeat import checks, seeding, threat
+from advfeat.attacks._l1_step import ascend_l1
 from advfeat.attacks.base import Attack, checked_objective, per_sample_eps, verified_logits
 from advfeat.attacks.misleading import check_gradients, check_size
 from advfeat.attacks.restricted import check_not_restricted
@@ -202,7 +203,7 @@ class SmoothedPGD(Attack):
         size = state.eps * (_FIRST_STEP * self._remaining(state) + _LAST_STEP)
         if self.norm == "l1":
             count = max(1, math.ceil(_L1_DENSITY * state.inputs[0].numel()))
-            moved = threat.ascend_l1(state.current, direction, size, bounds, count)
+            moved = ascend_l1(state.current, direction, size, bounds, count)
         else:
             unit = threat.steepest(direction, self.norm)
             moved = state.current + threat.per_sample(size, unit) * unit

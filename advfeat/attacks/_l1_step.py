@@ -24,8 +24,8 @@ def ascend_l1(
 
     ``entries``, one number or ``(N,)``, share the length. An entry that a face of the bounds stops
     takes its part, beyond the face, but of the length only what it can move: the next entries take
-    the rest. `threat.project` then brings the point back. At the best point of a linear function it leaves
-    the point as it is: were the entries at a face left out, their distance to it would be lost.
+    the rest. `threat.project` then brings the point back. At the best point of a linear function
+    it leaves the point as it is: entries at a face that took no part would be drawn away from it.
     An entry of the gradient that is NaN counts as zero.
 
     Examples
@@ -62,8 +62,8 @@ def _l1_step(
         order = gradient.abs().topk(_FEW, dim=1).indices
     low, high = (e.gather(1, order) if isinstance(e, Tensor) else e for e in ends)
     sign, found = gradient.gather(1, order).sign_(), points.gather(1, order)
-    room = torch.where(sign > 0, high - found, found - low).clamp_min_(0.0)
-    stopped = torch.minimum(room, each)
+    limit = torch.where(sign > 0, high - found, found - low).clamp_min_(0.0)
+    stopped = torch.minimum(limit, each)
     end = stopped.cumsum(1)
     left = length - (end - stopped)
     # What is left by rounding moves no further entry.

@@ -115,13 +115,13 @@ def construct_det_dataset(
 ) -> ConstructedDataset:
     """Make D_det: each image attacked towards the class after its own, and labelled so.
 
-    Robust features now point to the wrong class and non-robust ones to the label: what a model
-    trained on this gets right on true labels, it learned from non-robust features.
+    Robust features then indicate a wrong class, and non-robust features indicate the label. So if a
+    model that is trained on D_det predicts true labels, it uses non-robust features.
 
     Parameters
     ----------
     model
-        The standard model to attack; from a robust one the same construction is the control.
+        The standard model to attack. With a robust model, the result is the control.
     data
         A map-style dataset, or a loader of one (its order does not matter).
     eps, norm
@@ -134,9 +134,8 @@ def construct_det_dataset(
         Targeted PGD from the image: default 100 steps of ``eps / 5`` (0.1 in the paper). A sample
         that reaches its target continues.
     patience
-        Leave a sample where it is once its loss has not fallen by a thousandth of itself in so many
-        steps, and continue with another in its place; by default every sample takes all steps, as
-        in the paper.
+        Stop a sample when its loss has not decreased by a thousandth of itself in this many steps,
+        and continue with another sample. By default every sample takes all steps, as in the paper.
     mask
         Features that may change: a bool tensor that broadcasts against one sample, or one for each
         sample of the data, by its number.
@@ -213,8 +212,8 @@ def construct_rand_dataset(
 ) -> ConstructedDataset:
     """Make D_rand: each image attacked towards a random class, and labelled so.
 
-    Only non-robust features agree with the labels. Train on it with a low rate (0.01 in the
-    paper) and for long: accuracy sits at chance for tens of epochs before it rises.
+    Only non-robust features agree with the labels. Train on it with a low learning rate (0.01 in
+    the paper) and for many epochs: accuracy stays at chance for tens of epochs before it rises.
 
     Parameters
     ----------
@@ -222,10 +221,10 @@ def construct_rand_dataset(
 compile, expectation, progress, out, dtype
         As in `construct_det_dataset`.
     exclude_label
-        The paper draws the target uniformly from all classes, so that one image in C keeps its own
-        label, nearly unperturbed. True draws from the others.
+        The paper draws the target uniformly from all classes, so one image in C keeps its label and
+        is hardly changed. With True the target is one of the other classes.
     seed
-        Of the targets; None draws one number from torch's default generator.
+        Seed of the targets. None draws one number from torch's default generator.
 
     Returns
     -------

@@ -42,77 +42,75 @@ def construct_robust_dataset(
 ) -> ConstructedDataset:
     """Make D_R: images with the activations that a robust model has on the originals.
 
-    Each image starts as another image and is moved until the robust model's activations on it
-    are those on the original, whose label it keeps. Standard training on the result gives a
-    model with robust accuracy.
+    Each image starts as another image. It is changed until the robust model's activations are those
+    of the original, and it gets the original's label. Standard training on the result gives a model
+    with robust accuracy.
 
     Parameters
     ----------
     model
         An adversarially trained model; any module.
     data
-        A map-style dataset, or a loader of one (its order does not matter). Without random
-        augmentation: an image is fetched again as another's start.
+        A map-style dataset, or a loader of one (its order does not matter), without random
+        augmentation, because an image is read again as the start of another.
     layer
-        Where activations are taken: a module's name or the module (its output), a callable of the
-        inputs, or None for the input of the Linear that gives the logits, the paper's choice. Its
-        name and width are in ``manifest["layer"]``.
+        Where activations are read: a module or its name (its output), or a function of the inputs.
+        None is the input of the Linear layer that returns the logits, as in the paper. Its name
+        and width are stored in ``manifest["layer"]``.
     start
         ``"images"``: another sample, uniform over all others. ``"noise"``: N(0, 1) / 20 + 0.5 of
         the bounds (the released notebook). Or a tensor with one start for each
         sample, ``(N, ...)``, or ``(starts, N, ...)`` of several.
     starts
-        Constructed samples for each sample of the data, each from a start of its own: default 1,
-        as in the paper. With several, ``start_number`` says which start a sample is from, and all
-        samples of start 0 come first: they are the dataset of one start.
+        Number of constructed samples for each sample of the data, each from its own start; default
+        1, as in the paper. With several, ``start_number`` is the number of the start. All samples
+        of start 0 come first: they are the same as with ``starts=1``.
         `advfeat.datasets.StartSampler` draws one of them for each image and epoch.
     steps, step_size
         Steps of fixed l2 length. Default 1000 of 0.1, the paper's for CIFAR-10; Restricted
         ImageNet used 2000 of 1, noise starts 10,000 steps.
     momentum
         Fraction of the last move that is added to the next (heavy ball), in [0, 1); in the paper 0.
-        0.9 comes as near in fewer steps, 27 for 100 in docs/benchmarks.md: moves grow from
-        ``step_size`` to at most 1 / (1 - momentum) times that.
+        With 0.9 the same distance needs fewer steps (27 instead of 100 in docs/benchmarks.md),
+        because moves grow from ``step_size`` to at most 1 / (1 - momentum) times that.
     bounds
         The range ``(low, high)`` of valid inputs, numbers or tensors that broadcast against one
         sample.
     seed
-        Of the starts; None draws one number from torch's default generator.
+        Seed of the starts. None draws one number from torch's default generator.
     patience
-        Leave a sample where it is once its squared distance has not fallen by a thousandth in so
-        many steps, and continue with another in its place; by default every sample takes all steps,
-        as in the paper.
+        Stop a sample when its squared distance has not decreased by a thousandth in this many
+        steps, and continue with another sample. By default every sample takes all steps, as in
+        the paper.
     straight_through
-        Let gradients pass the last ReLU before the layer unchanged, as the released code of the
-        paper does; by default a unit that is not active gives none.
+        Let gradients pass the last ReLU before the layer unchanged, as the paper's released code
+        does. By default the gradient of an inactive unit is zero.
     batch_size
-        Samples built together; by default the loader's; for a dataset 128, up to 1024 on a GPU.
-        Does not change the result.
+        Samples that are built together; default: the loader's; for a dataset 128, and up to 1024
+        on a GPU. It does not change the result.
     precision
         ``"bfloat16"`` takes gradients in bfloat16 where the hardware has it.
     compile
-        Go through ``torch.compile``; warns and continues without where it fails. Like another
-        device or batch size it changes a result by rounding, and is not a setting of the dataset.
+        Use ``torch.compile``. If it fails, warn and continue without it. Like device and batch size
+        it changes results by rounding only, and is not a setting of the dataset.
     expectation
         Of a random model, take the mean logits or activations of so many calls, always with the
         same random numbers, at so many times the cost.
     progress
         Show stage, count and time left: one line in a terminal or notebook, lines at intervals
-        in a log, there by default from ten seconds on. True says it at once, False never.
+        in a log. None shows it after ten seconds, True from the beginning, False never.
     out
-        A folder to build the dataset in, sample by sample, not in memory. It can be killed at
-        any moment: the same call on the same folder continues where it was (with ``seed=None``,
-        with the seed that it began with), and returns a finished folder at once, memory-mapped.
-        Model and data are recognised by a digest of the weights and of 256 samples; a ``layer``
-        that is a callable by its name alone. Under torchrun every rank makes a part of the samples;
-        ``out`` is
-        then on a disk of all ranks; or a name ending in ``rank-{rank}`` (as it stands), and
-        each rank has a folder of its own, which `ConstructedDataset.open` joins. Without ``out``
-        every rank makes all samples.
+        A folder to write the dataset to, instead of memory. After an interruption at any time the
+        same call resumes (with ``seed=None``, with its first seed). On a finished folder it returns
+        at once, memory-mapped. Model and data are identified by a digest of the weights and of 256
+        samples, and a ``layer`` that is a function by its name alone. Under torchrun every rank
+        computes a part of the samples. Then ``out`` is on a disk of all ranks, or its name ends in
+        ``rank-{rank}`` (with the braces): each rank writes its own folder, and
+        `ConstructedDataset.open` joins them. Without ``out`` every rank computes all samples.
     dtype
-        ``"uint8"`` stores images as 256 levels of the bounds, a quarter of the bytes. What is told
-        of a sample is then measured on the rounded image, beside ``rounding`` (l2 moved by it) and
-        ``distance_unrounded`` or ``success_unrounded``.
+        ``"uint8"`` stores images as 256 levels of the bounds, a quarter of the bytes. All fields
+        are then measured on the rounded images. ``rounding`` (the l2 change by rounding) and
+        ``distance_unrounded`` or ``success_unrounded`` are added.
 
     Returns
     -------

@@ -280,9 +280,9 @@ def layer_robustness(
     eps, norm, steps, bounds
         Of PGD from a random start (at the input itself the distance has no gradient).
     seed
-        Of the starts; None draws one number from torch's default generator.
+        Seed of the starts. None draws one number from torch's default generator.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------

@@ -90,7 +90,7 @@ def filtered_accuracy(
         Cycles a pixel, at least 0; the corner of the spectrum is at 0.71. Low-pass keeps
         frequencies up to it, high-pass those above.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------
@@ -213,7 +213,7 @@ def fourier_sensitivity(
     seed
         Of the signs; None draws one number from torch's default generator.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------

@@ -146,7 +146,7 @@ def mislabelled(
     learn
         ``dataset -> model``: makes a model and trains it on the mistakes.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------

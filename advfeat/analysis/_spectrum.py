@@ -101,7 +101,7 @@ def spectrum(
     eps, norm, steps, bounds
         Of PGD.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------

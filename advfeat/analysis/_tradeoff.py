@@ -91,7 +91,7 @@ def tradeoff(
     attack
         What every model is attacked with, the same for all: ``PGD(eps=0.5, norm="l2", steps=20)``.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------
@@ -220,7 +220,7 @@ def robust_dataset_cost(
     construct
         ``(robust model, data) -> dataset``; by default `advfeat.construct_robust_dataset`.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------

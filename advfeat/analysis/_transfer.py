@@ -174,7 +174,7 @@ def transfer(
     learn
         ``(name, dataset) -> model``: makes a new model of that architecture and trains it.
     progress
-        As everywhere: None shows it in a terminal, and in a log from ten seconds on.
+        As in `advfeat.robust_accuracy`.
 
     Returns
     -------

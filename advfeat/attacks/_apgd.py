@@ -406,7 +406,7 @@ def apgd(
     restarts
         Times all rounds are run, each from another random start.
     seed
-        Of the starts; None draws one number from torch's default generator.
+        Seed of the starts. None draws one number from torch's default generator.
 
     Returns
     -------

@@ -309,8 +309,8 @@ def pgd(
 ) -> Tensor:
     """Attack one batch by projected gradient descent (Madry et al. 2018).
 
-    The model is evaluated with dropout off and BatchNorm on its running statistics, and left bit
-    for bit as it was: flags, gradients, buffers.
+    The model is evaluated in eval mode: without dropout, and with BatchNorm's running statistics.
+    Its flags, gradients and buffers do not change.
 
     Parameters
     ----------
@@ -331,30 +331,31 @@ def pgd(
     norm
         ``"l1"``, ``"l2"`` or ``"linf"``.
     steps
-        Gradients a restart takes.
+        Number of gradients for each restart.
     step_size
         Length of a step in ``norm``. Default ``2.5 * eps / steps`` (Madry et al. 2018), at most
         ``eps``; the paper's own runs use ``eps / 5``.
     targeted
-        Climb towards ``labels`` instead of away from them.
+        Whether ``labels`` are the classes to reach.
     random_start
-        Start at a uniform point of the ball, instead of at the input. Always so with restarts.
+        Start at a uniform random point of the ball, not at the input. With several restarts this
+        is always so.
     restarts
-        Attempts from different random starts; of their results the one with the largest objective
-        is returned.
+        Number of runs from different random starts; the result with the largest objective is
+        returned.
     momentum
         Decay of accumulated gradients (MI-FGSM, Dong et al. 2018); 0 is plain PGD.
     patience
-        Leave a sample where it is once its objective has not risen by a thousandth of itself in so
-        many steps; by default every sample takes all steps. Not with restarts.
+        Stop a sample when its objective has not increased by a thousandth of itself in this many
+        steps. By default every sample takes all steps. Not with restarts.
     loss
         ``"cross_entropy"``, ``"margin"``, ``"dlr"``, or a callable of logits and labels that
         returns one value for each sample that grows as the model is more wrong about the labels;
         with ``targeted`` its negative is climbed, as for the named losses.
     returns
         ``"last"``: the iterate after the last step, as in the paper. ``"best"``: the one with the
-        largest objective. ``"first"``: the first that fools the model, else the best. A failed
-        attack returns a perturbed input in each case.
+        largest objective. ``"first"``: the first misclassified one; if there is none, the best.
+        A failed attack returns a perturbed input too.
     bounds
         Lowest and highest valid input, ``(low, high)``, for every result: numbers, or tensors that
         broadcast against one sample.
@@ -368,11 +369,11 @@ def pgd(
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it.
     expectation
-        Of a random model, attack and judge the mean logits of so many calls (EOT, Athalye et al.
-        2018), always with the same random numbers, at so many times the cost.
+        For random models: use the mean logits of this many calls (EOT, Athalye et al. 2018), always
+        with the same random numbers. The cost grows by the same factor.
     extras
-        Further arguments of the model's ``forward`` by name, ``(N, ...)`` each, such as
-        ``{"attention_mask": mask}``: each sample is evaluated with its own.
+        Further arguments of the model's ``forward`` by name, each of shape ``(N, ...)``, such as
+        ``{"attention_mask": mask}``. Entry ``i`` belongs to sample ``i``.
 
     Returns
     -------

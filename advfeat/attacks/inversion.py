@@ -141,8 +141,8 @@ def invert(
         Default 1000 steps of l2 length 0.1, the paper's choice for CIFAR-10.
     momentum
         Fraction of the last move that is added to the next (heavy ball), in [0, 1); in the paper 0.
-        0.9 comes as near in fewer steps, 27 for 100 in docs/benchmarks.md: moves grow from
-        ``step_size`` to at most 1 / (1 - momentum) times that.
+        With 0.9 the same distance needs fewer steps (27 instead of 100 in docs/benchmarks.md),
+        because moves grow from ``step_size`` to at most 1 / (1 - momentum) times that.
     bounds
         Lowest and highest valid input, ``(low, high)``, numbers or tensors that broadcast against
         one sample.
@@ -150,8 +150,8 @@ def invert(
         Leave a sample where it is once its squared distance has not fallen by a thousandth in so
         many steps; by default every sample takes all steps, as in the paper.
     straight_through
-        Let gradients pass the last ReLU before the layer unchanged, as the released code of the
-        paper does; by default a unit that is not active gives none.
+        Let gradients pass the last ReLU before the layer unchanged, as the paper's released code
+        does. By default the gradient of an inactive unit is zero.
     precision
         ``"bfloat16"`` takes the gradients in bfloat16 where the hardware has it.
     expectation, extras

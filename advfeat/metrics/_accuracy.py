@@ -49,19 +49,19 @@ def accuracy(
         Any module that returns class logits.
     data
         A dataset, a loader or a list of batches ``(inputs, labels, ...)``; moved to the model's
-        device. Of batches that are mappings, entries that the model's ``forward`` takes by name
-        (``attention_mask``) are passed on. Under ``torchrun`` the ranks share the samples, or each
-        measures those of its DistributedSampler, and every rank returns the whole; on one rank
-        alone use `advfeat.distributed.on_one_rank`.
+        device. If batches are mappings, entries with the name of a parameter of ``forward``
+        (``attention_mask``) are passed to the model. Under ``torchrun`` the samples are divided
+        between the ranks, by the DistributedSampler if there is one, and every rank returns the
+        result on all samples; on one rank alone use `advfeat.distributed.on_one_rank`.
     batch_size
-        Samples to a forward pass; by default the loader's own; for a dataset 128, up to
-        1024 on a GPU.
+        Samples in a forward pass; default: the loader's; for a dataset 128, and up to 1024 on
+        a GPU.
     expectation
-        Of a random model, take the mean logits of so many calls, always with the same random
-        numbers, at so many times the cost.
+        For random models: use the mean logits of this many calls, always with the same random
+        numbers. The cost grows by the same factor.
     progress
         Show stage, count and time left: one line in a terminal or notebook, lines at intervals
-        in a log, there by default from ten seconds on. True says it at once, False never.
+        in a log. None shows it after ten seconds, True from the beginning, False never.
 
     Returns
     -------
@@ -115,9 +115,9 @@ def robust_accuracy(
 ) -> RobustAccuracy:
     """Accuracy under attack, and on clean inputs in the same pass.
 
-    A sample is robust if no attack fools the model. Only samples that are right on clean data are
-    attacked, and a fooled one is finished: its place goes to the next sample. Every success is a
-    float32 forward pass on the input that is returned.
+    A sample is robust if no attack makes the model misclassify it. Only correctly classified
+    samples are attacked, and a misclassified sample is not attacked further. An attack counts as
+    successful only if a float32 forward pass on the returned input confirms it.
 
     Parameters
     ----------
@@ -128,37 +128,37 @@ def robust_accuracy(
         float, or a radius for each feature: a tensor that broadcasts against one sample, as in
         `advfeat.pgd`.
     attack
-        An attack, or a list of them: a sample is robust if none fools the model; or a name,
-        ``"autoattack"``, ``"pgd"`` or another of the attacks, with its defaults. By default
-        ``advfeat.attacks.AutoAttack(version="fast")``; for a number to publish, one with
+        An attack object, a list of them, or a name (``"autoattack"``, ``"pgd"``, ...) for an attack
+        with its defaults. With a list, a sample is robust if all attacks fail. Default
+        ``advfeat.attacks.AutoAttack(version="fast")``; for a number in a paper use
         ``version="standard"``.
     steps
-        Measure by PGD with this many steps, from the clean input on the cross-entropy, in place
-        of the default: quicker, and no more than an upper bound.
+        Use PGD with this many steps, from the clean input, instead of the default attack. This is
+        quicker, but a weaker attack: the number is a looser upper bound.
     bounds
         The range ``(low, high)`` of valid inputs, numbers or tensors that broadcast against one
-        sample; an ``attack`` has its own.
+        sample. An attack object has its own.
     mask
         Features that may change: a bool tensor that broadcasts against one sample, or one for each
-        sample, ``(total, ...)``, in the order of the sample numbers (``index``). An ``attack`` has
-        its own.
+        sample, ``(total, ...)``, in the order of the sample numbers (``index``). An attack object
+        has its own.
     seed
-        Of attacks that have none of their own; None draws one number from torch's default
+        Seed of the attacks that have none of their own. None draws one number from torch's default
         generator where needed.
     precision
-        ``"bfloat16"`` takes gradients in bfloat16; every success is settled in float32.
+        ``"bfloat16"`` computes gradients in bfloat16; success is always checked in float32.
     compile
-        Attack through ``torch.compile``; warns and continues without where it fails.
+        Attack through ``torch.compile``. If it fails, warn and continue without it.
     expectation
-        As in `accuracy`; gradients are means over as many calls too (EOT, Athalye et al. 2018).
+        As in `accuracy`; gradients are averaged over the same calls (EOT, Athalye et al. 2018).
     keep_inputs
         Keep the attacked inputs in ``adversarial``.
 
     Returns
     -------
     RobustAccuracy
-        A float, as in `Accuracy`, with ``standard``, and for each sample which attack
-        broke it and at what objective.
+        A float, as in `Accuracy`, with the clean accuracy (``standard``), and for each sample
+        the attack that succeeded and its objective.
 
     Raises
     ------

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """A model that takes inputs in [0, 1] and normalises them by channel itself.
 
-    Attacks and bounds then are in the units of the data, eps=8/255 means 8 levels of a pixel, and
-    the model inside is called as it was trained.
+    Then attacks and bounds are in the units of the data: eps=8/255 is 8 levels of a pixel. The
+    model inside gets normalized inputs, as in its training.
 
     Parameters
     ----------

@@ -81,32 +81,33 @@ batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progr
     beta
         Weight of the second term; default 6 for TRADES, 5 for MART.
     method
-        How examples are made. ``"pgd"``: by ``steps`` gradients. ``"fast"``: by one, from a random
-        start (Wong et al. 2020), with a guard against catastrophic overfitting: every 20 steps a
-        batch is attacked by PGD-10 as well; where that leaves less than half of the right answers,
-        training goes back to the check before, and continues with one gradient more. ``"free"``:
-        each batch is trained on ``steps`` times, each pass giving both gradients (Shafahi et al.
-        2019); divide the epochs by as much. Its examples are those of the model in training mode.
+        How adversarial examples are computed. ``"pgd"``: with ``steps`` gradients. ``"fast"``: with
+        one gradient from a random start (Wong et al. 2020). Every 20 steps a batch is attacked by
+        PGD-10 too; if that loses more than half of the correct predictions (catastrophic
+        overfitting), the weights of the previous check are restored, and training continues with
+        one gradient more. ``"free"``: each batch is used ``steps`` times, and each backward pass
+        gives both gradients (Shafahi et al. 2019); divide the epochs by this number. Here the
+        examples are computed on the model in training mode.
     steps
         Gradients for each example; default 7 as in the paper (appendix C), 8 for ``"free"``.
     step_size
         Default ``eps / 5`` as in the paper, ``1.25 * eps`` for ``"fast"``, ``eps`` for ``"free"``.
     random_start
-        Whether PGD starts at a random point of the ball; by default at the input, for TRADES and
-        MART close to it. ``"fast"`` always does.
+        Whether PGD starts at a random point of the ball. By default it starts at the input, for
+        TRADES and MART close to it. ``"fast"`` always starts at a random point.
     attack
-        An attack's settings in place of the ones above.
+        A PGD object, instead of the settings above.
     attack_mode
         ``"eval"`` attacks the model with running BatchNorm statistics and no dropout;
         ``"train"`` with batch statistics and dropout. Neither changes the statistics.
     mix
         Fraction of each batch that is left clean, from 0 to 1, for the objective ``"pgd"``.
     warmup
-        Epochs over which ``eps`` (and the step size) rises linearly to its value, a float; 0 by
-        default. A large ball (l_inf 0.3 on MNIST) is not learned from scratch without it.
+        Number of epochs (a float) over which ``eps`` and the step size increase linearly; default
+        0. Training in a large ball (linf 0.3 on MNIST) fails without it.
     loss
-        As in `fit`: of the training step, of TRADES its first term. The attack maximises the
-        cross-entropy, unless ``attack=PGD(..., loss=...)``. Not for MART.
+        As in `fit`: the loss of the training step; for TRADES its first term; not for MART. The
+        attack maximises the cross-entropy, unless ``attack=PGD(..., loss=...)``.
     bounds
         The range ``(low, high)`` of valid inputs.
     precision
@@ -118,7 +119,7 @@ batch_size, output, augment, checkpoint, on_step, on_epoch, options, seed, progr
     Returns
     -------
     History
-        As in `fit`; ``accuracy`` is of the batches as they were trained on, attacked.
+        As in `fit`; ``accuracy`` is that on the attacked training batches.
 
     Raises
     ------

@@ -50,74 +50,74 @@ def fit(
     Parameters
     ----------
     model
-        Any module that returns class logits; trained where it is, in training mode, and left in
-        the mode it had. Of a model in evaluation mode, the modules whose parameters are all frozen
-        stay in it: a frozen backbone keeps its BatchNorm statistics. A compiled model is saved as
-        the model inside.
+        Any module that returns class logits. It is trained in place and on its device, in training
+        mode; afterwards it has its former mode. If it is in eval mode, modules whose parameters
+        are all frozen stay in eval mode, so a frozen backbone keeps its BatchNorm statistics. Of a
+        compiled model the original module is saved.
     data
-        A loader, which is used as it is (its order, its augmentation), or a dataset, which is
-        shuffled anew each epoch by ``seed`` and read ahead in a thread, unless reading it draws
-        random numbers. Labels are class indices ``(N,)`` or class probabilities ``(N, C)``.
+        A dataset or a loader. A dataset is shuffled in each epoch by ``seed``, and read ahead in a
+        thread unless reading it draws random numbers. A loader is used unchanged, with its order
+        and augmentation. Labels are class indices ``(N,)`` or class probabilities ``(N, C)``.
     epochs
         Passes over the data.
     lr, momentum, weight_decay
-        Of the default optimiser, SGD. Defaults are the paper's for D, D_R, D_NR and D_det
-        (appendix C); it trains on D_rand with ``lr=0.01``.
+        Settings of the default optimiser, SGD. The defaults are the paper's for the original data,
+        D_R, D_NR and D_det (appendix C). For D_rand the paper has ``lr=0.01``.
     optimizer
-        An optimiser, or a callable that makes one from the parameters; replaces the default. One
-        whose ``step`` needs a closure (LBFGS, SAM) gets it; one that has ``train`` and ``eval``
-        (schedule-free) is switched, and the model is measured, saved and left in ``eval``.
+        An optimiser, or a callable that makes one from the parameters; replaces the default. If its
+        ``step`` needs a closure (LBFGS, SAM), it gets one. If it has ``train`` and ``eval``
+        (schedule-free), they are called, and the model is measured, saved and left in ``eval``.
     schedule
-        A scheduler, or a callable that makes one from the optimiser. By default the rate falls by
-        ten at one third and two thirds of the epochs, as in the paper (50 and 100 of 150).
-        ``"one_cycle"`` is torch's OneCycleLR over all epochs with its peak at ``lr``, for short
-        runs. ReduceLROnPlateau gets the validation figure (in mode "min" what it lacks of 1);
-        without validation the loss of training, in mode "max" the accuracy.
+        A scheduler, or a callable that makes one from the optimiser. By default the rate is divided
+        by ten at one third and two thirds of the epochs, as in the paper (50 and 100 of 150).
+        ``"one_cycle"`` is torch's OneCycleLR over all epochs with its maximum at ``lr``, for short
+        runs. ReduceLROnPlateau gets the validation accuracy (in mode "min" 1 minus it), or
+        without validation the training loss (in mode "max" the training accuracy).
     schedule_every
-        ``"step"`` or ``"epoch"``: when the schedule is stepped. By default every epoch, but every
-        step for OneCycleLR and CyclicLR, also inside of other schedules, for a warm-up that would
-        not end within the epochs, and for one whose length is the number of steps.
+        When the scheduler is stepped, ``"step"`` or ``"epoch"``. Default: every epoch; every step
+        for OneCycleLR and CyclicLR (also inside other schedulers), for a warm-up that is longer
+        than the number of epochs, and for a scheduler whose length is the number of steps.
     batch_size
-        Samples to a step for a dataset, over all ranks; default 128. A last batch of a single
-        sample is left out, of a loader too. A loader has its own.
+        Samples in a training step, over all ranks, if ``data`` is a dataset; default 128. A loader
+        has its own. A last batch of a single sample is skipped.
     output
-        Which part of what the model returns are the logits: a key, a position, or a function of
-        it. By default the tensor itself, ``.logits``, the key "logits" or the first of a tuple.
+        Where the logits are in the model's output: a key, a position, or a function of the output.
+        Default: the tensor itself, ``.logits``, the key "logits" or the first item of a tuple.
     loss
         A callable ``(logits, labels)`` that returns one value for each sample, ``(N,)``, in place
         of the cross-entropy. See `advfeat.training.Options` for class and sample weights.
     augment
-        Called on each batch of inputs on the device, such as `advfeat.training.crop_flip`. One
-        that needs two arguments is called with inputs and labels and returns both, so that
-        mixup and cutmix can return class probabilities.
+        A function of a batch of inputs on the device, such as `advfeat.training.crop_flip`. If it
+        has two arguments, it is called with inputs and labels and returns both, so mixup and
+        cutmix can return class probabilities.
     precision
         ``"bfloat16"`` runs the model in bfloat16, forward and backward, where the hardware has it;
         weights, optimiser and loss stay in float32.
     validation
-        Data to measure after each epoch, or the fraction of a dataset to split off for it, at
-        random by ``seed``. Never the test set: choices are made on it.
+        Data to evaluate after each epoch, or the fraction of the dataset to hold out for this, at
+        random by ``seed``. Never pass the test set: the best epoch is chosen on it.
     checkpoint
-        A folder. ``last.pt`` is written there after an epoch (each one with ``on_epoch``; else
-        at most every ten seconds), at the end, and on SIGTERM and Ctrl-C, and
-        ``best.pt`` in the epoch that is best on validation data. The same call resumes from
-        ``last.pt`` and ends with the weights of a run that was never interrupted; with more
-        ``epochs`` it trains a finished run on. Other data, another model or other settings raise
-        an error that names the difference. ``torch.load(file, weights_only=True)`` reads the
-        files; the entry ``"model"`` is for ``model.load_state_dict``.
+        A folder. ``last.pt`` is written after an epoch (after each with ``on_epoch``; otherwise
+        at most every ten seconds), at the end, and on SIGTERM and Ctrl-C; ``best.pt`` after the
+        epoch that is best on validation data. The same call resumes from ``last.pt`` and ends
+        with the weights of an uninterrupted run. With more ``epochs`` a finished run is trained
+        further. If data, model or settings differ from those of the folder, an error names the
+        difference. ``torch.load(file, weights_only=True)`` reads the files; the entry ``"model"``
+        is for ``model.load_state_dict``.
     on_step, on_epoch
-        Called with a dictionary after each step (epoch, step, loss, accuracy, lr) and with each
-        epoch's figures; ``on_epoch`` returning ``False`` stops training. What it changes of
-        the model and the optimiser is saved.
+        Functions that are called with a dictionary after each step (epoch, step, loss, accuracy,
+        lr) and after each epoch. If ``on_epoch`` returns ``False``, training stops. Changes that
+        they make to the model and the optimiser are saved.
     options
-        What few runs need: averaged weights, early stopping, compilation, weights in the loss; see
-        `advfeat.training.Options`.
+        Rarely used settings: averaged weights, early stopping, compilation, weights in the loss;
+        see `advfeat.training.Options`.
     seed
-        Of the order of a dataset, and of torch's default generators during training (dropout,
-        augmentation, the order of a loader), which are put back after it. None draws one number
-        from torch's default generator.
+        Seed of the order of a dataset, and of torch's default generators during training (dropout,
+        augmentation, the order of a loader); their state is restored afterwards. None draws one
+        number from torch's default generator.
     progress
         Show stage, count and time left: one line in a terminal or notebook, lines at intervals
-        in a log, there by default from ten seconds on. True says it at once, False never.
+        in a log. None shows it after ten seconds, True from the beginning, False never.
 
     Returns
     -------

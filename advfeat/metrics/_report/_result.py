@@ -171,16 +171,16 @@ def report(
     attack
         As in `robust_accuracy`; by default the ensemble ``fast``.
     other
-        A second model, or several by name: whether examples made on one fool the other.
+        A second model, or several by name, to measure transfer between them and ``model``.
     budget
-        Seconds for all stages together, about; None is no limit. ``left_out`` says what there was
-        no time for.
+        Time for all stages together, in seconds (approximate); None is no limit. ``left_out``
+        lists what was left out for lack of time.
     samples
         How many samples at most; None is all.
     class_names
         Names of the classes, in the order of the labels.
     seed
-        Of the choice of samples and of the attacks.
+        Seed of the choice of samples and of the attacks.
 
     Returns
     -------

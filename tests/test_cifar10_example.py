@@ -116,15 +116,18 @@ def test_the_estimate_is_from_this_machine_and_lists_every_stage(tmp_path):
     module = runpy.run_path(str(SCRIPT))
     given = ["--data", str(as_npz(tmp_path)), "--budget", "cpu", "--samples", str(SAMPLES)]
     options = module["parser"].parse_args([*given, "--device", "cpu"])
-    speed = module["Work"](training=10.0, gradients=20.0, evaluated=100.0)
+    speed = module["Work"](training=0.01, gradients=0.02, evaluated=0.1)
     printed = module["estimate"](options, speed)
     chosen = module["cpu_recipe"]()
     hours = {line[:24].strip(): line[24:].split()[-1] for line in printed.splitlines()[2:-1]}
-    train, invert = 12 * SAMPLES / 10, 60 * SAMPLES / 20
-    assert float(hours["train standard"]) == pytest.approx(train / 3600, abs=0.005)
-    robust = 12 * SAMPLES * (1 / 10 + 3 / 20)
-    assert float(hours["train robust"]) == pytest.approx(robust / 3600, abs=0.005)
-    assert float(hours["make D_R"]) == pytest.approx(invert / 3600, abs=0.005)
+    epochs, robust, inversion = chosen.standard["epochs"], chosen.robust, chosen.sets["D_R"]
+    seconds = {
+        "train standard": epochs * SAMPLES / 0.01,
+        "train robust": robust["epochs"] * SAMPLES * (1 / 0.01 + robust["steps"] / 0.02),
+        "make D_R": inversion["steps"] * SAMPLES / 0.02,
+    }
+    for stage, expected in seconds.items():
+        assert float(hours[stage]) == pytest.approx(expected / 3600, abs=0.005)
     assert {f"train {name}" for name in chosen.sets} < set(hours)
     measured = module["probe"](options, seconds=0.01)
     assert min(measured.training, measured.gradients, measured.evaluated) > 0

@@ -89,9 +89,14 @@ def test_both_formats_are_the_same_data(study, tmp_path):
 @pytest.mark.slow
 def test_the_cpu_budget_runs_tiny(tmp_path):
     stages = ["measure D_R", "make D_rand control"]
-    printed = run(as_npz(tmp_path), tmp_path / "out", "--budget", "cpu", "--stages", *stages)
+    more = ["--budget", "cpu", "--pgd", "--stages", *stages]
+    printed = run(as_npz(tmp_path), tmp_path / "out", *more)
     assert "| D_R | " in printed
     assert "make D_rand control" in printed
+    _, table = printed.split("| PGD-20, l2 | 0.25 | 0.5 |\n")
+    (row,) = (line for line in table.splitlines() if line.startswith("| D_R |"))
+    near, far = (float(cell) for cell in row.split("|")[2:4])
+    assert 0 <= far <= near <= 100
 
 
 def test_the_download_is_checked_unpacked_and_read(tmp_path):

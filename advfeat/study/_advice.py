@@ -82,8 +82,8 @@ def _about_datasets(made: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
             if left > MOST_DISTANCE:
                 yield (
                     f"{name}: {left:.0%} of the distance of activations is left at the end of the "
-                    "inversion, so images still hold much of their start; take more steps, or "
-                    "momentum=0.6."
+                    "inversion, so images still hold much of their start; take more steps "
+                    "(fewer are needed with momentum=0.6)."
                 )
 
 

@@ -1,7 +1,9 @@
 """Formats of others: the paper's release and folders of PNGs, there and back; no code is run."""
 
 import pickle
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from PIL import Image
 
 import advfeat as af
 from advfeat.datasets import export_images, export_released, import_images, import_released
+
+PAGE = Path(__file__).parents[2] / "docs/datasets.md"
 
 
 def example(count=13, channels=3, levels=False):
@@ -298,6 +302,23 @@ def test_other_peoples_datasets_are_read(mode, tmp_path):
         assert found.labels.tolist() == [0, 1, 2]
         for array, image in zip(arrays, found.fields["images"], strict=True):
             assert np.array_equal(image, np.moveaxis(np.atleast_3d(array), 2, 0))
+
+
+def test_the_block_of_the_documentation_runs(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", exc_type=ImportError)
+    block = re.search(r"^```py\n(.*?)^```", PAGE.read_text(), re.S | re.M)[1]
+    assert "to_hf" in block
+    train = datasets.Dataset.from_dict({"image": torch.rand(6, 12).tolist(), "label": [0, 1] * 3})
+
+    def as_tensors(batch):
+        images = [torch.tensor(image).view(3, 2, 2) for image in batch["image"]]
+        return {"image": images, "label": batch["label"]}
+
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    found = {"af": af, "model": model, "train": train, "as_tensors": as_tensors}
+    exec(block, found)
+    assert torch.equal(found["again"].images, found["d_rand"].images)
 
 
 def test_what_cannot_be_read_of_hugging_face_is_named(tmp_path):

@@ -43,19 +43,19 @@ def size(text: str) -> float:
 
 def add_evaluate(commands: Any) -> None:
     """Options of ``evaluate``."""
-    parser = _command(commands, "evaluate", "Report how robust a trained model is.")
+    parser = _command(commands, "evaluate", "Evaluate how robust a trained model is.")
     _model_options(parser)
     _data_option(parser)
     _ball_options(parser)
     parser.add_argument(
         "--attack",
         choices=("fast", "standard", "strong"), default="fast",
-        help="the ensemble of attacks; standard is the published AutoAttack",
+        help="ensemble of attacks; standard is the published AutoAttack",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=1000, help="at most so many")
-    parser.add_argument("--budget", type=float, default=45.0, help="seconds; 0 is no limit")
-    parser.add_argument("--html", metavar="FILE", help="write the report as a page")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers")
+    parser.add_argument("--samples", type=int, default=1000, help="maximum number of samples")
+    parser.add_argument("--budget", type=float, default=45.0, help="time in seconds; 0: no limit")
+    parser.add_argument("--html", metavar="FILE", help="write the report as an HTML page")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers as JSON")
     parser.set_defaults(run=evaluate)
 
 
@@ -63,18 +63,21 @@ def add_construct(commands: Any) -> None:
     """Options of ``construct``."""
     parser = _command(
         commands, "construct",
-        "Make a dataset in a folder. The same command resumes where it was interrupted.",
+        "Construct a dataset in a folder. Run the same command again to resume.",
     )  # fmt: skip
-    parser.add_argument("kind", choices=tuple(_KINDS), help="which dataset")
+    parser.add_argument("kind", choices=tuple(_KINDS), help="the dataset to construct")
     _model_options(parser)
     _data_option(parser)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where the dataset goes")
-    parser.add_argument("--eps", type=size, help="radius, of d_det and d_rand (default: 0.5)")
-    parser.add_argument("--norm", help="of d_det and d_rand (default: l2)")
-    parser.add_argument("--steps", type=int, help="(default: 1000 of d_r, d_nr; else 100)")
-    parser.add_argument("--step-size", type=float, help="(default: as the paper)")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the dataset")
+    parser.add_argument("--eps", type=size, help="radius for d_det, d_rand (default: 0.5)")
+    parser.add_argument("--norm", help="norm for d_det and d_rand (default: l2)")
+    parser.add_argument("--steps", type=int, help="default: 1000 for d_r, d_nr; else 100")
+    parser.add_argument("--step-size", type=float, help="length of a step (default: the paper's)")
     parser.add_argument(
-        "--dtype", choices=("float32", "float16", "uint8"), default="float32", help="of the images"
+        "--dtype",
+        choices=("float32", "float16", "uint8"),
+        default="float32",
+        help="type of the stored images",
     )
     _shared_options(parser)
     parser.set_defaults(run=construct)
@@ -84,18 +87,21 @@ def add_study(commands: Any) -> None:
     """Options of ``study``."""
     parser = _command(
         commands, "study",
-        "The whole paper: train, construct, train on what was made, measure. The same command "
-        "resumes where it was interrupted.",
+        "Run all experiments of the paper: train, construct datasets, train on them, evaluate. "
+        "Run the same command again to resume.",
     )  # fmt: skip
     _model_options(parser, weights=False)
     _data_option(parser, "--train", "training data")
     _data_option(parser, "--test", "test data")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="keeps every stage")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for all results")
     parser.add_argument(
-        "--recipe", choices=("auto", "paper", "short"), default="auto", help="settings of stages"
+        "--recipe",
+        choices=("auto", "paper", "short"),
+        default="auto",
+        help="settings; auto: calibrate",
     )
-    parser.add_argument("--seeds", type=int, help="so many runs, counted up from --seed")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="these alone (default: all)")
+    parser.add_argument("--seeds", type=int, help="number of runs; seeds count up from --seed")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="stages to run (default: all)")
     _ball_options(parser)
     parser.set_defaults(run=run_study)
 
@@ -166,7 +172,7 @@ def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text, formatter_class=_Help
     )
-    parser.add_argument("--traceback", action="store_true", help="show where an error is from")
+    parser.add_argument("--traceback", action="store_true", help="print where an error was raised")
     return parser
 
 
@@ -176,16 +182,18 @@ def _model_options(parser: argparse.ArgumentParser, *, weights: bool = True) -> 
         help="a function that returns the model, or the model itself; also FILE.py:NAME",
     )  # fmt: skip
     parser.add_argument(
-        "--model-args", metavar="JSON", default="{}", help="arguments of the function"
+        "--model-args", metavar="JSON", default="{}", help="keyword arguments for the function"
     )
     if weights:
         parser.add_argument(
             "--weights", metavar="FILE", help="state dict; a file that holds code raises an error"
         )
-    for name, text in (("--mean", "normalisation before the model"), ("--std", "the same")):
-        parser.add_argument(name, type=float, nargs="+", help=f"{text}, by channel")
+    for name, text in (("--mean", "mean"), ("--std", "deviation")):
+        parser.add_argument(
+            name, type=float, nargs="+", help=f"{text} of each channel, to normalize inputs"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=device, help="where the model is")
+    parser.add_argument("--device", default=device, help="device of the model")
 
 
 def _data_option(
@@ -207,13 +215,13 @@ def _ball_options(parser: argparse.ArgumentParser) -> None:
 def _shared_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bounds", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-        help="of valid inputs",
+        help="range of valid inputs",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, help="samples to a batch (default: 128)")
-    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--batch-size", type=int, help="samples in a batch (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers")
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--progress", action="store_true", default=None, help="show progress at once, also in a log"
+        "--progress", action="store_true", default=None, help="show progress from the beginning"
     )
     group.add_argument(
         "--quiet", dest="progress", action="store_false", default=None, help="show no progress"

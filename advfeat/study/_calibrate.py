@@ -61,15 +61,14 @@ def calibrate(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> Calibration:
-    """Choose a study's settings on held-out training samples, cheaply, and say why.
+    """Choose a study's settings on held-out training samples, and give the reasons.
 
-    On at most 5,000 training samples a standard and a robust model are trained, and on 500 held
-    out of them is measured: whether the robust model is accurate enough to be a control (else its
-    learning rate is lowered, then its ball), and at which radius it is furthest above the standard
-    one; with which radius targeted perturbations reach their target on the standard model and not
-    on the robust one; how many steps an inversion needs; and, with these settings on at most 1,000
-    samples, what D_R and D_det teach more than their controls. `run` does this for
-    ``recipe="auto"``.
+    A standard and a robust model are trained on at most 5,000 training samples. On 500 held-out
+    samples it measures: whether the robust model is accurate enough to be a control (otherwise
+    its learning rate, then its ball is made smaller); at which radius it is most robust compared
+    with the standard model; with which radius targeted perturbations succeed on the standard model
+    and not on the robust one; how many steps an inversion needs; and, on at most 1,000 samples,
+    how much better D_R and D_det are than their controls. `run` does this for ``recipe="auto"``.
 
     Parameters
     ----------

@@ -45,21 +45,21 @@ def run(
     on_stage: Callable[[str, float], object] | None = None,
     progress: bool | None = None,
 ) -> Study:
-    """Do the paper on a model and data: train, construct, train on what was made, measure.
+    """Run all experiments of the paper on a model and data.
 
-    A standard and a robust model; the datasets D_R, D_NR, D_rand, D_det and their controls; a
-    fresh model on each of them; accuracy and robust accuracy of them all on original test data;
-    transfer; leakage; and for each claim of the paper the paired differences to matched controls
-    and a verdict. Every stage is done once: with ``out`` the same call resumes where it was
-    interrupted.
+    The study trains a standard and a robust model, constructs D_R, D_NR, D_rand, D_det and their
+    controls, and trains a new model on each dataset. It evaluates all models on original test data
+    (accuracy, robust accuracy, transfer, leakage), and judges each claim of the paper by paired
+    differences to matched controls. With ``out`` the same call resumes after an interruption.
 
     Parameters
     ----------
     make_model
-        Makes an untrained model; called with torch's generators seeded, once for each model.
+        Function that returns an untrained model. It is called once for each model, with torch's
+        generators seeded.
     train, test
-        Map-style datasets (or loaders of one) without random augmentation, which is the recipe's.
-        Nothing is chosen on ``test``.
+        Map-style datasets (or loaders of one) without random augmentation; the recipe has the
+        augmentation. No setting is chosen on ``test``.
     eps, norm
         Ball of adversarial training and of the targeted perturbations, in the units of the inputs.
     at
@@ -72,25 +72,25 @@ def run(
         `calibrate`; the radii ``at`` as well, if none are given), ``"short"`` has fixed ones for a
         short run, ``"paper"`` the paper's for CIFAR-10 (days on a CPU).
     out
-        A folder for weights, datasets, results and ``report.html``. What is in it was made by the
-        same settings, or the stage raises an error.
+        A folder for weights, datasets, results and ``report.html``. If it has a stage of other
+        settings, an error is raised.
     stages
-        Names of stages to do, with what they need; default all, in order: ``"train standard"``,
+        Stages to run, with those that they need; default all, in order: ``"train standard"``,
         ``"train robust"``, and for each dataset ``"make D_R"``, then ``"train on D_R"``, then for
         each model ``"measure standard"``, and ``"transfer"`` and ``"leakage"``.
     seed
-        Of everything random; None draws one number from torch's default generator (with ``out``
-        the one that the folder was begun with).
+        Seed of all random numbers. None draws one number from torch's default generator (with
+        ``out`` the first call's).
     seeds
-        Do it all several times: how many seeds, counted up from ``seed``, or a list of them. Each
-        is kept in a folder ``seed-N`` of ``out``. The study's table then has mean, lowest and
-        highest, and intervals speak of newly trained models too.
+        Repeat the study: the number of seeds, counted up from ``seed``, or a list of them. Each
+        has a folder ``seed-N`` in ``out``. The table then has mean, lowest and highest, and
+        intervals include the variation between trainings.
     precision
-        ``"bfloat16"`` for training and for gradients; verdicts are float32 always.
+        ``"bfloat16"`` for training and gradients; the success of attacks is checked in float32.
     device
-        Where models are moved to; by default they stay where ``make_model`` puts them.
+        Device of the models; by default that of ``make_model``.
     on_stage
-        Called with the name and the seconds of each stage that was done.
+        Function that is called with the name and the seconds of each finished stage.
     progress
         As in `advfeat.robust_accuracy`.
 

@@ -97,7 +97,7 @@ def properties(name: str, kind: type) -> dict[str, str]:
         "targeted": "yes" if "targeted" in own else "",
         "black box": "yes" if black_box else "",
         "minimum norm": "yes" if issubclass(kind, MinimumNorm) else "",
-        "mask, eps by feature": "yes" if "mask" in own and name != "DIFGSM" else "",
+        "mask, eps by feature": "yes" if "mask" in own else "",
         "expectation": "yes" if "expectation" in asked else "",
         "own loss": "yes" if "loss" in own else "",
     }

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from advfeat import checks, seeding
 from advfeat.attacks._pgd import PGD, PGDState
+from advfeat.attacks.restricted import RestrictedNetwork
 from advfeat.attacks.samples import Batch
 from advfeat.model import Evaluation, Network
 from advfeat.suggestions import suggests
@@ -94,22 +97,18 @@ class DIFGSM(MIFGSM):
         if batch.inputs.ndim != 4:
             shape = tuple(batch.inputs.shape)
             checks.fail("inputs.shape", shape, "DIFGSM resizes images, (N, C, H, W)")
-        if batch.box is not None:
-            cause = "DIFGSM resizes whole images; use MIFGSM for some features, or radii by feature"
-            checks.fail("mask, eps, bounds", "tensors", cause)
         return super().init(net, batch)
 
     def _evaluate(self, net: Network, state: PGDState) -> Evaluation:
         """Gradient through the resized copies, by the images themselves."""
-        rows, columns = self._resizing(state)
-        copies = rows @ state.current @ columns.mT
-        found = net.logits_gradient(copies, self._objective(state))
-        gradient = rows.mT @ found.gradient @ columns
+        wrap = partial(_ResizedNetwork, *self._resizing(state))
+        resized = net.through(wrap) if isinstance(net, RestrictedNetwork) else wrap(net)
+        found = resized.logits_gradient(state.current, self._objective(state))
         if not self._keeps:
-            return found._replace(gradient=gradient)
+            return found
         # What is kept must be judged by the image, not by its copy.
         logits = net.logits(state.current)
-        return Evaluation(gradient, self._objective(state)(logits), logits)
+        return Evaluation(found.gradient, self._objective(state)(logits), logits)
 
     def _resizing(self, state: PGDState) -> tuple[Tensor, Tensor]:
         """Matrices ``(N, 1, H, H)`` and ``(N, 1, W, W)`` that resize and pad each image."""
@@ -120,6 +119,24 @@ class DIFGSM(MIFGSM):
             for length, offset in zip(state.current.shape[2:], offsets, strict=True)
         )
         return height, width
+
+
+class _ResizedNetwork(Network):
+    """A network behind a linear change of the images, ``down @ image @ across.mT``."""
+
+    def __init__(self, down: Tensor, across: Tensor, net: Network) -> None:
+        self._down, self._across, self._net = down, across, net
+
+    def logits_gradient(
+        self,
+        inputs: Tensor,
+        objective: Callable[[Tensor], Tensor],
+        straight_through: bool = False,
+    ) -> Evaluation:
+        """Gradient by the images at their changed copies."""
+        copies = self._down @ inputs @ self._across.mT
+        found = self._net.logits_gradient(copies, objective, straight_through)
+        return found._replace(gradient=self._down.mT @ found.gradient @ self._across)
 
 
 def _resizing_matrix(

@@ -138,6 +138,10 @@ class RestrictedNetwork(Network):
         """Number of logits."""
         return self._net.class_count(self._space.inputs)
 
+    def through(self, wrap: Callable[[Network], Network]) -> RestrictedNetwork:
+        """The same coordinates before another network, made of the one behind them."""
+        return RestrictedNetwork(wrap(self._net), self._space)
+
     @contextmanager
     def selected(self, chosen: Tensor | slice) -> Iterator[None]:
         """Context in which the inputs are these of the samples."""

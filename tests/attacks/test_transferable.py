@@ -148,11 +148,22 @@ def test_masked_features_stay(norm):
     model, x = convolution(), images()
     y, mask = predicted(model, x), torch.zeros(3, 12, 12, dtype=torch.bool)
     mask[:, 3:9, 3:9] = True
-    moved = MIFGSM(eps=0.2, norm=norm, mask=mask)(model, x, y)
-    assert torch.equal(moved[:, ~mask], x[:, ~mask])
-    assert not torch.equal(moved, x)
-    with pytest.raises(ValueError, match="whole images"):
-        DIFGSM(eps=0.2, norm=norm, mask=mask)(model, x, y)
+    for kind in (MIFGSM, DIFGSM):
+        moved = kind(eps=0.2, norm=norm, mask=mask, seed=0)(model, x, y)
+        assert torch.equal(moved[:, ~mask], x[:, ~mask])
+        assert not torch.equal(moved, x)
+
+
+@pytest.mark.parametrize("returns", ["last", "best"])
+def test_copies_in_a_restricted_ball_are_those_of_the_image(returns):
+    model, x = convolution(), images()
+    y, full = predicted(model, x), torch.ones(3, 12, 12, dtype=torch.bool)
+    settings = {"norm": "l2", "returns": returns, "seed": 0}
+    plain = DIFGSM(eps=0.2, **settings)(model, x, y)
+    masked = DIFGSM(eps=0.2, mask=full, **settings)(model, x, y)
+    scaled = DIFGSM(eps=torch.full((3, 1, 1), 0.2), **settings)(model, x, y)
+    assert torch.allclose(masked, plain, atol=1e-5)
+    assert torch.allclose(scaled, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mifgsm", "difgsm"])

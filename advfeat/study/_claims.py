@@ -222,17 +222,34 @@ class _Judge:
             100 * float(self.measured[each].robust[at].double().mean())
             for each in ("robust", name, other)
         )
+        passed = f"{own - control:+.1f}" if own > control else "none"
         return (
             f"The robust model is {robust - control:+.1f} points above {other} there, and {name} "
-            f"passes on {own - control:+.1f} of them: with few training samples or starts, or an "
-            "unfinished inversion, little of it is left in the images. "
+            f"passes on {passed} of them: with few training samples or starts, or an unfinished "
+            "inversion, little of it is left in the images. "
         )
 
     def _more_accurate(self, name: str, other: str | None) -> Iterator[Evidence]:
         if self._both(name, other):
             first, second = (self.measured[n].standard for n in (name, other or ""))
             text, opposite = f"{name} - {other}, accuracy", f"{other} teaches more than {name}"
-            yield Evidence(text, paired_difference(first, second), opposite)
+            context = self._as_shown(name, other or "") if name == "D_det" else ""
+            yield Evidence(text, paired_difference(first, second), opposite, context)
+
+    def _as_shown(self, name: str, other: str) -> str:
+        """That both learned the labels of what images show, where both did."""
+        both = [self.measured[each] for each in (name, other)]
+        shifted = [float(each.shifted.double().mean()) for each in both]
+        if any(
+            float(each.standard.double().mean()) >= fraction
+            for each, fraction in zip(both, shifted, strict=True)
+        ):
+            return ""
+        return (
+            f"The models of {name} and of {other} predict shifted labels for {shifted[0]:.1%} and "
+            f"{shifted[1]:.1%} of the samples: both learned more from what the images show than "
+            "from the perturbations. "
+        )
 
     def _not_shifted(self, name: str, text: str, sign: int) -> Iterator[Evidence]:
         if name in self.measured:

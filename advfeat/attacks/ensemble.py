@@ -125,9 +125,9 @@ class AutoAttack:
             )
         return (
             APGD(**ball, steps=10, returns="first"),
-            APGD(**ball, steps=16, loss="dlr", targets=self._towards(9), returns="first"),
+            APGD(**ball, steps=15, loss="dlr", targets=self._towards(9), returns="first"),
             APGD(**ball, steps=25, loss="margin", restarts=3, returns="first"),
-            APGD(**ball, steps=25, restarts=2, returns="first"),
+            APGD(**ball, steps=25, returns="first"),
             SquareOnMisleadingGradients(**ball, queries=_QUERIES),
             self._smoothed(steps=80, scales=_SCALES, masking_ratio=_MASKING_RATIO),
         )

@@ -132,6 +132,8 @@ class Attack(ABC):
         Tensor
             Shape of ``inputs``, float32 (float64 for float64 inputs), detached.
         """
+        if not (on_step is None or callable(on_step)):
+            raise TypeError(f"on_step={on_step!r}: expected a function of an AttackStep")
         settings: dict[str, Any] = {"precision": precision, "train": train}
         with attackable(model, expectation=expectation, **settings) as net:
             net.expect_extras(extras)

@@ -31,6 +31,7 @@ def eps(value: object, argument: str = "eps") -> None:
     if not isinstance(value, Tensor):
         checks.number(argument, value, low=0.0)
         return
+    has_values(argument, value)
     if not value.is_floating_point():
         raise TypeError(f"{argument}: expected a float or a floating tensor, got {value.dtype}")
     # NaN fails this comparison too.
@@ -39,6 +40,12 @@ def eps(value: object, argument: str = "eps") -> None:
         checks.fail(argument, float(wrong[0]), "every radius must be finite and at least 0")
     if value.numel() == 0:
         checks.fail(f"{argument}.shape", tuple(value.shape), "an empty tensor")
+
+
+def has_values(argument: str, value: Tensor) -> None:
+    """Raise an error for a tensor on the meta device."""
+    if value.is_meta:
+        checks.fail(argument, "a meta tensor", "it has no values; make it on a real device")
 
 
 def positive_eps(value: object) -> None:
@@ -101,6 +108,7 @@ def mask(value: object) -> Tensor | None:
             f"mask: expected a bool tensor that is True where a feature may change, "
             f"got {type(value).__name__}"
         )
+    has_values("mask", value)
     chosen = value.detach() != 0
     wrong = value[value != chosen]
     if len(wrong):

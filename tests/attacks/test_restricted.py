@@ -419,6 +419,13 @@ def test_an_ambiguous_eps_raises_an_error():
         PGD(eps=eps, norm="l2")(model, x, torch.zeros(4, dtype=torch.int64))
 
 
+def test_a_tensor_without_values_raises_an_error():
+    for name in ("mask", "eps"):
+        settings = {"eps": 0.1, name: torch.ones(SHAPE, device="meta")}
+        with pytest.raises(ValueError, match=f"{name}.*no values"):
+            PGD(norm="l2", **settings)
+
+
 def test_a_mask_of_another_type_raises_an_error():
     with pytest.raises(TypeError, match="mask"):
         PGD(eps=0.1, norm="l2", mask=[True, False])

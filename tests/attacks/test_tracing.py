@@ -69,3 +69,10 @@ def test_the_plot_draws_the_means():
     assert drawn == pytest.approx([float(value.mean()) for value in expected])
     with pytest.raises(ValueError, match="steps"):
         plots.attack_steps([])
+
+
+def test_what_is_no_function_raises_an_error():
+    with pytest.raises(TypeError, match="on_step=3"):
+        PGD(eps=0.1, norm="linf")(
+            torch.nn.Linear(4, 3), torch.rand(2, 4), torch.tensor([0, 1]), on_step=3
+        )

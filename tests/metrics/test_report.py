@@ -289,6 +289,12 @@ def test_the_first_samples_stand_for_all():
         ({"attack": PGD(eps=0.2, norm="linf")}, ValueError, "attack="),
         ({"attack": Square(eps=0.1, norm="l2")}, ValueError, "attack="),
         ({"epsilon": 0.1}, TypeError, "epsilon"),
+        ({"class_names": "abc"}, TypeError, "class_names"),
+        ({"class_names": ["a", "b"]}, ValueError, "2 names, but there is a label 2"),
+        ({"other": nn.Linear(5, 2)}, ValueError, "the model has 2 classes"),
+        ({"other": nn.Linear(4, 3)}, RuntimeError, "shapes"),
+        ({"eps": 0.0 * MASK}, ValueError, "eps=0.0"),
+        ({"mask": MASK.tolist()}, TypeError, "mask"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_work(bad, error, named):

@@ -30,6 +30,7 @@ STYLE = """
 .samples { display: flex; flex-wrap: wrap; gap: 1.2rem 1.4rem; margin: .8rem 0; }
 .samples figure { margin: 0; } .samples figcaption { font-size: .85rem; max-width: 312px; }
 .samples img { width: 100px; image-rendering: pixelated; background: none; margin-right: 4px; }
+@media (max-width: 32rem) { th, td { padding: .3rem .2rem; font-size: .82rem; } }
 """
 
 

@@ -16,6 +16,7 @@ from advfeat import checks, pages, seeding
 from advfeat.attacks import PGD, Attack, AutoAttack
 from advfeat.attacks.settings import positive_eps
 from advfeat.loading import Data
+from advfeat.metrics._accuracy import accuracy
 from advfeat.metrics._choice import choose_attacks
 from advfeat.metrics._outcome import Accuracy, accuracy_row, attack_name
 from advfeat.metrics._report import _page
@@ -215,13 +216,16 @@ def report(
     ball: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds, "mask": mask}
     attacks = _attacks(attack, ball, number)
     drawn = Drawn(data, samples, batch_size, number)
+    names = _names(class_names, drawn)
+    for each in others.values():  # what does not fit fails before the work, not after it
+        accuracy(each, drawn.part(0, 64), progress=False)
     limit = Budget(budget)
     with Meter(progress, "report") as meter:
         settings = (ball, attacks, attack is None, number, expectation, others)
         contents = Stages(model, drawn, limit, meter, *settings).run()
         meter.stage("pictures")
         pictures = examples(model, drawn, contents, 6)
-    return _composed(model, contents, pictures, ball, number, limit, drawn, class_names)
+    return _composed(model, contents, pictures, ball, number, limit, drawn, names)
 
 
 def _attacks(attack: Any, ball: dict[str, Any], seed: int) -> tuple[Attack, ...]:
@@ -269,6 +273,19 @@ def _others(other: nn.Module | Mapping[str, nn.Module] | None) -> dict[str, nn.M
     return {str(name): each for name, each in other.items()}
 
 
+def _names(given: Sequence[str] | None, drawn: Drawn) -> tuple[str, ...] | None:
+    """Names of the classes, one for every label."""
+    if given is None:
+        return None
+    if isinstance(given, (str, Mapping)):
+        kind = type(given).__name__
+        raise TypeError(f"class_names: expected a list of names in label order, got {kind}")
+    names, largest = tuple(map(str, given)), max(drawn.labels(len(drawn)).values())
+    if largest >= len(names):
+        checks.fail("class_names", names, f"{len(names)} names, but there is a label {largest}")
+    return names
+
+
 def _composed(
     model: nn.Module,
     contents: Contents,
@@ -277,7 +294,7 @@ def _composed(
     seed: int,
     budget: Budget,
     drawn: Drawn,
-    class_names: Sequence[str] | None,
+    names: tuple[str, ...] | None,
 ) -> Report:
     norm, bounds, eps = ball["norm"], hull(ball["bounds"]), ball["eps"]
     robust, size = contents.robust, size_text(eps, ball["bounds"], ball["mask"])
@@ -295,7 +312,6 @@ def _composed(
         f"{100 * robust:.1f}% (95% interval {100 * low:.1f} to {100 * high:.1f}) under attack."
     )
     others = ["MinimumPGD", "FAB", "SmoothedPGD"] if contents.curve is not None else []
-    names = None if class_names is None else tuple(map(str, class_names))
     return Report(
         verdict=verdict, clean=contents.clean, robust=robust, curve=contents.curve,
         diagnosis=contents.diagnosis, transfer=contents.transfer,

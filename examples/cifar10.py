@@ -9,7 +9,7 @@ with x_train, y_train, x_test, y_test (uint8, images N x 32 x 32 x 3). After an 
 same command resumes. What it measured is in docs/results.md. The budgets:
 
 small   a ResNet of 0.3 M weights, half of the images: one to two hours of two CPU cores
-cpu     a CNN of 1.2 M weights, 20,000 images for the sets: some 4 hours of one core with AMX
+cpu     a CNN of 1.2 M weights, 20,000 images for the sets: four to five hours of one core with AMX
 gpu     a ResNet-18 and short trainings, for one GPU of the H100's kind (not run yet)
 paper   a ResNet-18 and the paper's own settings, for a GPU (not run yet)
 """

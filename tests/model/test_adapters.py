@@ -118,12 +118,25 @@ def language(kind):
     return transformers.BertForSequenceClassification(config), torch.rand(6, 5, 32)
 
 
+def from_robustbench(name):
+    """A network of RobustBench as `load_model` makes it, before it downloads the weights.
+
+    Run by hand: to import the package takes `autoattack` from its repository and setuptools<81.
+    """
+    zoo = library("robustbench.model_zoo", "model_dicts")
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+
+    entries = zoo.model_dicts[BenchmarkDataset.cifar_10][ThreatModel.Linf]
+    return entries[name]["model"](), torch.rand(6, 3, 32, 32)
+
+
 MODELS = {
     "LSTM": lambda: (Recurrent(), torch.rand(6, 5, 4)),
     "timm ViT": lambda: vision("vit_tiny_patch16_224", 32, img_size=32, patch_size=8),
     "timm ConvNeXt": lambda: vision("convnext_atto", 64),
     "timm ResNet": lambda: vision("resnet18", 32),
     "timm MobileNet": lambda: vision("mobilenetv3_small_050", 32),
+    "robustbench": lambda: from_robustbench("Rebuffi2021Fixing_R18_ddpm"),
     "transformers ViT": lambda: language("ViT"),
     "transformers BERT": lambda: language("BERT"),
 }

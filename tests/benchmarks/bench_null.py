@@ -135,7 +135,8 @@ def studies(seed: int, g: torch.Generator) -> Iterator[tuple[str, bool]]:
     train, test = uniform(g, 90, 6, 3), uniform(g, 150, 6, 3)
     found = study.run(
         lambda: nn.Linear(6, 3), train, test, eps=0.2, norm="l2", at=[0.2], recipe=RECIPE,
-        seed=seed, progress=False, stages=[f"measure {n}" for n in ("standard", *RECIPE.sets)],
+        seed=seed, progress=False,
+        stages=[f"measure {n}" for n in ("standard", "robust", *RECIPE.sets)],
     )  # fmt: skip
     for claim in found.claims:
         for each in claim.evidence:

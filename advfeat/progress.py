@@ -8,6 +8,7 @@ Nothing has to be installed for it.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import threading
@@ -81,9 +82,10 @@ class Meter:
         elif self._width and error[0] is None:
             _write(f"{self._name()}: done in {_clock(time.monotonic() - self._opened)}\n")
 
-    def stage(self, name: str, total: int | None = None) -> None:
-        """Begin a named part of the work."""
+    def stage(self, name: str, total: int | None = None, seconds: float = math.inf) -> None:
+        """Begin a named part of the work, which ends after so many seconds even if not done."""
         self._begin(name, total, 0)
+        self._end = self._began + seconds
         if self._asked or self._is_drawn:
             self._next = min(self._next, self._began)
         self._show()
@@ -110,7 +112,7 @@ class Meter:
 
     def _begin(self, stage: str, total: int | None, done: int) -> None:
         self._stage, self._total, self._done, self._first = stage, total, done, done
-        self._began = time.monotonic()
+        self._began, self._end = time.monotonic(), math.inf
         self._opened = getattr(self, "_opened", self._began)
 
     def _show(self) -> None:
@@ -142,7 +144,8 @@ class Meter:
         parts = [self._name() + self._counted() + (f" {self._unit}" if self._unit else "")]
         parts.append(_clock(took))
         if made and took and self._total is not None:
-            parts.append(f"{_clock((self._total - self._done) * took / made)} left")
+            left = (self._total - self._done) * took / made
+            parts.append(f"{_clock(max(0.0, min(left, self._end - now)))} left")
         if made and took and self._unit:
             parts.append(f"{made / took:.3g} {self._unit}/s")
         parts += [f"{name}={value}" for name, value in self._figures.items()]

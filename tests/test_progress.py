@@ -44,6 +44,16 @@ def test_a_terminal_has_one_line_with_the_time_left(monkeypatch, clock):
     assert shown.getvalue().endswith("\r")
 
 
+def test_a_stage_with_a_limit_has_no_more_time_left_than_that(monkeypatch, clock):
+    shown = stream(monkeypatch, Terminal)
+    with Meter(None, "report") as meter:
+        meter.stage("robust accuracy", 100, seconds=10.0)
+        clock.now = 4.0
+        meter.update(2)
+        line = shown.getvalue().split("\r")[-1].strip()
+        assert line == "report: robust accuracy 2/100, 0:04, 0:06 left"
+
+
 @pytest.mark.parametrize(("asked", "first"), [(None, 10.0), (True, 2.0)])
 def test_a_log_has_lines_at_intervals(monkeypatch, clock, asked, first):
     shown = stream(monkeypatch, io.StringIO)

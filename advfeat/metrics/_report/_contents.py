@@ -96,7 +96,7 @@ class Stages:
             return found
 
         count = len(self.drawn)
-        self.meter.stage("clean accuracy", count)
+        self.meter.stage("clean accuracy", count, self.budget.left)
         parts, _ = self.budget.parts(
             "clean accuracy", count, part, fraction=0.15, first=64, required=True
         )
@@ -127,7 +127,7 @@ class Stages:
             return found
 
         count = len(self.drawn)
-        self.meter.stage("robust accuracy", count)
+        self.meter.stage("robust accuracy", count, self.budget.left)
         parts, _ = self.budget.parts(
             "robust accuracy", count, part, fraction=0.5, first=first, required=True
         )
@@ -214,7 +214,7 @@ class Stages:
             return found
 
         count = len(self.drawn)
-        self.meter.stage("robustness curve", count)
+        self.meter.stage("robustness curve", count, self.budget.left)
         if affordable < _FEWEST and count > affordable:
             self.budget.left_out.append("robustness curve: all of it")
             return None

@@ -43,9 +43,8 @@ def ascend_l1(
     ]
     sorted_all = flat.device.type != "cpu" or flat.shape[1] <= 4 * _FEW
     moved, rest = _l1_step(points.flatten(1), flat, length, each, ends, sorted_all)
-    if not sorted_all and not threat.known_none(
-        rest
-    ):  # each sample by itself, whatever others need
+    if not sorted_all and not threat.known_none(rest):
+        # Each sample by itself, whatever the others need.
         ends = [end[rest] if isinstance(end, Tensor) else end for end in ends]
         some = points.flatten(1)[rest], flat[rest], length[rest], each[rest]
         moved[rest] = _l1_step(*some, ends, True)[0]
@@ -53,10 +52,15 @@ def ascend_l1(
 
 
 def _l1_step(
-    points: Tensor, gradient: Tensor, length: Tensor, each: Tensor, ends: list[Any], all_: bool
+    points: Tensor,
+    gradient: Tensor,
+    length: Tensor,
+    each: Tensor,
+    ends: list[Any],
+    sorted_all: bool,
 ) -> tuple[Tensor, Tensor]:
     """The step of `ascend_l1` along all entries or `_FEW`, and for which samples these are few."""
-    if all_:
+    if sorted_all:
         order = gradient.abs().argsort(dim=1, descending=True, stable=True)
     else:  # many times faster
         order = gradient.abs().topk(_FEW, dim=1).indices

@@ -142,7 +142,7 @@ def test_evaluations_name_the_attack_and_count_samples(monkeypatch):
     for run, said in (
         (lambda: af.robust_accuracy(model, data, **ball, seed=0), "robust accuracy 20/20 samples"),
         (lambda: robustness_curve(model, data, norm="l2"), "robustness curve 20/20 samples"),
-        (lambda: robustness_curve(model, data, norm="l2"), "attack=FAB 3/3"),
+        (lambda: robustness_curve(model, data, norm="l2"), "attack=FAB 3/3, gradients=20"),
         (lambda: diagnose(model, data, **ball, seed=0), "diagnose 7/7"),
         (lambda: af.report(model, data, **ball, budget=2), "report: robust accuracy"),
     ):

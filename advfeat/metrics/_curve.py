@@ -266,6 +266,11 @@ def _closest(
     meter: Meter,
 ) -> Tensor:
     """Distance of the closest point that any of the attacks finds, ``(N,)``."""
+
+    def shows(name: str, net: Network = net) -> None:
+        taken = itertools.count(1)
+        net.on_gradient = lambda: meter.update(0, {"attack": name, "gradients": str(next(taken))})
+
     others = [entered(attack, net, batch)[0] for attack in attacks[1:]]
     polish = None if polish is None else entered(polish, net, batch)[0]
     first, net, batch = entered(attacks[0], net, batch)
@@ -273,13 +278,13 @@ def _closest(
     closest, distance = batch.inputs, batch.inputs.new_full((len(batch.ids),), torch.inf)
     found = []
     for place, attack in enumerate(attacks, 1):
-        meter.update(0, {"attack": f"{type(attack).__name__} {place}/{len(attacks)}"})
+        shows(f"{type(attack).__name__} {place}/{len(attacks)}")
         state = attack.run(net, attack.init(net, batch))
         found.append(state.distance)
         closest, distance = _closer(closest, distance, attack.result(state), state.distance)
     norm, bounds = attacks[0].norm, attacks[0].bounds
     if polish is not None:
-        meter.update(0, {"attack": "search around the closest points"})
+        shows("search around the closest points")
         masked = found[0] < _MASKED * torch.stack(found[1:]).amin(0)
         search = _Search(net, norm, bounds, replace(polish, steps=_POLISH_STEPS), seed)
         closest, distance = search.run(batch, closest, distance, masked)

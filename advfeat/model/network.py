@@ -98,6 +98,8 @@ class Network:
         self._purpose, self._trains, self._expectation = purpose, train, expectation
         self._from_probabilities: Callable[[Tensor], Tensor] | None = None
         self.batches = BatchPadding(self.selected)
+        # Called after every gradient: progress of long attacks.
+        self.on_gradient: Callable[[], object] = lambda: None
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
         # A compiler would meet the hook that checks.
@@ -229,6 +231,7 @@ class Network:
             if value.requires_grad and output.requires_grad:
                 found = self._by_inputs(leaf, output, value)
             gradient = self._no_gradient(leaf) if found is None else threat.finite(found)
+        self.on_gradient()
         return Evaluation(gradient, value.detach(), output.detach())
 
     def _by_inputs(self, leaf: Tensor, output: Tensor, value: Tensor) -> Tensor | None:

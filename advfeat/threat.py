@@ -328,7 +328,8 @@ def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 4
         rest = magnitude - threshold
         kept = torch.minimum(rest.clamp_min(0.0), limit)
         excess = kept.sum(axes, keepdim=True) - radius
-        if known_none((excess > enough) | ((excess < -enough) & (threshold > 0))):
+        missing = (excess > enough) | ((excess < -enough) & (threshold > 0))
+        if known_none(missing):
             break
         low = torch.where(excess > 0, threshold, low)
         high = torch.where(excess > 0, high, threshold)
@@ -336,6 +337,7 @@ def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 4
         newton = threshold + excess / slope.clamp_min(1)
         inside = ((newton > low) & (newton < high)) | (newton == threshold)
         following = torch.where(inside & (slope > 0), newton, (low + high) / 2)
+        following = torch.where(missing, following, threshold)  # whatever others in the batch need
         if known_none(following != threshold):
             break
         threshold = following

@@ -377,6 +377,7 @@ def test_a_history_is_plotted():
 
 def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)  # of other tests
     with pytest.raises(ImportError, match=r"advfeat\[plots\]"):
         History([{"epoch": 1, "loss": 0.5}]).plot()
 

@@ -268,8 +268,8 @@ def _closest(
     """Distance of the closest point that any of the attacks finds, ``(N,)``."""
 
     def shows(name: str, net: Network = net) -> None:
-        taken = itertools.count(1)
-        net.on_gradient = lambda: meter.update(0, {"attack": name, "gradients": str(next(taken))})
+        count = itertools.count(1)
+        net.on_gradient = lambda: meter.update(0, {"attack": name, "gradients": str(next(count))})
 
     others = [entered(attack, net, batch)[0] for attack in attacks[1:]]
     polish = None if polish is None else entered(polish, net, batch)[0]

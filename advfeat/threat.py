@@ -120,9 +120,10 @@ def choose(samples: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     """
     if other.device.type != "cpu":
         return torch.where(per_sample(samples, other), chosen, other)
-    if known_none(samples):
+    count = np.count_nonzero(samples.numpy())
+    if count == 0:
         return other
-    if known_none(~samples):
+    if count == len(samples):
         return chosen
     # With weights of 0 and 1 exact, and more than twice as fast as torch.where.
     return torch.lerp(other, chosen, per_sample(samples, other).to(other.dtype))

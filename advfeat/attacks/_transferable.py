@@ -55,7 +55,9 @@ class DIFGSM(MIFGSM):
 
     In each step an image is, with probability ``probability``, resized to a random size and
     padded with zeros at a random place to the size it had. With the default ``momentum=1.0`` this
-    is the paper's M-DI-FGSM, and with 0 its DI-FGSM. Images only, ``(N, C, H, W)``.
+    is the paper's M-DI-FGSM, and with 0 its DI-FGSM. Images only, ``(N, C, H, W)``. By default
+    there are 10 steps of ``eps / 10``, as in MI-FGSM; Xie et al. take steps of 1/255, and as many
+    as Kurakin et al. (2017): the smaller of ``eps + 4`` and ``1.25 * eps``, in levels of 255.
 
     Parameters
     ----------

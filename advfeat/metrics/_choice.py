@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,11 @@ def choose_attacks(
     checks.seed(seed)
     listed: Sequence[Attack | AutoAttack]
     if isinstance(attack, str):
-        listed = [_named(attack, eps, norm, steps, bounds, mask)]
+        listed = [named_attack(attack, eps, norm, steps, bounds, mask)]
     elif attack is None:
         listed = [_default(eps, norm, steps, bounds, mask)]
     else:
-        if not (eps is None and norm is None and steps is None):
-            cause = "the attack has its own; pass one or the other"
-            checks.fail("eps, norm, steps", (eps, norm, steps), cause)
-        own_mask(mask)
+        own_ball(eps, norm, steps, mask)
         listed = attack if isinstance(attack, (list, tuple)) else [attack]  # type: ignore[list-item]
     flat: list[Attack] = []
     for one in listed:
@@ -56,13 +54,24 @@ def choose_attacks(
     return seed_attacks([one.stop_at_success() for one in flat], seed)
 
 
-def _named(
+def own_ball(
+    eps: float | Tensor | None, norm: Norm | None, steps: int | None, mask: Tensor | None
+) -> None:
+    """Raise an error for settings beside an attack object, which has its own."""
+    if not (eps is None and norm is None and steps is None):
+        cause = "the attack has its own; pass one or the other"
+        checks.fail("eps, norm, steps", (eps, norm, steps), cause)
+    own_mask(mask)
+
+
+def named_attack(
     name: str,
     eps: float | Tensor | None,
     norm: Norm | None,
     steps: int | None,
     bounds: FeatureBounds,
     mask: Tensor | None,
+    targeted: bool = False,
 ) -> Attack | AutoAttack:
     """The attack of a name, with its default settings."""
     kinds: dict[str, Callable[..., Attack | AutoAttack]] = {
@@ -76,11 +85,15 @@ def _named(
         "square": Square,
         "mifgsm": MIFGSM,
         "difgsm": DIFGSM,
+        "mi": MIFGSM,
+        "di": partial(DIFGSM, momentum=0.0),
+        "mi-di": DIFGSM,
     }
     checks.one_of("attack", name, tuple(kinds))
     if eps is None or norm is None:
         checks.fail("eps, norm", (eps, norm), "both are needed where the attack is a name")
-    settings = {"eps": eps, "norm": norm, "bounds": bounds, "mask": mask}
+    settings: dict[str, Any] = {"eps": eps, "norm": norm, "bounds": bounds, "mask": mask}
+    settings |= {"targeted": True} if targeted else {}
     return kinds[name](**settings, **({} if steps is None else {"steps": steps}))
 
 

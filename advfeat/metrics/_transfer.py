@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from advfeat import checks, plots, seeding
 from advfeat.attacks import Attack, AutoAttack
 from advfeat.attacks.base import check_attack, prepare_batch
+from advfeat.attacks.settings import own_bounds
 from advfeat.loading import Data, Samples, Source
 from advfeat.losses import is_success
+from advfeat.metrics._choice import named_attack, own_ball
 from advfeat.model import attackable, device_of
 from advfeat.progress import with_progress
 from advfeat.results import Result
 from advfeat.statistics import wilson_interval
 from advfeat.tables import Table
+from advfeat.threat import FeatureBounds, Norm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,8 +102,13 @@ def transfer_matrix(
     sources: Mapping[str, nn.Module],
     targets: Mapping[str, nn.Module],
     data: Data,
-    attack: Attack | AutoAttack,
+    attack: Attack | AutoAttack | str,
     *,
+    eps: float | Tensor | None = None,
+    norm: Norm | None = None,
+    bounds: FeatureBounds = (0.0, 1.0),
+    mask: Tensor | None = None,
+    seed: int | torch.Generator | None = None,
     target_labels: Callable[[Tensor], Tensor] | None = None,
     batch_size: int | None = None,
     expectation: int = 1,
@@ -116,7 +124,16 @@ def transfer_matrix(
         As in `robust_accuracy`; each model is attacked and judged by the mean of ``expectation``
         calls.
     attack
-        Run to its end on each source.
+        An attack object, run to its end on each source. Or a name, with ``eps`` and ``norm``:
+        ``"mi"`` is `advfeat.attacks.MIFGSM`, ``"mi-di"`` is `advfeat.attacks.DIFGSM`, and
+        ``"di"`` the same without momentum, each with its defaults: the papers' settings, and 10
+        steps of ``eps / 10`` in all three. The other names are those of `robust_accuracy`.
+    eps, norm, bounds, mask
+        Of an attack given by its name, as in `robust_accuracy`; an attack object has its own. The
+        papers of MI-FGSM and DI-FGSM use ``norm="linf"`` and ``eps`` 16/255 and 15/255.
+    seed
+        Of an attack that has none of its own: an integer, a generator, or None for one draw from
+        torch's default generator.
     target_labels
         For a targeted attack, a function from the labels of a batch to the classes to aim at, such
         as ``lambda y: (y + 1) % 10``. A model is then fooled where it says that class, and
@@ -142,23 +159,21 @@ def transfer_matrix(
     >>> matrix = transfer_matrix(models, models, data, PGD(eps=0.9, norm="linf"))
     >>> matrix.fooled.shape, float(matrix.fooled[0, 1])
     (torch.Size([2, 2]), 1.0)
+
+    By name:
+
+    >>> matrix = transfer_matrix(models, models, data, "mi", eps=0.9, norm="linf")
     """
     for models in (sources, targets):
         if not isinstance(models, Mapping) or not models:
             raise TypeError("sources, targets: expected mappings from a name to a model")
         for model in models.values():
             checks.model(model)
-    if not isinstance(attack, AutoAttack):
-        check_attack(attack, None, None, allow_targeted=True)
     checks.function("target_labels", target_labels)
-    if attack.targeted != (target_labels is not None):
-        cause = "a targeted attack needs it, to know the classes to aim at; another has none"
-        checks.fail("target_labels", target_labels, cause)
+    is_targeted = target_labels is not None
+    attack = _chosen(attack, eps, norm, bounds, mask, seed, is_targeted)
     device = device_of(next(iter(sources.values())))
     source_data = Source(data, batch_size, device)
-    if attack.is_random:
-        # One seed for all sources: each is attacked from the same random starts.
-        attack = attack.with_seed(seeding.resolve(getattr(attack, "seed", None)))
     shape = (len(sources), len(targets))
     cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
     missed_of = {name: torch.zeros(shape, **cpu) for name in ("both_right", "fooled", "all")}
@@ -199,6 +214,34 @@ def transfer_matrix(
         of_all=missed_of["all"] / total,
         clean_error=clean_wrong / total,
     )
+
+
+def _chosen(
+    attack: Attack | AutoAttack | str,
+    eps: float | Tensor | None,
+    norm: Norm | None,
+    bounds: FeatureBounds,
+    mask: Tensor | None,
+    seed: int | torch.Generator | None,
+    is_targeted: bool,
+) -> Attack | AutoAttack:
+    """The attack, with a seed if it is random."""
+    checks.seed(seed)
+    if isinstance(attack, str):
+        attack = named_attack(attack, eps, norm, None, bounds, mask, is_targeted)
+    else:
+        if not isinstance(attack, AutoAttack):
+            check_attack(attack, None, None, allow_targeted=True)
+        own_ball(eps, norm, None, mask)
+        own_bounds(bounds, attack.bounds)
+    if attack.targeted != is_targeted:
+        cause = "a targeted attack needs it, to know the classes to aim at; another has none"
+        checks.fail("target_labels", is_targeted or None, cause)
+    if not attack.is_random:
+        return attack
+    # One seed for all sources: each is attacked from the same random starts.
+    own = getattr(attack, "seed", None)
+    return attack.with_seed(seeding.resolve(seed if own is None else own))
 
 
 def _attacked(

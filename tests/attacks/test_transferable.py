@@ -182,3 +182,29 @@ def test_a_transfer_matrix_takes_them():
     for attack in (MIFGSM(eps=EPS, norm="linf"), DIFGSM(eps=EPS, norm="linf")):
         matrix = transfer_matrix(models, models, data, attack)
         assert float(matrix.fooled[0, 0]) > 0.5
+
+
+def test_a_transfer_matrix_takes_their_names():
+    models = {"a": convolution(0), "b": convolution(1)}
+    x = images(24)
+    data = TensorDataset(x, predicted(models["a"], x))
+    ball = {"eps": EPS, "norm": "linf"}
+    objects = {
+        "mi": MIFGSM(**ball),
+        "di": DIFGSM(**ball, momentum=0.0, seed=3),
+        "mi-di": DIFGSM(**ball, seed=3),
+    }
+    found = {n: transfer_matrix(models, models, data, n, **ball, seed=3) for n in objects}
+    for name, attack in objects.items():
+        assert torch.equal(found[name].of_all, transfer_matrix(models, models, data, attack).of_all)
+    assert not torch.equal(found["mi"].of_all, found["mi-di"].of_all)
+
+
+def test_a_named_attack_may_be_targeted():
+    model, x = convolution(0), images(8)
+    data = TensorDataset(x, predicted(model, x))
+    ball = {"eps": 0.5, "norm": "linf", "mask": torch.ones(3, 12, 12)}
+    matrix = transfer_matrix(
+        {"a": model}, {"a": model}, data, "mi", **ball, target_labels=lambda y: (y + 1) % 3
+    )
+    assert float(matrix.of_all) > float(matrix.clean_error)

@@ -125,7 +125,12 @@ def test_random_attacks_follow_the_seed(standard, robust, digits, attack):
         ({"sources": {}}, TypeError, "mappings"),
         ({"targets": [nn.Identity()]}, TypeError, "mappings"),
         ({"targets": {"a": len}}, TypeError, "Module"),
-        ({"attack": "pgd"}, TypeError, "attack"),
+        ({"attack": "pgd"}, ValueError, "eps, norm"),
+        ({"attack": "pdg", "eps": 0.1, "norm": "l2"}, ValueError, "attack"),
+        ({"attack": len}, TypeError, "attack"),
+        ({"eps": 0.1}, ValueError, "has its own"),
+        ({"bounds": (0.0, 2.0)}, ValueError, "has its own"),
+        ({"seed": "one"}, TypeError, "seed"),
         ({"attack": af.PGD(eps=0.1, norm="l2", targeted=True)}, ValueError, "targeted"),
     ],
 )

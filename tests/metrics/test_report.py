@@ -16,8 +16,10 @@ from advfeat import pages
 from advfeat.attacks import PGD, Square
 from advfeat.metrics import Diagnosis, Report
 from advfeat.metrics._diagnose import Finding
-from advfeat.metrics._report._budget import Budget
-from advfeat.metrics._report._provenance import size_text
+from advfeat.metrics._report._budget import Budget, Cost, Work
+from advfeat.metrics._report._contents import Stages
+from advfeat.metrics._report._drawing import _ticks
+from advfeat.metrics._report._provenance import _name, size_text
 from advfeat.metrics._report._samples import Drawn
 from advfeat.metrics._report._verdict import _of_checks
 
@@ -350,3 +352,39 @@ def test_a_png_is_read_back(shape):
 )
 def test_a_radius_is_written_as_papers_do(eps, bounds, text):
     assert size_text(eps, bounds) == text
+
+
+@pytest.mark.parametrize("end", [1e-3, 0.0314, 0.9, 1.0, 2.55, 7.2, 40.0])
+def test_ticks_are_round_numbers_that_reach_the_end_nearly(end):
+    ticks = _ticks(end)
+    assert 4 <= len(ticks) <= 9
+    assert ticks[0] == 0
+    assert ticks[-1] <= end * (1 + 1e-9) < ticks[-1] + 1.001 * ticks[1]
+    assert float(f"{ticks[1]:.0e}") == pytest.approx(ticks[1])
+
+
+def test_the_cost_of_a_stage_is_calls_and_samples():
+    cost = Cost.of((4, 0.5), (32, 1.9))
+    assert cost == pytest.approx((0.3, 0.05))
+    work = Work(calls=10, gradients=20)
+    assert cost.seconds(work, 7) == pytest.approx(10.0)
+    assert cost.affordable(10.001, work) == 7
+    assert cost.affordable(2.9, work) == 0
+    # One batch, or a large one that was not slower.
+    assert Cost.of((4, 0.5)) == Cost.of((4, 0.5), (4, 0.6)) == (0.0, 0.125)
+    assert Cost.of((4, 0.5), (32, 0.4)).sample > 0
+
+
+def test_a_stage_that_took_long_makes_the_next_ones_smaller():
+    budget = Budget(10.0)
+    budget.spent["work"] = 8.0
+    stages = Stages(First(), None, budget, None, {}, (), True, 0, 1, {})
+    stages._cost = Cost(0.1, 0.01)
+    stages._correct_cost("work", Work(10, 10), 10)  # 2 seconds
+    assert stages._cost == pytest.approx((0.4, 0.04))
+    stages._correct_cost("work", Work(100, 10), 10)
+    assert stages._cost == pytest.approx((0.4, 0.04))
+
+
+def test_a_normalised_model_has_the_name_of_the_model_inside():
+    assert _name(af.Normalize(af.Normalize(First(), 0.5, 0.5), 0.5, 0.5)) == "First"

@@ -4,13 +4,51 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 # A part is planned to need at most this fraction of the time that is left.
 _PLANNED = 0.8
 _GROWTH = 1.4
 _UNLIMITED = 1e9
+_LEAST = 1e-6  # seconds of a step of one sample
+
+
+class Work(NamedTuple):
+    """What a stage does: calls of the model, and gradients of each sample."""
+
+    calls: int
+    gradients: int
+
+
+class Cost(NamedTuple):
+    """Seconds of one step of an attack: of the call, and of each sample in it."""
+
+    call: float
+    sample: float
+
+    @classmethod
+    def of(cls, small: tuple[int, float], large: tuple[int, float] | None = None) -> Cost:
+        """By samples and seconds of one batch, or of a small and a large one."""
+        if large is None or large[0] == small[0]:
+            return cls(0.0, max(small[1], _LEAST) / small[0])
+        slope = (large[1] - small[1]) / (large[0] - small[0])
+        # Noise could make it anything.
+        sample = max(slope, 0.1 * large[1] / large[0], _LEAST)
+        return cls(max(0.0, small[1] - sample * small[0]), sample)
+
+    def seconds(self, work: Work, samples: int) -> float:
+        """Of a stage."""
+        return work.calls * self.call + work.gradients * self.sample * samples
+
+    def affordable(self, seconds: float, work: Work) -> int:
+        """How many samples a stage may have."""
+        left = seconds - work.calls * self.call
+        return max(0, int(left / (work.gradients * self.sample)))
+
+    def times(self, factor: float) -> Cost:
+        """Where all takes longer."""
+        return Cost(factor * self.call, factor * self.sample)
 
 
 class Budget:

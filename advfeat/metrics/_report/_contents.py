@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,21 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from advfeat.attacks import APGD, Attack
+from advfeat.attacks import APGD, PGD, Attack, Batch
+from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.pool import attack_batch
+from advfeat.attacks.restricted import restricted
+from advfeat.loading import Source
 from advfeat.metrics._accuracy import accuracy, robust_accuracy
 from advfeat.metrics._curve import RobustnessCurve, robustness_curve
 from advfeat.metrics._diagnose import Diagnosis, diagnose
 from advfeat.metrics._outcome import Accuracy, RobustAccuracy
-from advfeat.metrics._report._budget import Budget
+from advfeat.metrics._report._budget import Budget, Cost, Work
 from advfeat.metrics._report._samples import Drawn
 from advfeat.metrics._transfer import TransferMatrix, transfer_matrix
+from advfeat.model import Network, attackable, device_of
 from advfeat.progress import Meter
 
-# Gradients that a sample costs at most in each stage, about.
-_FAST, _DIAGNOSE, _CURVE = 600, 700, 1000
+# Of each stage, about: calls of the model, and gradients that a sample costs at most.
+_FAST, _DIAGNOSE, _CURVE, _TRANSFER = (
+    Work(600, 600),
+    Work(1400, 700),
+    Work(1000, 1000),
+    Work(30, 30),
+)
 _FEWEST = 8  # a stage on fewer samples says nothing
 _CHECKED = 128  # samples of diagnose and transfer
-_PROBE = 3  # steps of the attack that is timed
+_PROBE, _PROBED = 3, (4, 32)  # steps and samples of the attack that is timed
 _SLOW = 0.05  # seconds of a gradient after which a larger batch is not tried
 _SHORT = 20  # steps of PGD where there is no time for more
 
@@ -105,9 +115,9 @@ class Stages:
     def _robust(self) -> tuple[RobustAccuracy, bool]:
         settings: dict[str, Any] = {"seed": self.seed, "expectation": self.expectation}
         attack: dict[str, Any] = {"attack": list(self.attacks), "bounds": self.ball["bounds"]}
-        self._gradient = self._seconds_of_gradient(settings)
+        self._cost = self._measured_cost()
         limit, first = 0.5 * self.budget.left, 64
-        affordable = limit / (_FAST * self._gradient)
+        affordable = self._cost.affordable(limit, _FAST)
         ensemble = True
         if self.is_default and affordable < _FEWEST:
             attack = {**self.ball, "steps": _SHORT}
@@ -116,7 +126,7 @@ class Stages:
                 f"the ensemble of attacks: there was time for PGD with {_SHORT} steps only"
             )
         else:
-            first = int(min(first, max(_FEWEST, affordable)))
+            first = min(first, max(_FEWEST, affordable))
 
         def part(start: int, stop: int) -> RobustAccuracy:
             found = robust_accuracy(
@@ -132,30 +142,37 @@ class Stages:
             "robust accuracy", count, part, fraction=0.5, first=first, required=True
         )
         robust = _joined_robust(parts)
+        if ensemble:
+            self._correct_cost("robust accuracy", _FAST, robust.total)
         return robust, ensemble and len(robust.attacks) > 1
 
-    def _seconds_of_gradient(self, settings: dict[str, Any]) -> float:
-        """How long one gradient of one sample takes, about; the first call warms up."""
-        ball = {**self.ball, "steps": _PROBE}
+    def _measured_cost(self) -> Cost:
+        """How long a step of an attack takes, about."""
+        attack = restricted(PGD(**self.ball, steps=_PROBE, seed=self.seed))
+        found: list[tuple[int, float]] = []
+        with attackable(self.model, purpose=None, expectation=self.expectation) as net:
+            for count in _PROBED:
+                batch = self._first_batch(net, count)
+                # The first call warms up. The others differ by whatever else the machine does.
+                took = [_timed(lambda: attack_batch(attack, net, batch)) for _ in range(3)]  # noqa: B023
+                found.append((len(batch.ids), min(took[1:]) / (_PROBE + 1)))
+                if found[0][1] > _SLOW * found[0][0]:
+                    break
+        return Cost.of(*found)
 
-        def seconds(count: int) -> float:
-            part, began = self.drawn.part(0, count), time.monotonic()
-            robust_accuracy(self.model, part, **ball, **settings, progress=False)
-            return time.monotonic() - began
+    def _first_batch(self, net: Network, count: int) -> Batch:
+        part = next(iter(Source(self.drawn.part(0, count)).batches(device_of(self.model))))
+        fields = (part.inputs, part.labels, part.ids, self.ball["bounds"])
+        return prepare_batch(net, *fields, extras=part.entries)
 
-        few, many = (min(count, len(self.drawn)) for count in (_FEWEST // 2, 4 * _FEWEST))
-        seconds(few)  # warms up
-        small = seconds(few)
-        evaluations = _PROBE + 2  # with those that check the result
-        if small > _SLOW * few * evaluations or many == few:
-            return small / (few * evaluations)
-        large = seconds(many)
-        # What does not grow with the samples, such as the inspection of the model, is left out.
-        return max(large - small, large / 10, 1e-6) / (many * evaluations)
+    def _correct_cost(self, stage: str, work: Work, samples: int) -> None:
+        """Let a stage that took longer than planned make the next ones smaller."""
+        late = self.budget.spent[stage] / self._cost.seconds(work, samples)
+        self._cost = self._cost.times(max(1.0, late))
 
     def _diagnosis(self) -> Diagnosis | None:
         self.meter.stage("signs of masked gradients")
-        affordable = int(0.45 * self.budget.left / (_DIAGNOSE * self._gradient))
+        affordable = self._cost.affordable(0.45 * self.budget.left, _DIAGNOSE)
         count = min(_CHECKED, len(self.drawn), affordable)
         whole = min(_CHECKED, len(self.drawn))
         if count < min(_FEWEST, whole):
@@ -175,12 +192,13 @@ class Stages:
                 return None
 
         (found,), _ = self.budget.parts("signs of masked gradients", 1, run, required=True)
+        self._correct_cost("signs of masked gradients", _DIAGNOSE, count)
         return found
 
     def _transfer(self) -> TransferMatrix | None:
         models = {"this model": self.model, **self.others}
         attack = APGD(**self.ball, steps=25, seed=self.seed)
-        affordable = int(0.4 * self.budget.left / (30 * len(models) * self._gradient))
+        affordable = self._cost.affordable(0.4 * self.budget.left / len(models), _TRANSFER)
         whole = min(_CHECKED, len(self.drawn))
         count = min(whole, affordable)
         self.meter.stage("transfer")
@@ -200,7 +218,7 @@ class Stages:
         settings = {name: self.ball[name] for name in ("norm", "bounds", "mask")}
         if isinstance(eps, Tensor):
             settings["scale"] = eps
-        affordable = 0.8 * self.budget.left / (_CURVE * self._gradient)
+        affordable = self._cost.affordable(0.8 * self.budget.left, _CURVE)
 
         def part(start: int, stop: int) -> RobustnessCurve:
             found = robustness_curve(
@@ -218,7 +236,7 @@ class Stages:
         if affordable < _FEWEST and count > affordable:
             self.budget.left_out.append("robustness curve: all of it")
             return None
-        first = int(min(64, affordable))
+        first = min(64, affordable)
         parts, done = self.budget.parts("robustness curve", count, part, fraction=0.8, first=first)
         if not done:
             return None
@@ -226,6 +244,12 @@ class Stages:
         order = index.argsort()
         distance = torch.cat([each.distance for each in parts])
         return RobustnessCurve(distance[order], index[order], parts[0].norm, parts[0].scale)
+
+
+def _timed(call: Callable[[], object]) -> float:
+    began = time.monotonic()
+    call()
+    return time.monotonic() - began
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from advfeat import pages
 from advfeat.metrics._curve import RobustnessCurve
 from advfeat.threat import Bounds
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 300, 52, 46
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 520, 270, 46, 46
+_WIDEST = 680  # pixels; on a narrow screen the letters are still legible
 
 
 def difference_uri(clean: Tensor, adversarial: Tensor, bounds: Bounds) -> tuple[str, float]:
@@ -43,9 +46,8 @@ def curve_svg(curve: RobustnessCurve, radius: float, *, chance: float) -> str:
     )
     parts = [_text(_LEFT - 8, y(p) + 5, f"{p:d}", "end") for p in (0, 25, 50, 75, 100)]
     parts += [_line(_LEFT, y(p), _WIDTH - 12, y(p), "var(--line)") for p in (0, 25, 50, 75, 100)]
-    for place in range(5):
-        value = end * place / 4
-        anchor = "end" if place == 4 else "middle"  # the last one ends with the axis
+    for value in _ticks(end):
+        anchor = "end" if value > 0.97 * end else "middle"  # no letter is outside the picture
         parts.append(_text(x(value), _HEIGHT - _BOTTOM + 20, f"{value:.3g}", anchor))
     unit = "" if curve.scale is None else ", in multiples of eps"
     title = f"{curve.norm} size of the perturbation{unit}"
@@ -59,10 +61,17 @@ def curve_svg(curve: RobustnessCurve, radius: float, *, chance: float) -> str:
     )
     return (
         f'<div class="wide"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" style="width:100%;'
-        f'min-width:22rem;max-width:{_WIDTH}px" aria-label="percent of samples that are still '
+        f'max-width:{_WIDEST}px" aria-label="percent of samples that are still '
         f'robust, over the size of the perturbation"><title>Robust accuracy (%)</title>'
         f"{''.join(parts)}</svg></div>"
     )
+
+
+def _ticks(end: float) -> list[float]:
+    """Round numbers from 0 to ``end``, four to six of them or so."""
+    power = 10.0 ** math.floor(math.log10(end / 3))
+    step = max(factor * power for factor in (1, 2, 5) if factor * power <= end / 3)
+    return [place * step for place in range(int(end / step * (1 + 1e-9)) + 1)]
 
 
 def _line(x0: float, y0: float, x1: float, y1: float, color: str, dash: str = "") -> str:

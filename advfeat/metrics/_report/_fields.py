@@ -67,7 +67,9 @@ class ReportFields(Result):
     @property
     def title(self) -> str:
         """Of the page."""
-        return f"How robust is {self.provenance['model']} in {self.ball}?"
+        size = self.provenance["parameters"]
+        name = f"{self.provenance['model']} ({size:,} parameters)"
+        return f"How robust is {name} in {self.ball}?"
 
     @property
     def radius(self) -> float:

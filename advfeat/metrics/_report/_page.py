@@ -11,7 +11,7 @@ from advfeat.metrics._outcome import accuracy_row
 from advfeat.metrics._report import _drawing
 from advfeat.metrics._report._examples import Example
 from advfeat.metrics._report._fields import ReportFields
-from advfeat.metrics._report._verdict import Verdict
+from advfeat.metrics._report._verdict import Verdict, finding_text
 
 SYMBOLS = {"green": "\N{HEAVY CHECK MARK}", "yellow": "!", "red": "\N{HEAVY BALLOT X}"}
 _CLASSES = {"green": "good", "yellow": "warn", "red": "bad"}
@@ -30,7 +30,8 @@ STYLE = """
 .samples { display: flex; flex-wrap: wrap; gap: 1.2rem 1.4rem; margin: .8rem 0; }
 .samples figure { margin: 0; } .samples figcaption { font-size: .85rem; max-width: 312px; }
 .samples img { width: 100px; image-rendering: pixelated; background: none; margin-right: 4px; }
-@media (max-width: 32rem) { th, td { padding: .3rem .2rem; font-size: .82rem; } }
+@media (max-width: 32rem) { th, td { padding: .3rem .2rem; font-size: .82rem; }
+  th { white-space: normal; } th:first-child, td:first-child { min-width: 5rem; } }
 """
 
 
@@ -97,11 +98,9 @@ def _findings(found: list[Finding]) -> str:
     items = []
     for each in found:
         light = "yellow" if each.suspicious else "green"
-        advice = f"<br>{escape(each.advice)}." if each.suspicious else ""
         items.append(
             f'<li><b class="{_CLASSES[light]}">{SYMBOLS[light]}</b>{each.mark}: '
-            f"<b>{escape(each.name)}</b> {each.value:.3g} (limit {each.limit:g}), "
-            f"{escape(each.meaning)}{advice}</li>"
+            f"<b>{escape(each.name)}</b>: {escape(finding_text(each))}</li>"
         )
     return f'<ul class="reasons">{"".join(items)}</ul>'
 
@@ -129,7 +128,10 @@ def _samples(report: ReportFields) -> Iterator[str]:
         if all(each.clean is not None and pages.is_image(each.clean) for each in chosen):
             figures = "".join(_figure(report, each) for each in chosen)
             yield f'<div class="samples">{figures}</div>'
-            yield pages.note("The sample, the attacked sample, and the perturbation magnified.")
+            yield pages.note(
+                "The sample, the attacked sample, and the perturbation magnified as its caption "
+                "says; grey is no change."
+            )
         else:
             head = ["sample", "label", "predicted", "distance", "broken by"]
             yield pages.rows(head, [_line(report, each) for each in chosen])
@@ -142,15 +144,19 @@ def _figure(report: ReportFields, example: Example) -> str:
     images = (
         (pages.image_uri(example.clean, report.bounds), "sample"),
         (pages.image_uri(example.adversarial, report.bounds), "attacked sample"),
-        (delta, f"perturbation, magnified {factor:.3g} times"),
+        (delta, f"perturbation, magnified {_factor(factor)} times"),
     )
     shown = "".join(f'<img alt="{text}" src="{source}">' for source, text in images)
     number, label, predicted, distance, broken = _line(report, example)
     text = f"#{number}: {label}, attacked: {predicted}"
     text += f"; distance {distance}" if distance else ""
     text += f"; {broken}" if broken else ""
-    text += f"; perturbation x {factor:.3g}"
+    text += f"; perturbation x\N{NO-BREAK SPACE}{_factor(factor)}"
     return f"<figure>{shown}<figcaption>{escape(text)}</figcaption></figure>"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _line(report: ReportFields, example: Example) -> list[str]:

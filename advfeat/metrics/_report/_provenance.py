@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advfeat._version import __version__
 from advfeat.attacks import Attack
 from advfeat.metrics._outcome import attack_name
-from advfeat.model import device_of
+from advfeat.model import Normalize, device_of
 from advfeat.threat import Bounds, FeatureBounds, hull
 
 PAPERS = {
@@ -63,13 +63,14 @@ def provenance(
     """Settings and versions by name, plain values."""
     device = device_of(model)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    threads = torch.get_num_threads()
     return {
-        "model": type(model).__name__,
+        "model": _name(model),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "threat model": f"{norm}, eps {eps}, inputs in [{bounds[0]:g}, {bounds[1]:g}]",
         "attacks": [_settings(attack) for attack in attacks],
         "seed": seed,
-        "device": f"{device.type} ({name}), {torch.get_num_threads()} threads",
+        "device": f"{device.type} ({name}), {threads} thread{'s' * (threads != 1)}",
         "advfeat": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -96,6 +97,13 @@ def citations(attacks: Sequence[Attack], others: Sequence[str], checked: bool) -
     found += _CHECKS if checked else ()
     own = "Ilyas et al. 2019, Adversarial Examples Are Not Bugs, They Are Features (for advfeat)"
     return tuple(dict.fromkeys([*found, own]))
+
+
+def _name(model: nn.Module) -> str:
+    """Class of the model; of a normalised one, that of the model inside."""
+    while isinstance(model, Normalize):
+        model = model.model
+    return type(model).__name__
 
 
 def _settings(attack: Attack) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from advfeat.metrics._curve import RobustnessCurve
-from advfeat.metrics._diagnose import Diagnosis
+from advfeat.metrics._diagnose import Diagnosis, Finding
 from advfeat.metrics._outcome import Accuracy, RobustAccuracy
 from advfeat.results import Result
 from advfeat.tables import Table
@@ -152,8 +152,7 @@ def _of_checks(diagnosis: Diagnosis | None) -> Iterator[tuple[Light, str]]:
     for name in diagnosis.suspicious:
         finding = diagnosis[name]
         fatal = name in _FATAL or (name == "zero_gradients" and finding.value > 0.5)
-        text = f"{finding.value:.1%} of {finding.meaning} ({name}). {_sentence(finding.advice)}"
-        yield "red" if fatal else "yellow", text
+        yield "red" if fatal else "yellow", f"{name}: {finding_text(finding)}"
     if not diagnosis.suspicious:
         yield "green", f"None of {len(diagnosis.findings)} checks for masked gradients found any."
 
@@ -181,5 +180,9 @@ def _of_attacks(
         yield "green", f"{text}, on {len(pairs)} samples."
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "."
+def finding_text(finding: Finding) -> str:
+    """The fraction, its limit, what it is of, and what to do where it is above the limit."""
+    text = f"{finding.value:.1%} (limit {finding.limit:.0%}) are {finding.meaning}."
+    if finding.suspicious:
+        text += f" {finding.advice[:1].upper()}{finding.advice[1:]}."
+    return text

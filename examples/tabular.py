@@ -1,6 +1,6 @@
 """Tabular data: which columns of a medical table are useful, and which stay so under attack.
 
-    python examples/tabular.py [--epochs 30]
+    python examples/tabular.py [--epochs 30] [--budget 45] [--report report.html]
 
 scikit-learn's breast cancer data: 569 patients, 30 measurements, two classes. Every column is
 scaled to [0, 1] by the training rows, so that a linf radius of 0.05 is 5% of each column's range.
@@ -20,6 +20,8 @@ from advfeat import analysis
 
 parser = argparse.ArgumentParser(description="Robustness of a classifier of tabular data")
 parser.add_argument("--epochs", type=int, default=30)
+parser.add_argument("--budget", type=float, default=45.0, help="seconds for the report")
+parser.add_argument("--report", help="write the report of the robust model to this HTML file")
 options = parser.parse_args()
 EPS = 0.05
 
@@ -54,6 +56,13 @@ known = torch.arange(30) // 10 == 1
 for name, model in {"standard": standard, "robust": robust}.items():
     result = af.robust_accuracy(model, test, eps=radii, norm="linf", mask=~known, seed=0)
     print(f"{name:9} robust accuracy with a radius for each column {result:.3f}")
+report = af.report(
+    robust, test, eps=radii, norm="linf", mask=~known, budget=options.budget,
+    class_names=table.target_names.tolist(),
+)  # fmt: skip
+print(f"\nthe robust model\n{report.verdict}")
+if options.report:
+    report.save(options.report)
 
 # Each column as a feature of its own: E[y f(x)], and the same under the worst change of size EPS.
 useful = analysis.linear_usefulness(torch.eye(30), train, eps=EPS, norm="linf", seed=0)

@@ -15,7 +15,7 @@ SMALL = {
     "huggingface_style": ["--epochs", "1"],
     "huggingface_datasets": ["--epochs", "1"],
     "normalised": ["--epochs", "1", "--samples", "128"],
-    "tabular": ["--epochs", "2"],
+    "tabular": ["--epochs", "2", "--budget", "2"],
     "callbacks": ["--enough", "0"],
     "lightning_module": ["--epochs", "1"],
     "accelerate_loop": ["--epochs", "1"],

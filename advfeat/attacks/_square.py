@@ -101,7 +101,7 @@ class Square(Attack):
     def step(self, net: Network, state: SquareState) -> SquareState:
         """Spend one query of every sample that is not finished; the first evaluates the start."""
         proposal = self._squares(state) if self.norm == "linf" else self._bumps(state)
-        first = threat.per_sample(state.step == 0, state.current)
+        first = threat.per_sample(self._is_start(state), state.current)
         candidate = torch.where(first, state.current, proposal.view(state.current.shape))
         logits = verified_logits(net, candidate, state.labels, self.targeted)
         value = losses.objective("margin", state.labels, self.targeted)(logits)
@@ -122,7 +122,11 @@ class Square(Attack):
 
     def finished(self, state: SquareState) -> Tensor:
         """Samples that fool the model, or whose queries are spent."""
-        return state.success | (state.step >= self.queries)
+        return state.success | (state.step >= self.max_evaluations)
+
+    def _is_start(self, state: SquareState) -> Tensor:
+        """Samples whose iterate is a start that was not evaluated yet."""
+        return state.step == 0
 
     def result(self, state: SquareState) -> Tensor:
         """The first success, else the iterate of the largest margin."""
@@ -243,11 +247,15 @@ class Square(Attack):
     def _surplus(self) -> float:
         return _L1_SURPLUS if self.norm == "l1" else 1.0
 
+    def _areas(self, spent: Tensor, whole: int, stages: Tensor) -> Tensor:
+        """Area of each sample's window, of ``whole``; it shrinks with time."""
+        stage = torch.bucketize((spent - 1) * 10_000 // self.queries, stages)
+        return self.p_init * whole * 0.5**stage
+
     def _sides(self, spent: Tensor, height: int, width: int) -> Tensor:
-        """Height and width of each sample's window, ``(2, N)``; the area shrinks with time."""
+        """Height and width of each sample's window, ``(2, N)``."""
         constants = _constants(height, width, spent.device)
-        stage = torch.bucketize((spent - 1) * 10_000 // self.queries, constants.stages)
-        area = self.p_init * height * width * 0.5**stage
+        area = self._areas(spent, height * width, constants.stages)
         side = area.sqrt().round()
         # A square that is too large for one axis is longer along the other.
         tall = torch.where(side > width, (area / width).round(), side)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class Attack(ABC):
 
     bounds: FeatureBounds
     targeted: bool
+    starts_at_result: ClassVar[bool] = False  # in an ensemble, where the attack before it ended
 
     @abstractmethod
     def init(self, net: Network, batch: Batch) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,11 @@ _FRACTION = 0.25
 # Changes between two calls at one point above this fraction of those along the directions are a
 # random model's; changes below so many units of rounding say nothing.
 _NOISE, _ROUNDINGS = 0.25, 16
+# Of a search from where gradients ended: queries, its first window, and by which fraction the
+# margin has to rise for another search. Whenever that one's queries have doubled, a sample leaves
+# whose margin is still below this multiple of the rise since then.
+_PROBE, _PROBE_WINDOW, _LEAST_GAIN = 100, 0.1, 0.03
+_CHECKS, _FARTHEST = (400, 800, 1600, 3200), 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,113 @@ class SquareOnMisleadingGradients(Square):
             ),
             value=torch.where(misled, state.value, found.margin.to(state.value.dtype)),
         )
+
+
+class SquareBeyondGradientsState(NamedTuple):
+    """State of a `SquareBeyondGradients`: that of `Square`, and the best of the search before."""
+
+    inputs: Tensor  # (N, ...) clean
+    labels: Tensor  # (N,) int64
+    eps: Tensor  # (N,)
+    keys: Tensor  # (N,) int64, random keys
+    step: Tensor  # (N,) int64, queries spent in both searches
+    current: Tensor  # (N, ...), the best iterate of this search
+    value: Tensor  # (N,) margin there
+    success: Tensor  # (N,) bool, whether it fools the model
+    box: Tensor  # (N, 2, ...) bounds of each sample, or (N, 0) where they are the attack's
+    x_reached: Tensor  # (N, ...), where the attack before or the first search ended
+    reached: Tensor  # (N,) margin there
+    earlier: Tensor  # (N,) margin at the last check of the second search
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareBeyondGradients(Square):
+    """Square Attack, run only on samples where random search gets further than gradients did.
+
+    A stage of ensembles, which starts at the result of the attack before it. Sound gradients have
+    led to a local optimum, which a hundred small random changes do not improve: such a sample is
+    finished then. Other samples start again, as in `Square`, and are finished early where they stay
+    behind the attack before, or where the margin rises too slowly.
+
+    Examples
+    --------
+    >>> SquareBeyondGradients(eps=0.1, norm="linf", queries=2000).max_evaluations
+    2100
+    """
+
+    starts_at_result: ClassVar[bool] = True
+
+    @property
+    def max_evaluations(self) -> int:
+        """Queries of both searches."""
+        return _PROBE + self.queries
+
+    def init(self, net: Network, batch: Batch) -> Any:
+        """Start where the attack before ended; without one, with the second search."""
+        state = super().init(net, batch)
+        without = batch.start is None
+        return SquareBeyondGradientsState(
+            **state._replace(step=state.step + _PROBE * without)._asdict(),
+            x_reached=state.current,
+            reached=torch.full_like(state.value, -torch.inf),
+            earlier=state.value,
+        )
+
+    def step(self, net: Network, state: Any) -> Any:
+        """Spend one query of every sample that is not finished."""
+        state = super().step(net, state)
+        state = self._remember(state, state.step == 1)
+        probed = (state.step == _PROBE) & ~state.success
+        better = state.value - state.reached > _LEAST_GAIN * state.reached.abs()
+        over = (probed & ~better) | self._is_hopeless(state)
+        state = state._replace(step=torch.where(over, self.max_evaluations, state.step))
+        again = probed & better
+        if not threat.known_none(again):
+            state = self._remember(state, again)
+            start = self._stripes(state) if self.norm == "linf" else self._grid(state)
+            start = start.view(state.current.shape)
+            state = state._replace(
+                current=torch.where(threat.per_sample(again, start), start, state.current),
+                value=state.value.masked_fill(again, -torch.inf),
+            )
+        worse = self.finished(state) & ~state.success & (state.value < state.reached)
+        kept = threat.per_sample(worse, state.current)
+        return state._replace(
+            current=torch.where(kept, state.x_reached, state.current),
+            value=torch.where(worse, state.reached, state.value),
+            earlier=torch.where(self._is_checked(state), state.value, state.earlier),
+        )
+
+    @staticmethod
+    def _is_checked(state: SquareBeyondGradientsState) -> Tensor:
+        return torch.stack([state.step - _PROBE == check for check in _CHECKS]).any(0)
+
+    def _is_hopeless(self, state: SquareBeyondGradientsState) -> Tensor:
+        """Samples to leave at a check of the second search, bool ``(N,)``."""
+        first = state.step == _PROBE + _CHECKS[0]
+        slow = -state.value > _FARTHEST * (state.value - state.earlier)
+        behind = slow | (state.value < state.reached)
+        return self._is_checked(state) & ~first & behind & ~state.success
+
+    @staticmethod
+    def _remember(state: SquareBeyondGradientsState, chosen: Tensor) -> SquareBeyondGradientsState:
+        """Keep the iterates of these samples as the best of the search before."""
+        kept = threat.per_sample(chosen, state.current)
+        return state._replace(
+            x_reached=torch.where(kept, state.current, state.x_reached),
+            reached=torch.where(chosen, state.value, state.reached),
+        )
+
+    def _is_start(self, state: Any) -> Tensor:
+        """The start of either search."""
+        start: Tensor = (state.step == 0) | (state.step == _PROBE)
+        return start
+
+    def _areas(self, spent: Tensor, whole: int, stages: Tensor) -> Tensor:
+        """Smaller ones at first: the first search is around its start."""
+        probing = spent < _PROBE
+        areas = super()._areas(torch.where(probing, spent, spent - _PROBE), whole, stages)
+        return torch.where(probing, _PROBE_WINDOW / self.p_init, 1.0) * areas
 
 
 def check_size(eps: Tensor, norm: Norm, inputs: Tensor) -> Tensor:

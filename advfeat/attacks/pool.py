@@ -36,6 +36,10 @@ class Steps(Protocol):
     def targeted(self) -> bool:
         """Whether labels are targets."""
 
+    @property
+    def starts_at_result(self) -> bool:
+        """Whether it starts where the attack before it ended."""
+
     def init(self, net: Network, batch: Batch) -> Any:
         """State of a batch before its first step."""
 
@@ -333,7 +337,8 @@ def _worst_case(
             if len(fooled.ids):
                 yield fooled._replace(attack=torch.full_like(fooled.ids, number))
             if len(robust.ids) and number + 1 < len(pools):
-                batch = Batch(robust.inputs, robust.labels, robust.ids, extras=robust.extras)
+                start = robust.adversarial if attacks[number + 1].starts_at_result else None
+                batch = Batch(robust.inputs, robust.labels, robust.ids, start, robust.extras)
                 pools[number + 1].add(_Entry(robust.place, batch))
             elif len(robust.ids):
                 yield robust

@@ -192,6 +192,7 @@ class Restricted:
     def __init__(self, attack: Any, by_feature: bool) -> None:
         self._attack = attack
         self.targeted: bool = attack.targeted
+        self.starts_at_result: bool = attack.starts_at_result
         eps = attack.eps
         self._scale: Tensor | None = getattr(attack, "scale", None)
         if by_feature:

@@ -4,14 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from advfeat.attacks import PGD
 from advfeat.attacks.base import prepare_batch
 from advfeat.attacks.misleading import (
+    SquareBeyondGradients,
     SquareOnMisleadingGradients,
     check_gradients,
     check_size,
     reached_size,
 )
 from advfeat.attacks.pool import attack_batch
+from advfeat.losses import objective
+from advfeat.metrics import robust_accuracy
 from advfeat.model import attackable
 
 
@@ -110,3 +114,87 @@ def test_square_runs_only_on_samples_with_misleading_gradients(norm):
     top = Linear()(x).topk(2).values
     assert torch.allclose(value, top[:, 1] - top[:, 0], atol=1e-5)
     assert moved(Linear(-1.0))[0].all()
+
+
+class Trap(nn.Module):
+    """A margin that rises with the distance from 0.5, where its gradient is zero."""
+
+    def forward(self, x):
+        rise = (x - 0.5).abs().flatten(1).mean(1) - 0.05
+        return torch.stack([torch.zeros_like(rise), rise], 1)
+
+
+def beyond(model, x, y, start, eps, queries=2000):
+    counted = []
+    hook = model.register_forward_hook(lambda module, inputs, output: counted.append(len(output)))
+    attack = SquareBeyondGradients(eps=eps, norm="linf", queries=queries, seed=0)
+    with attackable(model) as net:
+        batch = prepare_batch(net, x, y, None, (0.0, 1.0))._replace(start=start)
+        state = attack_batch(attack, net, batch)
+    hook.remove()
+    return attack.result(state), state, sum(counted)
+
+
+def test_a_search_from_an_optimum_of_gradients_ends_after_a_hundred_queries():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
+    model[1].weight.data = torch.stack([torch.full((16,), 1.0), torch.full((16,), -1.0)])
+    x, y = torch.full((3, 1, 4, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+    result, state, count = beyond(model, x, y, x - 0.1, eps=0.1)
+    assert torch.equal(result, x - 0.1)
+    assert torch.allclose(state.value, torch.tensor(-12.8))
+    assert not state.success.any()
+    assert count < 3 * 110
+
+
+def test_a_search_goes_on_where_the_attack_before_it_was_no_optimum():
+    model, x = Trap(), torch.full((4, 1, 4, 4), 0.5)
+    result, state, _ = beyond(model, x, torch.zeros(4, dtype=torch.int64), x + 0.01, eps=0.1)
+    assert state.success.all()
+    assert (model(result).argmax(1) == 1).all()
+    assert ((result - x).abs() <= 0.1 + 1e-6).all()
+
+
+def test_a_search_that_fails_returns_the_better_of_both_ends():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3))
+    x = torch.rand(16, 1, 8, 8)
+    y = model(x).argmax(1)
+    start = (x + 0.002 * torch.randn_like(x).sign()).clamp(0, 1)
+    result, state, count = beyond(model, x, y, start, eps=0.004, queries=500)
+    left = ~state.success
+
+    def margin(points):
+        return objective("margin", y, False)(model(points))
+
+    assert left.any()
+    assert count < 16 * 600
+    assert torch.allclose(margin(result), state.value, atol=1e-5)
+    assert (margin(result) >= margin(start) - 1e-6)[left].all()
+
+
+def test_without_an_attack_before_it_square_runs_from_its_own_start():
+    model, x = Trap(), torch.full((2, 1, 4, 4), 0.5)
+    _, state, count = beyond(model, x, torch.zeros(2, dtype=torch.int64), None, eps=0.1)
+    assert state.success.all()
+    assert count < 20
+
+
+def test_an_ensemble_hands_the_result_of_one_attack_to_the_next_that_asks_for_it():
+    model, x = Trap(), torch.full((4, 1, 4, 4), 0.5)
+    y = torch.zeros(4, dtype=torch.int64)
+    seen = []
+
+    class Seen(SquareBeyondGradients):
+        def init(self, net, batch):
+            seen.append(batch.start)
+            return super().init(net, batch)
+
+    ball = {"eps": 0.04, "norm": "linf"}
+    first = PGD(**ball, steps=2, step_size=0.01, random_start=True, seed=0)
+    mask = torch.ones(1, 4, 4)
+    for settings in ({}, {"mask": mask}):
+        attacks = (first, Seen(**ball, queries=3, seed=0, **settings))
+        found = robust_accuracy(model, [(x, y)], attack=attacks, progress=False)
+        assert float(found) == 1
+        start = seen.pop() + (0 if not settings else x)
+        assert torch.allclose(start, first(model, x, y), atol=1e-6)

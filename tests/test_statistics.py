@@ -119,8 +119,20 @@ def test_bootstrap_is_as_wide_as_the_mean_scatters():
 def test_outcomes_of_other_samples_are_refused():
     with pytest.raises(ValueError, match="same samples"):
         statistics.paired_difference(torch.ones(3).bool(), torch.ones(4).bool())
-    with pytest.raises(ValueError, match="level"):
-        statistics.wilson_interval(1, 2, 95)
+
+
+@pytest.mark.parametrize("level", [1.0, 95, -0.1])
+def test_a_level_is_a_fraction_below_one(level):
+    right = torch.tensor([True, False])
+    for call in (
+        lambda: statistics.wilson_interval(1, 2, level),
+        lambda: statistics.paired_difference(right, ~right, level),
+        lambda: statistics.mean_outcome(right, level),
+        lambda: statistics.correlation_interval(0.5, 9, level),
+        lambda: statistics.bootstrap_interval(right.float(), torch.mean, level=level),
+    ):
+        with pytest.raises(ValueError, match="level"):
+            call()
 
 
 @pytest.mark.parametrize("samples", [2, 3, 7])

@@ -111,27 +111,32 @@ def alignment(
     Parameters
     ----------
     models
-        By name: ``{"standard": model, "robust": other}``.
+        Models by name, ``{"standard": model, "robust": other}``; on one device.
     data
-        A dataset, a loader or a list of batches; held in memory.
+        A dataset, a loader or a list of batches, ``(inputs, labels)``. All inputs are held in
+        memory, and a gradient of each for every model: a few hundred samples are enough.
     eps, norm
-        Ball of the random points, in the units of the inputs.
+        Radius and norm of the ball of the random points, in the units of the inputs.
     draws
-        Random points for each sample.
+        Number of random points for each sample.
     bounds, batch_size
         As in `advfeat.accuracy` and `advfeat.robust_accuracy`.
     seed
-        Of the random points; None draws one number from torch's default generator.
+        Seed of the random points: an integer or a generator; None draws one number from torch's
+        default generator.
 
     Returns
     -------
     Alignment
-        Cosines of every model, and the gradients themselves for pictures.
+        Cosines from -1 to 1 of every model and sample; ``mean(model, kind)`` is their mean. The
+        gradients are kept for pictures.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``eps`` is negative, ``draws`` below 1, or an input NaN or outside ``bounds``.
+    TypeError
+        ``models`` is not a mapping from names to modules.
 
     Examples
     --------
@@ -265,34 +270,48 @@ def layer_robustness(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> LayerRobustness:
-    """R(g) = E max ||g(x') - g(x)|| / E ||g(x1) - g(x2)|| of each layer g (the authors to Nakano).
+    """Measure how far an attack moves the activations of each layer.
 
-    0: the attack does not move the layer at all. 1: as far as another input would.
+    For each layer g it is R(g) = E max ||g(x') - g(x)|| / E ||g(x1) - g(x2)||, where x' is in the
+    ball around x, and x1 and x2 are two different samples (the authors' answer to Nakano, Distill
+    2019). With R = 0 the attack does not move the layer at all; with R = 1 it moves it as far as
+    another input would.
 
     Parameters
     ----------
     model
         Any module.
     data
-        A dataset, a loader or a list of batches; all pairs are compared, so a few hundred.
+        A dataset, a loader or a list of batches, at least two samples. All pairs are compared, so
+        pass a few hundred.
     layers
-        As ``layer`` of `advfeat.construct_robust_dataset`: names, modules, callables or None.
-    eps, norm, steps, bounds
-        Of PGD from a random start (at the input itself the distance has no gradient).
+        One or more layers, each as ``layer`` of `advfeat.construct_robust_dataset`: a module's
+        name, a module, a callable of the inputs, or None for the penultimate layer.
+    eps, norm, bounds
+        The ball, in the units of the inputs, and the valid range.
+    steps
+        Number of PGD steps on the distance, from a random start (at the input itself the distance
+        has no gradient).
     seed
-        Seed of the starts. None draws one number from torch's default generator.
+        Seed of the starts: an integer or a generator; None draws one number from torch's default
+        generator.
+    batch_size
+        As in `advfeat.robust_accuracy`.
     progress
         As in `advfeat.robust_accuracy`.
 
     Returns
     -------
     LayerRobustness
-        R(g) of each layer.
+        ``ratios``: R(g) by the name of the layer, a float from 0.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``layers`` is empty or names no module of the model, there is only one sample, or ``eps``
+        is not above 0.
+    TypeError
+        ``model`` is no module.
 
     Examples
     --------

@@ -76,31 +76,38 @@ def filtered_accuracy(
     bounds: Bounds = (0.0, 1.0),
     progress: bool | None = None,
 ) -> FilteredAccuracy:
-    """Accuracy where only low, or only high, frequencies are left of each image.
+    """Measure the accuracy on images of low, and of high, spatial frequencies only.
 
-    An image's mean value stays in both, and the result is clipped to the bounds.
+    Every image is filtered in its Fourier transform, channel by channel. Its mean value is kept by
+    both filters, and the result is clipped to the bounds.
 
     Parameters
     ----------
     models
-        By name.
+        Models by name, ``{"standard": model, "robust": other}``.
     data
-        Images ``(N, C, H, W)``.
+        Images ``(N, C, H, W)`` with labels: a dataset, a loader or a list of batches.
     cutoffs
-        Cycles a pixel, at least 0; the corner of the spectrum is at 0.71. Low-pass keeps
-        frequencies up to it, high-pass those above.
+        Frequencies in cycles per pixel, at least 0. The highest frequency along an axis is 0.5,
+        that of the corner of the spectrum 0.71. The low-pass filter keeps frequencies up to the
+        cutoff, the high-pass filter those above.
+    bounds
+        Valid range of the inputs, ``(low, high)``.
     progress
         As in `advfeat.robust_accuracy`.
 
     Returns
     -------
     FilteredAccuracy
-        Accuracy of every model on low-pass and high-pass images, for each cutoff.
+        ``low`` and ``high``: for each model, by name, its accuracies with intervals in the order of
+        ``cutoffs``.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``cutoffs`` is empty or has a negative number, or the inputs are no images.
+    TypeError
+        ``models`` is not a mapping from names to modules.
 
     Examples
     --------
@@ -197,33 +204,40 @@ def fourier_sensitivity(
     seed: int | torch.Generator | None = None,
     progress: bool | None = None,
 ) -> FourierSensitivity:
-    """Error of a model under each wave of the two-dimensional Fourier basis (Yin et al. 2019).
+    """Measure the error of a model under each wave of the Fourier basis (Yin et al. 2019).
 
-    To every image a real wave of one frequency and l2 size ``size`` is added to each channel with
-    a random sign, and the result clipped to the bounds.
+    For each frequency, a real wave of l2 norm ``size`` is added to each channel of every image,
+    with a random sign for each image and channel, and the result is clipped to the bounds.
 
     Parameters
     ----------
     model
         Any module.
     data
-        Images ``(N, C, H, W)``; there are about H W / 2 passes over them.
+        Images ``(N, C, H, W)`` with labels: a dataset, a loader or a list of batches. There are
+        about H W / 2 passes over them.
     size
-        l2 size of the wave in each channel, in the units of the inputs.
+        l2 norm of the wave in each channel, in the units of the inputs.
+    bounds
+        Valid range of the inputs, ``(low, high)``.
     seed
-        Of the signs; None draws one number from torch's default generator.
+        Seed of the signs: an integer or a generator; None draws one number from torch's default
+        generator.
     progress
         As in `advfeat.robust_accuracy`.
 
     Returns
     -------
     FourierSensitivity
-        Error of the model under each wave of the Fourier basis.
+        ``error``: fraction of wrong answers under each wave, ``(H, W)``, with the lowest
+        frequencies in the middle; ``clean`` is that without a wave.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``size`` is negative, or the inputs are no images.
+    TypeError
+        ``model`` is no module.
 
     Examples
     --------
@@ -234,6 +248,7 @@ def fourier_sensitivity(
     >>> analysis.fourier_sensitivity(model, data, size=0.5, seed=0).error.shape
     torch.Size([8, 8])
     """
+    checks.model(model)
     checks.number("size", size, low=0.0)
     checks.bounds(bounds)
     checks.seed(seed)

@@ -95,14 +95,19 @@ def gaussian(
     *,
     eps: Sequence[float] = (0.0, 1.0, 10.0),
 ) -> GaussianStudy:
-    """Section 4 of the paper: how robust learning changes two Gaussian classes.
+    """Show how robust learning changes two Gaussian classes (section 4 of the paper).
+
+    Class +1 is N(mean, covariance), class -1 is N(-mean, covariance). Everything is computed in
+    closed form, in float64.
 
     Parameters
     ----------
     mean, covariance
-        Of class +1; ``(d,)`` and ``(d, d)``, or ``(d,)`` for a diagonal.
+        Mean of class +1, ``(d,)``, and the covariance of both, ``(d, d)``, symmetric and positive
+        definite, or its diagonal, ``(d,)``.
     eps
-        Radii of the l2 adversary, in the units of the inputs; by default those of figure 4.
+        Radii of the l2 adversary, at least 0, in the units of the inputs; by default those of the
+        paper's figure 4.
 
     Returns
     -------
@@ -111,8 +116,11 @@ def gaussian(
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        Shapes do not fit, the covariance is not symmetric and positive definite, or ``eps`` is
+        empty or negative.
+    TypeError
+        A radius is not a number.
 
     Examples
     --------
@@ -148,23 +156,26 @@ def fit_gaussian(
     Parameters
     ----------
     inputs, labels
-        Samples ``(N, d)``, labels 0 (y = -1) or 1 (y = +1), as `Gaussian.sample` gives them.
+        Samples ``(N, d)`` and labels int64 ``(N,)``, 0 (y = -1) or 1 (y = +1), as
+        `Gaussian.sample` returns them.
     eps
-        Root mean square l2 size of the perturbations.
+        Root mean square of the l2 norms of the perturbations, at least 0.
     steps, lr
-        Of Adam; the rate falls to zero along a cosine.
+        Number of Adam steps and their learning rate, which falls to zero along a cosine.
     attack_steps
-        Steps of gradient ascent in each.
+        Number of gradient ascent steps in each Adam step.
 
     Returns
     -------
     Gaussian
-        The model that adversarial training found.
+        Mean and covariance that adversarial training found.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        A label is not 0 or 1, ``eps`` is negative, or ``steps`` or ``attack_steps`` is below 1.
+    TypeError
+        A number is of another type.
 
     Examples
     --------

@@ -68,13 +68,13 @@ def linear_probe(
     encoder
         Any module; it is not trained.
     train, test
-        What the classifier is fitted to, and original data that it is tested on: datasets, loaders
-        or lists of batches.
+        Data that the classifier is fitted to, and original data that it is tested on: datasets,
+        loaders or lists of batches, ``(inputs, labels)``.
     layer
         The features, as ``layer`` of `advfeat.construct_robust_dataset`: by default the input of
         the Linear that is called last.
     ridge
-        Penalty, as a fraction of the mean variance of the features.
+        Ridge penalty, as a fraction of the mean variance of the features; at least 0.
     batch_size
         As in `advfeat.accuracy`.
 

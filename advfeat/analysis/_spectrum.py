@@ -87,31 +87,34 @@ def spectrum(
     bounds: Bounds = (0.0, 1.0),
     progress: bool | None = None,
 ) -> Spectrum:
-    """Ask whether small-scale features are the non-robust ones: where perturbations have energy.
+    """Measure at which spatial frequencies and scales perturbations have their energy.
 
-    Every model is attacked by PGD on the margin, and the perturbations are taken apart, as are the
-    images themselves (less their mean image). Each sample counts the same.
+    It answers whether non-robust features are features of a small scale. Every model is attacked by
+    PGD on the margin. The spectrum of the perturbations is compared with that of the images less
+    their mean image. Each sample has the same weight.
 
     Parameters
     ----------
     models
-        By name: ``{"standard": model, "robust": other}``.
+        Models by name, ``{"standard": model, "robust": other}``.
     data
         Images ``(N, C, H, W)``: a dataset, a loader or a list of batches; held in memory.
     eps, norm, steps, bounds
-        Of PGD.
+        Ball, number of steps and valid range of PGD, as in `advfeat.pgd`.
     progress
         As in `advfeat.robust_accuracy`.
 
     Returns
     -------
     Spectrum
-        Energy of images and perturbations by frequency and by scale.
+        Fractions of the energy of images and perturbations by frequency and by scale.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        The inputs are no images ``(N, C, H, W)``, or ``eps`` is not above 0.
+    TypeError
+        ``models`` is not a mapping from names to modules.
 
     Examples
     --------

@@ -30,7 +30,9 @@ def targeted_transfer(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> AccuracyMatrix:
-    """Perturb each sample towards a random class on each source; count where targets obey.
+    """Measure how often targeted perturbations of one model are classified as the target by others.
+
+    Every sample is perturbed towards a random class other than its label, on each source model.
 
     Springer et al. (2021, "A little robustness goes a long way") find that sources trained in a
     small ball transfer best: pass models trained with several ``eps``.
@@ -38,13 +40,15 @@ def targeted_transfer(
     Parameters
     ----------
     sources, targets
-        By name: ``{"eps 0": standard, "eps 0.1": slightly_robust}``, and the models to be reached.
+        Models by name: ``{"eps 0": standard, "eps 0.1": slightly_robust}`` that perturbations are
+        made on, and those that they are tried on.
     data
-        A map-style dataset, or a loader of one.
+        A map-style dataset, or a loader of one; at least two classes.
     eps, norm, steps, bounds
-        Of the targeted PGD.
+        Ball, number of steps and valid range of the targeted PGD, as in `advfeat.pgd`.
     seed
-        Of the target classes, the same for all sources; None draws one number.
+        Seed of the target classes, which are the same for all sources; None draws one number from
+        torch's default generator.
     batch_size, progress
         As in `advfeat.accuracy`.
 
@@ -56,8 +60,10 @@ def targeted_transfer(
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``eps`` is not above 0, ``steps`` is below 1, or an input is outside ``bounds``.
+    TypeError
+        ``sources`` or ``targets`` is not a mapping from names to modules.
 
     Examples
     --------

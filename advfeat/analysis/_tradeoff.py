@@ -82,26 +82,30 @@ def tradeoff(
     Parameters
     ----------
     learn
-        ``eps -> model``: makes a model and trains it, by `advfeat.adversarial_fit` (by
-        `advfeat.fit` where eps is 0).
+        A function of the radius that makes a model, trains it and returns it: with
+        `advfeat.adversarial_fit`, or with `advfeat.fit` if the radius is 0.
     test
-        Test data.
+        Test data: a dataset, a loader or a list of batches.
     eps
-        Radii of training, 0 for standard training.
+        Radii of training, at least 0, in the units of the inputs; 0 is standard training.
     attack
-        What every model is attacked with, the same for all: ``PGD(eps=0.5, norm="l2", steps=20)``.
+        The attack that measures every model, such as ``PGD(eps=0.5, norm="l2", steps=20)``. Its
+        radius is the same for all models.
     progress
         As in `advfeat.robust_accuracy`.
 
     Returns
     -------
     Tradeoff
-        Accuracy and robust accuracy for each radius of training.
+        ``robust``: a `advfeat.metrics.RobustAccuracy` for each radius, with the clean accuracy as
+        ``standard``; and ``seconds`` of each training.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``eps`` is empty or has a negative radius.
+    TypeError
+        ``learn`` returns no module, or ``attack`` is no attack.
 
     Examples
     --------
@@ -207,25 +211,32 @@ def robust_dataset_cost(
     construct: Callable[[nn.Module, Data], ConstructedDataset] = construct_robust_dataset,
     progress: bool | None = None,
 ) -> RobustDatasetCost:
-    """What D_R is for: make it once, then train any model on it in the standard way.
+    """Compare D_R with adversarial training: robust accuracy and training time.
+
+    Three models are trained: in the standard way, adversarially, and in the standard way on the D_R
+    constructed from the adversarially trained one. D_R is constructed once, and any number of
+    models can be trained on it at the cost of standard training.
 
     Parameters
     ----------
     train, test
-        The original data.
+        The original data; ``train`` is a map-style dataset, or a loader of one.
     fit_standard, fit_adversarial
-        ``data -> model``: make a model and train it so.
+        Functions of a dataset that make a model, train it and return it, with `advfeat.fit` and
+        with `advfeat.adversarial_fit`.
     attack
-        What every model is attacked with.
+        The attack that measures every model, such as ``PGD(eps=0.5, norm="l2", steps=20)``.
     construct
-        ``(robust model, data) -> dataset``; by default `advfeat.construct_robust_dataset`.
+        A function of the robust model and the data that returns a dataset; by default
+        `advfeat.construct_robust_dataset` with its defaults.
     progress
         As in `advfeat.robust_accuracy`.
 
     Returns
     -------
     RobustDatasetCost
-        Accuracy, robust accuracy and seconds of each way of training.
+        A `advfeat.metrics.RobustAccuracy` of each of the three models, and ``seconds`` of the
+        trainings and of the construction.
 
     Raises
     ------

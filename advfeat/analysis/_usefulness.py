@@ -151,7 +151,7 @@ def usefulness(
     batch_size: int | None = None,
     progress: bool | None = None,
 ) -> Usefulness:
-    """Which features are robust, which useful but non-robust, which useless.
+    """Find which features are robust, which are useful but non-robust, and which are useless.
 
     For every unit f of a layer and every class: y is +1 on the class and -1 on the rest, each
     side weighing one half, and f is brought to E[f] = 0 and E[f^2] = 1 under these weights. So
@@ -181,7 +181,10 @@ def usefulness(
         Of the intervals and of the decision what is useful; and how often samples are drawn again
         and labels permuted. With fewer than ``1 / (1 - level)`` nothing can be called useful.
     seed
-        Of draws and permutations; None draws one number from torch's default generator.
+        Seed of draws and permutations: an integer or a generator; None draws one number from
+        torch's default generator.
+    batch_size, progress
+        As in `advfeat.accuracy`.
 
     Returns
     -------
@@ -191,11 +194,11 @@ def usefulness(
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause; also where the data have one class, or
-        none of some class.
-    batch_size, progress
-        As in `advfeat.accuracy`.
+    ValueError
+        The data have one class only, ``units`` are not units of the layer, ``eps`` is not above 0,
+        or ``level`` is not from 0 to 1.
+    TypeError
+        ``model`` is no module, or an argument is of another type.
 
     Examples
     --------
@@ -251,19 +254,21 @@ def linear_usefulness(
     Parameters
     ----------
     weight
-        One feature a sample, ``(units, d)`` for inputs of d numbers.
+        One linear feature a on each row, ``(units, d)`` for inputs of d numbers;
+        ``torch.eye(d)`` for the inputs themselves.
     data, eps, norm, level, resamples, seed
         As in `usefulness`.
 
     Returns
     -------
     Usefulness
-        As from `usefulness`; ``stuck`` is 0.
+        As from `usefulness`, with exact ``gamma``; ``stuck`` is 0.
 
     Raises
     ------
-    ValueError, TypeError
-        As `usefulness`; also where ``weight`` has another width than the inputs.
+    ValueError
+        ``weight`` is not ``(units, d)``, the data have one class only, or an argument is out of
+        range as in `usefulness`.
 
     Examples
     --------

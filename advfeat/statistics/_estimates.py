@@ -12,7 +12,13 @@ from torch import Tensor
 from advfeat import checks, seeding
 from advfeat.results import Result
 from advfeat.statistics._distributions import normal_half_width, t_cdf, t_quantile
-from advfeat.statistics._proportions import Interval, check_outcomes, mcnemar, wilson_interval
+from advfeat.statistics._proportions import (
+    Interval,
+    check_level,
+    check_outcomes,
+    mcnemar,
+    wilson_interval,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,23 +62,25 @@ def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Est
     Parameters
     ----------
     first, second
-        Outcomes, bool ``(N,)`` of one model each, or ``(S, N)`` of S trained models each.
+        Whether each sample is classified correctly: bool ``(N,)`` of one model each, or ``(S, N)``
+        of S trained models each, in the same order of samples.
     level
-        Of the interval.
+        Confidence level of the interval, from 0 to below 1.
 
     Returns
     -------
     Estimate
-        The accuracy of ``first`` minus that of ``second``. For one model each the interval is
-        Bonett and Price's (2012) and the p-value McNemar's: both speak of new samples for these
-        two models. For several models each, both are Student's t with the variation between
-        samples and between models, and speak of newly trained models too; model s of ``first`` is
-        paired with model s of ``second``.
+        ``value``: the accuracy of ``first`` minus that of ``second``, from -1 to 1, with
+        ``interval`` and two-sided ``p_value``. For one model each, the interval is that of Bonett
+        and Price (2012) and the p-value that of `mcnemar`; both hold for new samples and these two
+        models. For several models each, both are those of `mean_outcome`, and hold for newly
+        trained models too; model s of ``first`` is paired with model s of ``second``.
 
     Raises
     ------
     ValueError
-        The outcomes are not of the same samples.
+        The shapes differ, are not ``(N,)`` or ``(S, N)``, or have no sample; or ``level`` is not
+        from 0 to below 1.
 
     Examples
     --------
@@ -80,6 +88,7 @@ def paired_difference(first: Tensor, second: Tensor, level: float = 0.95) -> Est
     >>> print(paired_difference(first, torch.arange(100) < 70))
     +20.0 (+11.4 to +27.8)
     """
+    check_level(level)
     check_outcomes(first, second)
     if first.ndim == 2 and len(first) > 1:
         return mean_outcome(first.double() - second.double(), level)
@@ -99,23 +108,28 @@ def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
     Parameters
     ----------
     outcomes
-        ``(N,)`` bool of one model, or ``(S, N)`` of S models on the same samples: right or wrong,
-        or any number from -1 to 1, as differences of outcomes.
+        ``(N,)`` of one model, or ``(S, N)`` of S trained models on the same samples. Bool (right
+        or wrong), or numbers from -1 to 1, such as differences of outcomes.
     level
-        Of the interval.
+        Confidence level of the interval, from 0 to below 1.
 
     Returns
     -------
     Estimate
-        For one model that is right or wrong, with Wilson's interval. Otherwise with Student's t
-        interval: the variance is that between the means of samples plus that between the means of
-        models, each over its number, and the degrees of freedom are Satterthwaite's. Where all
-        means agree, one sample at each end of the range is added for the variance.
+        ``value``: the mean over all. The interval of one model's bool outcomes is Wilson's, and
+        there is no p-value (NaN). Otherwise interval and p-value (of a mean of 0) are those of
+        Student's t. Its variance is the variance between the means of samples divided by N, plus
+        the variance between the means of models divided by S; the degrees of freedom are
+        Satterthwaite's. If all means are equal, the variance is computed with two more samples,
+        one at each end of the range.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``outcomes`` are empty, of another shape, or not all from -1 to 1; or ``level`` is not from
+        0 to below 1.
+    TypeError
+        ``level`` is not a number.
 
     Examples
     --------
@@ -123,7 +137,7 @@ def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
     >>> mean_outcome(right).value, mean_outcome(right[0]).interval == wilson_interval(3, 4)
     (0.625, True)
     """
-    checks.fraction("level", level)
+    check_level(level)
     outcomes = _check_values(outcomes)
     repeats, total = outcomes.shape
     value = float(outcomes.mean())
@@ -159,21 +173,23 @@ def correlation_interval(correlation: float, count: int, level: float = 0.95) ->
     Parameters
     ----------
     correlation
-        Of the sample; NaN gives (-1, 1).
+        Pearson's correlation of a sample, from -1 to 1. NaN (of a constant) gives (-1, 1).
     count
-        Pairs that it is computed from; below 4 nothing is known and the interval is (-1, 1).
+        Number of pairs that it was computed from. Below 4 the interval is (-1, 1).
     level
-        Of the interval.
+        Confidence level of the interval, from 0 to below 1.
 
     Returns
     -------
     tuple of float
-        Low and high end.
+        Low and high end, from -1 to 1.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``correlation`` is not from -1 to 1, or ``level`` not from 0 to below 1.
+    TypeError
+        ``level`` is not a number.
 
     Examples
     --------
@@ -181,7 +197,7 @@ def correlation_interval(correlation: float, count: int, level: float = 0.95) ->
     >>> print(f"{low:.2f} {high:.2f}")
     0.33 0.99
     """
-    checks.fraction("level", level)
+    check_level(level)
     if abs(correlation) > 1 + 1e-6:
         checks.fail("correlation", correlation, "expected a number from -1 to 1")
     if count < 4 or math.isnan(correlation):
@@ -204,24 +220,32 @@ def bootstrap_interval(
     Parameters
     ----------
     values
-        Samples along the first axis; pairs stay together.
+        ``(N, ...)``, one entry for each sample along the first axis, at least two, all finite. For
+        pairs, ``(N, 2)``: they stay together.
     statistic
-        ``(N, ...) -> number``, of samples drawn with replacement. Resamples in which it is NaN, as
-        the correlation of a constant, are left out.
-    level, resamples
-        Of the interval, and how often samples are drawn.
+        A function of the samples drawn, ``(N, ...) -> number``. Resamples in which it is NaN, such
+        as the correlation of a constant, are left out.
+    level
+        Confidence level of the interval, from 0 to below 1.
+    resamples
+        How many times N samples are drawn with replacement.
     seed
-        Of the draws; None draws one number from torch's default generator.
+        Seed of the draws: an integer or a generator; None draws one number from torch's default
+        generator.
 
     Returns
     -------
     tuple of float
-        Low and high end.
+        Low and high end: the quantiles ``(1 - level) / 2`` and ``(1 + level) / 2`` of the
+        statistic over the resamples, in the statistic's units.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        There are fewer than two samples, some are NaN or infinite, the statistic is NaN in more
+        than half of the resamples, or ``level`` or ``resamples`` is out of range.
+    TypeError
+        ``level``, ``resamples`` or ``seed`` is of another type.
 
     Examples
     --------
@@ -229,7 +253,7 @@ def bootstrap_interval(
     >>> low < 49.5 < high
     True
     """
-    checks.fraction("level", level)
+    check_level(level)
     checks.count("resamples", resamples, low=1)
     checks.seed(seed)
     if len(values) < 2:
@@ -256,23 +280,23 @@ def bootstrap_interval(
 def holm(p_values: Sequence[float] | Tensor) -> Tensor:
     """Return p-values corrected for the number of tests (Holm's step-down method).
 
-    Rejecting where the result is at most 0.05 makes any false rejection at most 5% likely,
-    whatever the dependence of the tests.
+    If every hypothesis with a result of at most 0.05 is rejected, the probability of at least one
+    false rejection is at most 5%, for any dependence between the tests (Holm 1979).
 
     Parameters
     ----------
     p_values
-        Of any shape.
+        One for each test, from 0 to 1: a sequence, or a tensor of any shape.
 
     Returns
     -------
     Tensor
-        float64 of the same shape, at most 1.
+        Corrected p-values, float64 of the same shape, at most 1.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        A p-value is NaN, or not from 0 to 1.
 
     Examples
     --------

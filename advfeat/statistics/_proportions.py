@@ -19,19 +19,23 @@ def wilson_interval(count: int, total: int, level: float = 0.95) -> Interval:
     Parameters
     ----------
     count, total
-        Successes and samples; of no sample the interval is (0, 1).
+        Number of successes, from 0 to ``total``, and number of samples. Without samples the
+        interval is (0, 1).
     level
-        Fraction of repetitions in which the interval contains the true proportion.
+        Confidence level, from 0 to below 1: the fraction of repetitions in which the interval
+        contains the true proportion.
 
     Returns
     -------
     tuple of float
-        Low and high end.
+        Low and high end, from 0 to 1.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``count`` is not from 0 to ``total``, or ``level`` not from 0 to below 1.
+    TypeError
+        ``level`` is not a number.
 
     Examples
     --------
@@ -39,7 +43,7 @@ def wilson_interval(count: int, total: int, level: float = 0.95) -> Interval:
     >>> print(f"{low:.4f} {high:.4f}")
     0.3006 0.9544
     """
-    checks.fraction("level", level)
+    check_level(level)
     check_count(count, total)
     if total == 0:
         return 0.0, 1.0
@@ -55,19 +59,20 @@ def binomial_test(count: int, total: int, chance: float) -> float:
     Parameters
     ----------
     count, total
-        Successes and samples.
+        Number of successes, from 0 to ``total``, and number of samples.
     chance
-        Probability of a success under the null hypothesis.
+        Probability of a success under the null hypothesis, from 0 to 1: for a classifier, the
+        fraction of the commonest class.
 
     Returns
     -------
     float
-        P(X >= count) for X binomial.
+        One-sided p-value: ``P(X >= count)`` for X binomial with ``total`` and ``chance``.
 
     Raises
     ------
-    ValueError, TypeError
-        Naming the argument, its value and the usual cause.
+    ValueError
+        ``count`` is not from 0 to ``total``, or ``chance`` not from 0 to 1.
 
     Examples
     --------
@@ -91,17 +96,17 @@ def mcnemar(first: Tensor, second: Tensor) -> float:
     Parameters
     ----------
     first, second
-        Outcomes, bool ``(N,)``, in the same order of samples.
+        Whether each sample is classified correctly, bool ``(N,)``, in the same order of samples.
 
     Returns
     -------
     float
-        Two-sided p-value; 1 where the models never differ.
+        Two-sided p-value; 1 if the models are right on the same samples.
 
     Raises
     ------
     ValueError
-        The outcomes are not of the same samples.
+        The shapes differ, or there is no sample.
 
     Examples
     --------
@@ -124,6 +129,12 @@ def check_outcomes(first: Tensor, second: Tensor) -> None:
             raise TypeError(
                 f"{name}: {outcomes.dtype}; expected bool outcomes, as predictions == labels"
             )
+
+
+def check_level(level: float) -> None:
+    checks.number("level", level, low=0.0)
+    if level >= 1:
+        checks.fail("level", level, "must be below 1; 0.95 gives 95% intervals")
 
 
 def check_count(count: int, total: int) -> None:

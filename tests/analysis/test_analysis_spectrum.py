@@ -160,6 +160,8 @@ def test_bad_input_is_refused():
         analysis.filtered_accuracy({"m": model}, flat, cutoffs=[0.1])
     with pytest.raises(ValueError, match="cutoffs"):
         analysis.filtered_accuracy({"m": model}, made(), cutoffs=[])
+    with pytest.raises(TypeError, match="Module"):
+        analysis.fourier_sensitivity({"a": nn.Identity()}, made(), size=1.0)
     with pytest.raises(ValueError, match="size"):
         analysis.fourier_sensitivity(model, made(), size=-1.0)
 

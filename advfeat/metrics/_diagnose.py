@@ -70,9 +70,12 @@ class Diagnosis(Result):
     findings
         By the name of the check, also as ``diagnosis[name]``: its ``value``, the ``limit`` above
         which it is ``suspicious``, its ``meaning``, and ``advice``.
+    samples
+        How many samples were checked, those that the model gets right; None where not known.
     """
 
     findings: dict[str, Finding]
+    samples: int | None = None
 
     @property
     def suspicious(self) -> tuple[str, ...]:
@@ -190,8 +193,8 @@ def diagnose(
     checks.seed(seed)
     number = seeding.resolve(seed)
     with Meter(progress, "diagnose", _ATTACKS) as meter:
-        findings = _findings(model, data, attack, samples, queries, number, meter)
-    diagnosis = Diagnosis({finding.name: finding for finding in findings})
+        findings, count = _findings(model, data, attack, samples, queries, number, meter)
+    diagnosis = Diagnosis({finding.name: finding for finding in findings}, count)
     if diagnosis.suspicious:
         signs = "\n".join(str(diagnosis[name]) for name in diagnosis.suspicious)
         warnings.warn(f"the model may be less robust than it looks\n{signs}", stacklevel=3)
@@ -261,7 +264,8 @@ def _findings(
     queries: int,
     seed: int,
     meter: Meter,
-) -> list[Finding]:
+) -> tuple[list[Finding], int]:
+    """What each check found, and on how many samples."""
     ball: dict[str, Any] = {
         name: getattr(attack, name) for name in ("eps", "norm", "bounds", "mask")
     }
@@ -306,7 +310,8 @@ def _findings(
             "large_eps_resists": 1 - _fraction(anywhere),
             **wins,
         }
-    return [Finding(name, values[name], *check) for name, check in _CHECKS.items()]
+    findings = [Finding(name, values[name], *check) for name, check in _CHECKS.items()]
+    return findings, len(batch.ids)
 
 
 def _correct_samples(

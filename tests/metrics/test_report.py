@@ -201,6 +201,14 @@ def test_the_light_of_a_finding_is_by_its_name_and_value(name, value, light):
     assert name in text
 
 
+@pytest.mark.parametrize(("samples", "light"), [(31, "yellow"), (32, "green"), (None, "green")])
+def test_checks_on_few_samples_are_no_green_light(samples, light):
+    finding = Finding("zero_gradients", 0.0, 0.01, "samples", "do this")
+    ((found, text),) = _of_checks(Diagnosis({"zero_gradients": finding}, samples))
+    assert found == light
+    assert ("only on 31 samples" in text) == (samples == 31)
+
+
 def test_an_untrained_model_is_no_result():
     inputs, labels = points(60)
     data = TensorDataset(inputs, (labels + 1) % 3)

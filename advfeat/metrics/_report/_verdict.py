@@ -17,6 +17,7 @@ ORDER: tuple[Light, ...] = ("green", "yellow", "red")
 # Of the samples that are right without an attack, how many are still right under it.
 _ROBUST, _PARTLY = 0.5, 0.1
 _FEW = 100  # samples below which an interval is wider than about 20 points
+_FEW_CHECKED = 32  # samples below which a sign of 5% may have been missed
 _DISAGREEMENT = 0.02  # samples that the curve's attacks broke and the evaluation's did not
 _WORDS = {
     "robustness": {"green": "robust", "yellow": "partly robust", "red": "not robust"},
@@ -154,7 +155,13 @@ def _of_checks(diagnosis: Diagnosis | None) -> Iterator[tuple[Light, str]]:
         fatal = name in _FATAL or (name == "zero_gradients" and finding.value > 0.5)
         yield "red" if fatal else "yellow", f"{name}: {finding_text(finding)}"
     if not diagnosis.suspicious:
-        yield "green", f"None of {len(diagnosis.findings)} checks for masked gradients found any."
+        text = f"None of {len(diagnosis.findings)} checks for masked gradients found any"
+        count = diagnosis.samples
+        if count is None or count >= _FEW_CHECKED:
+            yield "green", f"{text}."
+        else:
+            of = f"{count} sample{'s' * (count != 1)}"
+            yield "yellow", f"{text}, but only on {of}: a larger budget checks more."
 
 
 def _of_attacks(

@@ -14,6 +14,8 @@ LEAST_GAP = 0.3
 GOOD_SUCCESS, LEAST_SUCCESS, MOST_CONTROL_SUCCESS = 0.95, 0.6, 0.2
 # Distance of activations after an inversion, as a fraction of that at its start.
 MOST_DISTANCE = 0.15
+# Training loss of a model that has learned its samples.
+LEARNED = 0.01
 
 
 def advise(
@@ -36,6 +38,15 @@ def advise(
         Of the radii.
     """
     return [*_about_models(accuracy, gaps, norm), *_about_datasets(made)]
+
+
+def still_learning(name: str, loss: float) -> str:
+    """Say that a model has not learned its samples, and what follows for D_R."""
+    return (
+        f"The training loss of {name} is {loss:.2g} at the end, above {LEARNED:g}. A model that "
+        "has not learned its samples yet is more robust than it will be, and D_R has less to gain "
+        "over it: give more epochs, if they lower the loss."
+    )
 
 
 def _about_models(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,19 +18,23 @@ from advfeat.progress import Meter
 from advfeat.statistics import Estimate, paired_difference
 from advfeat.study._advice import (
     GOOD_SUCCESS,
+    LEARNED,
     LEAST_ACCURACY,
     LEAST_GAP,
     LEAST_SUCCESS,
     MOST_CONTROL_SUCCESS,
     MOST_DISTANCE,
+    still_learning,
 )
 from advfeat.study._calibration import Calibration
 from advfeat.study._data import dataset_of
 from advfeat.study._pilot import (
     BATCH,
     MOMENTUM,
+    MOST_STEPS,
     RATE,
     STEPS,
+    STILL,
     Pilot,
     Reached,
     epochs_for,
@@ -91,7 +96,8 @@ def calibrate(
     >>> from advfeat import study
     >>> y = torch.arange(60) % 3
     >>> noise = torch.rand(60, 6, generator=torch.Generator().manual_seed(0))
-    >>> data = torch.utils.data.TensorDataset(0.4 * noise + 0.2 * y[:, None], y)
+    >>> inputs = 0.1 * noise + 0.9 * torch.eye(3).repeat(1, 2)[y]
+    >>> data = torch.utils.data.TensorDataset(inputs, y)
     >>> found = study.calibrate(lambda: torch.nn.Linear(6, 3), data, eps=0.1, norm="l2", seed=0)
     >>> recipe = found.recipe()
     >>> sorted(recipe.sets["D_R"]), 0.1 in found.at
@@ -133,12 +139,14 @@ class _Choice:
             choices["targeted_eps"], choices["targeted_lr"] = self._targeted(standard, robust, lr)
             meter.stage("inversions")
             choices["steps"], choices["step_size"] = self._inversion(standard, robust)
-            choices["epochs"] = epochs_for(pilot.count)
+            choices["epochs"] = epochs_for(pilot.count, pilot.study_steps)
+            choices["fewer_epochs"] = epochs_for(pilot.count, STEPS)
             choices["starts"] = 1 if pilot.count >= _MANY else 4
             meter.stage("trial of D_R")
             self._try_inverted(robust, halfway, choices)
         self.reasons += [
-            f"epochs {choices['epochs']}: at least {STEPS} steps of {BATCH} samples",
+            f"epochs {choices['epochs']}: {pilot.study_steps} steps of {BATCH} samples; "
+            f"{choices['fewer_epochs']} of adversarial training, on D_rand and on D_det",
             f"{choices['starts']} starts for each image of D_R and D_NR, at equal steps: "
             f"{pilot.count} training samples",
         ]
@@ -151,17 +159,29 @@ class _Choice:
     def _standard_model(self) -> tuple[nn.Module, float]:
         """Learn at the usual rate; at a lower one where that is more accurate."""
         lr = RATE
-        model = self.pilot.fitted(None)
+        model, loss = self.pilot.standard()
         reached = self._accuracy(model)
         for lower in (_LOWER * RATE, _LOWER**2 * RATE):
             if reached >= _ACCURATE:
                 break
-            other = self.pilot.fitted(None, lower)
+            other, other_loss = self.pilot.standard(lower)
             found = self._accuracy(other)
             if found < reached + _WORTHWHILE:
                 break
-            model, lr, reached = other, lower, found
+            model, loss, lr, reached = other, other_loss, lower, found
         self.reasons.append(f"learning rate {lr:g}: {reached:.1%} accurate, held out")
+        before = math.inf
+        while LEARNED < loss < STILL * before and self.pilot.steps < MOST_STEPS:
+            self.pilot.steps *= 2
+            before = loss
+            model, loss = self.pilot.standard(lr)
+        self.reasons.append(
+            f"{self.pilot.steps} steps of training: the standard model's loss is then {loss:.2g} "
+            f"(steps are doubled from {STEPS} until it is {LEARNED:g} or hardly falls, up to "
+            f"{MOST_STEPS})"
+        )
+        if loss > LEARNED:
+            self.warnings.append(still_learning("the standard model", loss))
         return model, lr
 
     def _robust_model(self, standard: nn.Module, lr: float) -> tuple[nn.Module, float, float]:
@@ -170,17 +190,17 @@ class _Choice:
         Either only if that helps.
         """
         pilot, eps, least = self.pilot, self.eps, self._accuracy(standard)
-        robust = pilot.fitted(eps, lr)
+        robust = pilot.robust(eps, lr)
         reached = self._accuracy(robust)
         if reached < _LEARNED * least:
-            other = pilot.fitted(eps, _LOWER * lr)
+            other = pilot.robust(eps, _LOWER * lr)
             found = self._accuracy(other)
             if found >= reached + _WORTHWHILE:
                 robust, lr, reached = other, _LOWER * lr, found
         for smaller in (0.7 * self.eps, 0.5 * self.eps):
             if reached >= LEAST_ACCURACY * least:
                 break
-            other = pilot.fitted(smaller, lr)
+            other = pilot.robust(smaller, lr)
             found = self._accuracy(other)
             if found < reached + _WORTHWHILE:
                 break

@@ -65,7 +65,8 @@ class Calibration(Result):
                 "steps": 3,
                 "step_size": c["eps"] / 2,
                 "lr": c["robust_lr"],
-                "warmup": warmup_for(c["epochs"]),
+                "epochs": c["fewer_epochs"],
+                "warmup": warmup_for(c["fewer_epochs"]),
             },
             sets={
                 "D_R": inversion,
@@ -76,7 +77,10 @@ class Calibration(Result):
                 "D_det": targeted,
                 "D_det control": {},
             },
-            fresh={"D_rand": {"lr": c["lr"] / 5}, "D_det": {"lr": c["targeted_lr"]}},
+            fresh={
+                "D_rand": {"lr": c["lr"] / 5, "epochs": c["fewer_epochs"]},
+                "D_det": {"lr": c["targeted_lr"], "epochs": c["fewer_epochs"]},
+            },
             samples=samples,
         )
 

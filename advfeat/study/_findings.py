@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advfeat import checks
 from advfeat.datasets import ConstructedDataset
 from advfeat.metrics import Accuracy, TransferMatrix
-from advfeat.study._advice import advise, widest_gaps
+from advfeat.study._advice import LEARNED, advise, still_learning, widest_gaps
 from advfeat.study._calibration import Calibration
 from advfeat.study._claims import Claim, Outcomes, judge
 from advfeat.study._data import constant_accuracies, from_text
@@ -203,7 +203,23 @@ class Findings:
         }
         said = [each.note for claim in self.claims for each in claim.evidence]
         lacking = advise(accuracy, widest_gaps(robust), self.means(), self.work.norm)
-        return [*(text for text in said if text is not None), *lacking]
+        return [*(text for text in said if text is not None), *self._unlearned(), *lacking]
+
+    def _unlearned(self) -> Iterator[str]:
+        """That the control of D_R still learns its samples, where D_R is not above it."""
+        control, settings = self.work.recipe.control("D_R"), self.work.recipe.training("D_R")
+        doubted = any(
+            each.text.startswith(f"D_R - {control},") and each.verdict != "confirmed"
+            for claim in self.claims
+            for each in claim.evidence
+        )
+        # Another loss, or one of smoothed labels, has another size when it is learned.
+        if control is None or not doubted or settings.keys() & {"loss", "options"}:
+            return
+        losses = [run.histories[control].rows[-1]["loss"] for run in self.runs]
+        loss = sum(losses) / len(losses)
+        if loss > LEARNED:
+            yield still_learning(control, loss)
 
     def fractions(self) -> dict[str, dict[str, list[Accuracy]]]:
         """The table: for each model, by the names of the columns, the accuracy of each seed."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,11 @@ from advfeat.training import adversarial_fit, fit
 # Few samples and steps leave a standard model more robust than the study's own will be, and every
 # radius is then chosen too small.
 _PILOT, _HELD_OUT, _ATTACKED, _INVERTED = 5_000, 500, 200, 64
-STEPS, BATCH = 300, 128  # of a training, at the least
+BATCH = 128
+# Steps of a training, and the most of a standard model and on D_R, D_NR and their controls: while
+# these still learn their samples, they are more robust than they will be.
+STEPS, MOST_STEPS = 300, 2400
+STILL = 0.9  # a loss that twice the steps do not lower to this fraction is as low as it gets
 MOMENTUM = 0.6  # of inversions
 RATE = 0.1  # of learning, the highest tried
 # Gradients of inversions in a trial of D_R, and samples of it: a bound on its cost.
@@ -77,6 +82,7 @@ class Pilot:
         seed: int,
     ) -> None:
         self.make_model, self.norm, self.bounds, self.seed = make_model, norm, bounds, seed
+        self.steps = STEPS  # of a standard model, and on D_R and its control
         self.count = len(train)  # type: ignore[arg-type]
         if self.count < 8:
             checks.fail("train", self.count, "at least eight samples are needed")
@@ -88,18 +94,26 @@ class Pilot:
         self.images = source.samples(source.indices, torch.device("cpu")).inputs.float()
         self.is_images = self.images.ndim == 4 and min(self.images.shape[-2:]) >= 4
 
-    def fitted(self, eps: float | None, lr: float = RATE) -> nn.Module:
-        """A standard model, or one trained in a ball; learning may fail, which is measured."""
-        model, settings = self._fresh(), self._training(len(self.train), lr)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the loss never left chance")
-            if eps is None:
-                fit(model, self.train, **settings)
-            else:
-                adversarial_fit(
-                    model, self.train, eps=eps, norm=self.norm, steps=3, step_size=eps / 2,
-                    bounds=self.bounds, warmup=warmup_for(settings["epochs"]), **settings,
-                )  # fmt: skip
+    @property
+    def study_steps(self) -> int:
+        """The same for the study: as many passes over its samples, up to twice the steps."""
+        return round(self.steps * min(2.0, self.count / len(self.train)))
+
+    def standard(self, lr: float = RATE) -> tuple[nn.Module, float]:
+        """A standard model, and its training loss at the end."""
+        model = self._fresh()
+        with _failing():
+            history = fit(model, self.train, **self._training(len(self.train), lr, self.steps))
+        return model, history.rows[-1]["loss"]
+
+    def robust(self, eps: float, lr: float) -> nn.Module:
+        """A model trained in a ball."""
+        model, settings = self._fresh(), self._training(len(self.train), lr, STEPS)
+        with _failing():
+            adversarial_fit(
+                model, self.train, eps=eps, norm=self.norm, steps=3, step_size=eps / 2,
+                bounds=self.bounds, warmup=warmup_for(settings["epochs"]), **settings,
+            )  # fmt: skip
         return model
 
     def curve(self, model: nn.Module, radii: Sequence[float]) -> list[float]:
@@ -120,7 +134,9 @@ class Pilot:
         starts = settings["starts"]
         control: Dataset[Any] = some if starts == 1 else ConcatDataset([some] * starts)
         own, other = (
-            self._robust(self._learned(data, len(some), lr, starts), self.held_out, radius).correct
+            self._robust(
+                self._learned(data, len(some), lr, self.steps, starts), self.held_out, radius
+            ).correct
             for data in (made, control)
         )
         return len(some), paired_difference(own, other)
@@ -134,7 +150,7 @@ class Pilot:
 
     def taught(self, made: ConstructedDataset, lr: float) -> Tensor:
         """Which held-out samples a fresh model has right that learned from a dataset."""
-        model = self._learned(made, len(made), lr)
+        model = self._learned(made, len(made), lr, STEPS)
         return accuracy(model, self.held_out, progress=False).correct
 
     def _fresh(self) -> nn.Module:
@@ -143,9 +159,9 @@ class Pilot:
             model = made_model(self.make_model)
         return model if self.device is None else model.to(self.device)
 
-    def _training(self, count: int, lr: float) -> dict[str, Any]:
+    def _training(self, count: int, lr: float, steps: int) -> dict[str, Any]:
         return {
-            "epochs": epochs_for(count),
+            "epochs": epochs_for(count, steps),
             "batch_size": BATCH,
             "lr": lr,
             "schedule": "one_cycle",
@@ -155,9 +171,11 @@ class Pilot:
             "progress": self.progress,
         }
 
-    def _learned(self, data: Dataset[Any], count: int, lr: float, starts: int = 1) -> nn.Module:
+    def _learned(
+        self, data: Dataset[Any], count: int, lr: float, steps: int, starts: int = 1
+    ) -> nn.Module:
         """A fresh model trained on a constructed dataset, or on its control."""
-        model, settings = self._fresh(), self._training(count, lr)
+        model, settings = self._fresh(), self._training(count, lr, steps)
         settings["epochs"] = max(1, round(settings["epochs"] / starts))
         fit(model, data, **settings)
         return model
@@ -191,9 +209,17 @@ class Pilot:
         return float(after / before.clamp_min(1e-12))
 
 
-def epochs_for(count: int) -> int:
-    """Epochs that make enough steps; twelve at the least."""
-    return max(12, math.ceil(STEPS / math.ceil(count / BATCH)))
+def epochs_for(count: int, steps: int) -> int:
+    """Epochs that make so many steps; twelve at the least."""
+    return max(12, math.ceil(steps / math.ceil(count / BATCH)))
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Learning may fail, which is measured."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the loss never left chance")
+        yield
 
 
 def warmup_for(epochs: int) -> int:

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from advfeat import analysis, study
-from advfeat.study._pilot import Reached, serving, shift_batch
+from advfeat.study._calibrate import _Choice
+from advfeat.study._pilot import Pilot, Reached, epochs_for, serving, shift_batch
 
 
 def network():
@@ -63,6 +64,37 @@ def test_calibration_is_kept_and_used_by_run(tmp_path):
     assert (tmp_path / "stages" / "calibrate.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"eps=0\.3 there, 0\.2 here"):
         study.run(network, WORLD.data, test, **{**given, "eps": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps", "warned"),
+    [
+        ((0.009,), 300, None),
+        ((0.05, 0.022, 0.009), 1200, None),
+        ((0.05, 0.046), 600, "loss of the standard model is 0.046"),
+        ((0.3, 0.2, 0.1, 0.05, 0.009), 2400, "loss of the standard model is 0.05"),
+    ],
+)
+def test_steps_are_doubled_until_the_standard_model_has_learned(losses, steps, warned, monkeypatch):
+    given = iter(losses)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    monkeypatch.setattr(Pilot, "standard", lambda self, lr=0.1: (model, next(given)))
+    monkeypatch.setattr(_Choice, "_accuracy", lambda self, model: 0.95)
+    pilot = Pilot(network, WORLD.data, "l2", (0.0, 1.0), 0)
+    choice = _Choice(pilot, 0.3)
+    choice._standard_model()
+    assert pilot.steps == steps
+    assert f"{steps} steps" in choice.reasons[-1]
+    assert [warned in text for text in choice.warnings] == ([True] if warned else [])
+
+
+def test_a_study_has_as_many_passes_as_its_pilot_up_to_twice_the_steps():
+    pilot = Pilot(network, WORLD.data, "l2", (0.0, 1.0), 0)
+    assert pilot.study_steps == round(300 * 600 / 450)
+    pilot.count *= 10
+    assert pilot.study_steps == 600
+    assert epochs_for(1280, 300) == 30
+    assert epochs_for(12800, 300) == 12
 
 
 def test_two_radii_are_tried():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import advfeat as af
-from advfeat import study
+from advfeat import study, training
 from advfeat.statistics import paired_difference
 from advfeat.study._advice import advise
 from advfeat.study._claims import Outcomes, judge
@@ -288,6 +288,19 @@ def test_several_starts_take_no_more_steps_and_the_control_repeats_its_images():
     steps = [[e["steps"] for e in found.histories[n].rows if "steps" in e] for n in
              ("D_R", "D_R control")]  # fmt: skip
     assert steps[0] == steps[1]
+
+
+def test_a_control_that_still_learns_its_samples_is_named_where_d_r_is_not_above_it():
+    stages = [f"measure {name}" for name in ("standard", "robust", "D_R", "D_R control")]
+    found = run(stages=stages)
+    loss = found.histories["D_R control"].rows[-1]["loss"]
+    assert loss > 0.1  # two epochs
+    said = [note for note in found.notes if "training loss of D_R control" in note]
+    assert len(said) == 1
+    assert f"is {loss:.2g} at the end" in said[0]
+    options = training.Options(label_smoothing=0.1)  # its loss is never near 0
+    smooth = dataclasses.replace(RECIPE, standard={**RECIPE.standard, "options": options})
+    assert not any("training loss" in note for note in run(stages=stages, recipe=smooth).notes)
 
 
 def test_chance_is_that_of_the_commonest_class_also_of_sorted_data():

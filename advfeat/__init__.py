@@ -88,7 +88,16 @@ _PACKAGES = (
 def __getattr__(name: str) -> ModuleType:
     if name in _PACKAGES:
         return importlib.import_module(f"advfeat.{name}")
-    raise AttributeError(f"module 'advfeat' has no attribute {name!r}")
+    hint = "" if name.startswith("_") else _elsewhere(name)
+    raise AttributeError(f"module 'advfeat' has no attribute {name!r}{hint}")
+
+
+def _elsewhere(name: str) -> str:
+    """Where in the packages a name is, for the error."""
+    for package in _PACKAGES:
+        if name in getattr(importlib.import_module(f"advfeat.{package}"), "__all__", ()):
+            return f"; it is advfeat.{package}.{name}"
+    return ""
 
 
 def __dir__() -> list[str]:

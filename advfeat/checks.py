@@ -77,11 +77,18 @@ def _is_internal(name: str) -> bool:
     return name.partition(".")[0] in ("advfeat", "contextlib", "torch")
 
 
+_NO_MODEL = {
+    "ExportedProgram": "; pass its .module()",
+    **dict.fromkeys(("OrderedDict", "dict"), "; for weights, model.load_state_dict(...)"),
+}
+
+
 def model(value: object) -> None:
     """Check that a model is a module."""
     if not isinstance(value, nn.Module):
-        hint = "; pass its .module()" if type(value).__name__ == "ExportedProgram" else ""
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(value).__name__}{hint}")
+        kind = type(value).__name__
+        hint = "; pass an object of the class" if isinstance(value, type) else _NO_MODEL.get(kind)
+        raise TypeError(f"model: expected a torch.nn.Module, got {kind}{hint or ''}")
 
 
 _SPELLINGS: dict[object, Norm] = {
@@ -224,7 +231,8 @@ def seed(value: object) -> None:
 def inputs(value: object, bounds: FeatureBounds, name: str = "inputs") -> None:
     """Check that inputs are a batch of finite floating-point numbers within the bounds."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+        hint = "; use torch.from_numpy(...)" if type(value).__name__ == "ndarray" else ""
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}{hint}")
     if not value.is_floating_point():
         raise TypeError(
             f"{name}: expected floating-point values, got {value.dtype}; {_float_advice(value)}"

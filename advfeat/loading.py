@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
@@ -324,12 +325,18 @@ def is_stream(data: object) -> bool:
             f"data: a mapping with the keys {sorted(map(str, data))}; pass one of its datasets, "
             "data['train'], or its tensors as a pair, (inputs, labels)"
         )
+    if isinstance(data, (str, os.PathLike)):
+        raise TypeError(
+            f"data={data!r}: a path; load it, for example with ImageFolder of torchvision"
+        )
     if isinstance(data, IterableDataset):
         raise TypeError("data: an IterableDataset gives single samples; wrap it in a DataLoader")
     if isinstance(data, Dataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         return False
+    hint = "; an iterator ends after one pass, pass the loader" if hasattr(data, "__next__") else ""
+    kind = type(data).__name__
     raise TypeError(
-        f"data: expected a Dataset, a DataLoader or a list of batches, got {type(data).__name__}"
+        f"data: expected a Dataset, a DataLoader or a list of batches, got {kind}{hint}"
     )
 
 

@@ -486,8 +486,36 @@ def test_tensors_of_unusual_types_are_named(inputs, labels, error, message):
     [
         ({"x": torch.rand(4, 3), "y": torch.zeros(4)}, r"mapping.*'x', 'y'"),
         ([(torch.rand(4, 3),)], "without labels"),
+        ("data/train", r"data='data/train': a path"),
+        (iter([(X, Y)]), "one pass, pass the loader"),
     ],
 )
 def test_data_without_labels_or_in_a_mapping_are_named(data, message):
     with pytest.raises(TypeError, match=message):
         af.accuracy(torch.nn.Linear(3, 2), data)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(3, 2).state_dict(), "load_state_dict"),
+        (nn.Linear, "an object of the class"),
+        (rows(), "got TensorDataset$"),
+    ],
+)
+def test_what_is_no_model_is_named(model, message):
+    with pytest.raises(TypeError, match=message):
+        af.accuracy(model, rows())
+
+
+@pytest.mark.parametrize("attack", [af.PGD, af.pgd])
+def test_an_attack_that_is_no_object_is_named_before_its_ball(attack):
+    with pytest.raises(TypeError, match="expected an attack such as"):
+        af.robust_accuracy(network(), rows(), eps=0.1, norm="l2", attack=attack)
+
+
+def test_what_is_no_constructed_dataset_or_tensor_is_named():
+    with pytest.raises(TypeError, match="expected a ConstructedDataset, got TensorDataset"):
+        af.datasets.inspect(rows())
+    with pytest.raises(TypeError, match="from_numpy"):
+        af.pgd(network(), X.numpy(), Y, eps=0.1, norm="l2")

@@ -42,3 +42,11 @@ def test_help_lists_every_name():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'attack'"):
         _ = advfeat.attack
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("AutoAttack", "attacks"), ("robustness_curve", "metrics")]
+)
+def test_a_name_of_a_package_is_said_to_be_there(name, place):
+    with pytest.raises(AttributeError, match=rf"it is advfeat\.{place}\.{name}$"):
+        getattr(advfeat, name)

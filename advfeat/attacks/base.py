@@ -237,7 +237,9 @@ def random_points(
 def check_attack(attack: object, eps: object, norm: object, allow_targeted: bool = False) -> None:
     """Check that an attack can evaluate a dataset, and that no second ball is given."""
     if not isinstance(attack, Attack) or not hasattr(attack, "eps"):
-        raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...)")
+        name = getattr(attack, "__name__", "")
+        hint = f"; write {name}(...)" if isinstance(attack, type) else ""
+        raise TypeError(f"attack={attack!r}: expected an attack such as advfeat.PGD(...){hint}")
     if eps is not None or norm is not None:
         checks.fail("eps, norm", (eps, norm), "the attack has its own; pass one or the other")
     if attack.targeted and not allow_targeted:

@@ -131,10 +131,8 @@ def inspect(
 
     Parameters
     ----------
-    dataset
-        Any constructed dataset.
-    data
-        What it was constructed from.
+    dataset, data
+        Any constructed dataset, and what it was constructed from.
     features
         By name: a function ``inputs -> (N, F)``, a model (its units before the last Linear), or
         ``(model, layer)``. Those named ``"robust"``, and ``"standard"`` or ``"nonrobust"``, are
@@ -142,7 +140,7 @@ def inspect(
     samples
         How many samples features are measured on; half of them choose signs and weights.
     seed
-        Of these samples and the bootstrap; None draws one number from torch's default generator.
+        Of these samples and the bootstrap; None draws one number from torch's generator.
 
     Returns
     -------
@@ -152,8 +150,7 @@ def inspect(
     Raises
     ------
     ValueError, TypeError
-        Naming the argument, its value and the usual cause; also where ``features`` come without
-        ``data``.
+        ``features`` without ``data``, or another kind of dataset.
 
     Examples
     --------
@@ -169,6 +166,8 @@ def inspect(
     checks.seed(seed)
     if features and data is None:
         checks.fail("data", None, "features are compared with the original samples; pass data=")
+    if not isinstance(dataset, ConstructedDataset):
+        raise TypeError(f"dataset: expected a ConstructedDataset, got {type(dataset).__name__}")
     found = _inspect(dataset)
     if data is None:
         return found

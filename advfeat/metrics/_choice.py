@@ -34,8 +34,11 @@ def choose_attacks(
     elif attack is None:
         listed = [_default(eps, norm, steps, bounds, mask)]
     else:
-        own_ball(eps, norm, steps, mask)
         listed = attack if isinstance(attack, (list, tuple)) else [attack]  # type: ignore[list-item]
+        for one in listed:
+            if not isinstance(one, AutoAttack):
+                check_attack(one, None, None)
+        own_ball(eps, norm, steps, mask)
     flat: list[Attack] = []
     for one in listed:
         if isinstance(one, AutoAttack):
@@ -44,7 +47,6 @@ def choose_attacks(
                 checks.fail("attack", one, "targeted, but the data give labels and no targets")
             flat += one.attacks if one.seed is None else seed_attacks(one.attacks, one.seed)
         else:
-            check_attack(one, None, None)
             flat.append(one)
     if not flat:
         checks.fail("attack", attack, "no attack at all; for clean inputs use advfeat.accuracy")

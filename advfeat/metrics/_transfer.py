@@ -166,7 +166,9 @@ def transfer_matrix(
     """
     for models in (sources, targets):
         if not isinstance(models, Mapping) or not models:
-            raise TypeError("sources, targets: expected mappings from a name to a model")
+            raise TypeError(
+                "sources, targets: expected mappings from a name to a model: {'mine': model}"
+            )
         for model in models.values():
             checks.model(model)
     checks.function("target_labels", target_labels)

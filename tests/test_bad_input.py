@@ -486,7 +486,7 @@ def test_tensors_of_unusual_types_are_named(inputs, labels, error, message):
     [
         ({"x": torch.rand(4, 3), "y": torch.zeros(4)}, r"mapping.*'x', 'y'"),
         ([(torch.rand(4, 3),)], "without labels"),
-        ("data/train", r"data='data/train': a path"),
+        ("data/train", "data: a path, 'data/train'"),
         (iter([(X, Y)]), "one pass, pass the loader"),
     ],
 )

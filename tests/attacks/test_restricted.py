@@ -148,8 +148,8 @@ ATTACKS = {
     "smoothed": lambda **s: SmoothedPGD(**s, scales=(6.0, 0.0), seed=0),
     "square": lambda **s: Square(**s, queries=500, seed=0),
 }
-# Of the optimum, where it is not 1%: one step ends at the first face, and Square in l1 and l2 moves
-# windows of an image, in which it gives every pixel the same part of a pattern.
+# Of the optimum, where it is not 1%, in plain balls neither: one step ends at the first face, and
+# Square in l1 and l2 moves windows of an image, in which every pixel has its part of a pattern.
 REACHED = {
     ("fgsm", "l1"): 0.0,
     ("fgsm", "l2"): 0.75,
@@ -182,6 +182,34 @@ def test_attacks_in_a_ball_reach_the_optimum_of_a_linear_model(name, case, norm)
     gain, best = gain_of(found), best_gain(norm, eps, low, high)
     assert (gain <= best * (1 + 1e-6)).all()
     assert (gain > REACHED.get((name, norm), 0.99) * best).all()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", [FGSM, MIFGSM])
+@pytest.mark.parametrize("own", [{"mask": MASKS}, {"eps": CHANNELS}], ids=["masks", "channels"])
+def test_short_attacks_are_exact_where_no_bound_is_near(kind, own, norm):
+    x, radius = torch.full_like(INPUTS, 0.5), 0.2
+    eps = own.get("eps", torch.ones(1)) * radius
+    found = kind(**{"eps": radius, **own, **({"eps": eps} if "eps" in own else {})}, norm=norm)(
+        Linear(), x, torch.zeros(COUNT, dtype=torch.int64)
+    )
+    free = own.get("mask", torch.ones(1)) * torch.ones_like(x)
+    room = 0.5 * free.flatten(1).numpy()
+    best = best_gain(norm, (eps * free).flatten(1).numpy(), -room, room)
+    gain = ((found - x).flatten(1) @ WEIGHT).numpy()
+    assert np.allclose(gain, best, rtol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", [FGSM, MIFGSM])
+def test_a_short_attack_in_a_masked_ball_is_that_of_the_free_features(kind, norm):
+    """At the faces of the bounds as well, where few steps are not the optimum in any ball."""
+    free, labels = MASK.flatten(), torch.zeros(COUNT, dtype=torch.int64)
+    masked = kind(eps=EPS[norm], norm=norm, mask=MASK)(Linear(), INPUTS, labels)
+    part = Linear()
+    part.weight = nn.Parameter(WEIGHT[free])
+    alone = kind(eps=EPS[norm], norm=norm)(part, INPUTS.flatten(1)[:, free], labels)
+    torch.testing.assert_close(masked.flatten(1)[:, free], alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ def is_stream(data: object) -> bool:
         )
     if isinstance(data, (str, os.PathLike)):
         raise TypeError(
-            f"data={data!r}: a path; load it, for example with ImageFolder of torchvision"
+            f"data: a path, {data!r}; load it, for example with ImageFolder of torchvision"
         )
     if isinstance(data, IterableDataset):
         raise TypeError("data: an IterableDataset gives single samples; wrap it in a DataLoader")

@@ -2,14 +2,16 @@
 
     python tests/benchmarks/newcomer.py [--install] [--out FOLDER]
 
---install begins with what install.md says, in a fresh environment. Prints what the blocks print,
-page by page, the waiting, and the longest time without a sign of life; pictures go to FOLDER.
+--install begins with what install.md says, in a fresh environment. The session runs in a terminal
+of its own, as a newcomer's does. Prints what the blocks print, page by page, the waiting, and the
+longest times without a sign of life; pictures go to FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.S | re.M)
+MARK = re.compile(r"^== (.*?)\r?$", re.M)
 GUIDE = re.compile(r"- Guide:\n(.*?)^  - ", re.S | re.M)
 
 
@@ -45,19 +48,31 @@ def session() -> str:
     return "\n".join(parts)
 
 
-def followed(command: list[str], folder: Path) -> float:
-    """Run a command, show what it prints, and measure its longest silence."""
-    longest, before = 0.0, time.perf_counter()
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": folder}
-    with subprocess.Popen(command, **pipe) as run:
-        while shown := os.read(run.stdout.fileno(), 65536):
+def followed(command: list[str], folder: Path) -> list[tuple[float, str]]:
+    """Run a command in a terminal, show what it prints, and return its longest silences."""
+    silences: list[tuple[float, str]] = []
+    block, before = "start", time.perf_counter()
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=folder) as run:
+        os.close(theirs)
+        while shown := output(ours):
             now = time.perf_counter()
-            longest, before = max(longest, now - before), now
+            silences.append((now - before, block))
+            before = now
+            block = [block, *MARK.findall(shown.decode(errors="replace"))][-1]
             sys.stdout.buffer.write(shown)
             sys.stdout.buffer.flush()
+    os.close(ours)
     if run.returncode:
         raise subprocess.CalledProcessError(run.returncode, command)
-    return longest
+    return sorted(silences, reverse=True)[:5]
+
+
+def output(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux has this where the other end is closed
+        return b""
 
 
 def main() -> None:
@@ -79,8 +94,8 @@ def main() -> None:
             print(f"install: {time.perf_counter() - began:.0f} s")
         script = Path(scratch) / "session.py"
         script.write_text(session())
-        silence = followed([str(python), str(script.resolve())], folder)
-        print(f"longest time without output: {silence:.0f} s")
+        for silence, block in followed([str(python), str(script.resolve())], folder):
+            print(f"without output: {silence:.1f} s in {block}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from advfeat import checks, seeding
 from advfeat.attacks._apgd import APGD
 from advfeat.attacks._fab import FAB
-from advfeat.attacks._minimum_pgd import MinimumPGDOnMaskedGradients
+from advfeat.attacks._minimum_pgd import MinimumPGD, MinimumPGDOnMaskedGradients
 from advfeat.attacks._smoothed import SmoothedPGD
 from advfeat.attacks._square import Square
 from advfeat.attacks.base import Attack, prepare_batch
@@ -54,7 +54,8 @@ class AutoAttack:
         5000 queries; in l1 5 targets and 5 restarts of APGD. It can be too high where gradients
         are masked.
         ``"strong"``: the stages of both, then longer runs of `SmoothedPGD`, with and without
-        straight-through gradients: never above either, at more than their cost.
+        straight-through gradients, and restarts of `MinimumPGD`: never above either, at more than
+        their cost.
     bounds, mask, targeted
         As in `advfeat.pgd`. Towards a target there is one class to aim at, so that stages towards
         several classes become runs towards that one.
@@ -151,6 +152,7 @@ class AutoAttack:
             self._smoothed(steps=200, scales=_SCALES[:5]),
             self._smoothed(steps=200, scales=_SCALES[:5], loss="cross_entropy"),
             self._smoothed(steps=120, scales=(6.0, 1.0, 0.0), straight_through="always"),
+            MinimumPGD(**self._ball, restarts=16, targets=9),
         )
 
     def _smoothed(self, **settings: Any) -> SmoothedPGD:

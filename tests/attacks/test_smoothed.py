@@ -7,6 +7,7 @@ from torch import nn
 from advfeat import losses, threat
 from advfeat.attacks import AutoAttack, SmoothedPGD, Square, smoothed_pgd
 from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.misleading import SquareBeyondGradients
 from advfeat.attacks.pool import attack_batch, worst_case
 from advfeat.model import attackable
 
@@ -150,7 +151,9 @@ def test_versions_contain_each_other(norm):
     assert set(stages("fast")) | set(stages("standard")) < set(stages("strong"))
     assert not any(isinstance(attack, SmoothedPGD) for attack in stages("standard"))
     assert any(isinstance(attack, Square) for attack in stages("standard"))
-    assert isinstance(stages("fast")[-1], SmoothedPGD)
+    last = stages("fast")[-1]
+    assert isinstance(last, SquareBeyondGradients if norm == "linf" else SmoothedPGD)
+    assert any(isinstance(attack, SmoothedPGD) for attack in stages("fast"))
 
 
 @pytest.mark.parametrize(

@@ -230,7 +230,8 @@ def main() -> None:
     if options.thirdparty:
         model, data = third_party(options.thirdparty)
         model.requires_grad_(False)
-        case = ("third-party CNN", model, *data.tensors, options.versions, options.peers)
+        rows = (tensor[: options.autoattack or None] for tensor in data.tensors)
+        case = ("third-party CNN", model, *rows, options.versions, options.peers)
         compare_autoattack(*case, eps=THIRD["linf"])
 
 

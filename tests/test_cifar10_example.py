@@ -86,19 +86,6 @@ def test_both_formats_are_the_same_data(study, tmp_path):
     assert one == other
 
 
-@pytest.mark.slow
-def test_the_cpu_budget_runs_tiny(tmp_path):
-    stages = ["measure D_R", "make D_rand control"]
-    more = ["--budget", "cpu", "--pgd", "--stages", *stages]
-    printed = run(as_npz(tmp_path), tmp_path / "out", *more)
-    assert "| D_R | " in printed
-    assert "make D_rand control" in printed
-    _, table = printed.split("| PGD-20, l2 | 0.25 | 0.5 |\n")
-    (row,) = (line for line in table.splitlines() if line.startswith("| D_R |"))
-    near, far = (float(cell) for cell in row.split("|")[2:4])
-    assert 0 <= far <= near <= 100
-
-
 def test_the_download_is_checked_unpacked_and_read(tmp_path):
     folder = as_batches(tmp_path)
     archive = tmp_path / "c.tar.gz"
@@ -138,9 +125,8 @@ def test_the_estimate_is_from_this_machine_and_lists_every_stage(tmp_path):
     assert min(measured.training, measured.gradients, measured.evaluated) > 0
 
 
-@pytest.mark.slow
 def test_the_half_hour_on_a_gpu_runs_tiny_on_the_cpu(tmp_path):
-    """Every command of tests/benchmarks/gpu.sh, on 24 images."""
+    """Every command of tests/benchmarks/gpu.sh, on 24 images and the budget `cpu`."""
     script = SCRIPT.parents[1] / "tests" / "benchmarks" / "gpu.sh"
     environment = {
         **os.environ,
@@ -163,4 +149,8 @@ def test_the_half_hour_on_a_gpu_runs_tiny_on_the_cpu(tmp_path):
     assert "| inversion | bfloat16 |" in (results / "rates.txt").read_text()
     assert (results / "report.html").stat().st_size > 10_000
     stages = {file.stem for file in (results / "stages").iterdir()}
-    assert {"train-robust", "make-D_R", "measure-D_R"} <= stages
+    assert {"train-robust", "make-D_R", "measure-D_R", "make-D_rand-control"} <= stages
+    _, table = (results / "study.txt").read_text().split("| PGD-20, l2 | 0.25 | 0.5 |\n")
+    (line,) = (line for line in table.splitlines() if line.startswith("| D_R |"))
+    near, far = (float(cell) for cell in line.split("|")[2:4])
+    assert 0 <= far <= near <= 100

@@ -72,8 +72,12 @@ case $part in
     step rates 150 "${bench[@]}"
     [ -n "$tiny" ] || step rates-compiled 120 "${bench[@]}" --compile --precisions bfloat16
     first=("${study[@]}" --out "$CACHE/first")
-    [ -n "$tiny" ] || first+=(--samples 2000 --epochs 1)
-    step first-study 180 "${first[@]}" --stages "measure D_det"
+    if [ -n "$tiny" ]; then # the other parts run the stages too
+        first+=(--stages "train standard")
+    else
+        first+=(--samples 2000 --epochs 1 --stages "measure D_det")
+    fi
+    step first-study 180 "${first[@]}"
     ;;
 2)
     stages 300 "train standard" "train robust" "make D_det" "make D_det control" "make D_rand" \
@@ -81,7 +85,7 @@ case $part in
     ;;
 3)
     stages 240 "make D_R" "make D_NR"
-    all=("${study[@]}" --out "$CACHE/study")
+    all=("${study[@]}" --out "$CACHE/study" --pgd)
     [ -z "$tiny" ] || all+=(--stages "measure D_R")
     step study 500 "${all[@]}"
     keep

@@ -44,7 +44,7 @@ def curve_svg(curve: RobustnessCurve, radius: float, *, chance: float) -> str:
     points = " ".join(
         f"{x(e):.1f},{y(s):.1f}" for e, s in zip(edges.tolist(), percentages, strict=True)
     )
-    parts = [_text(_LEFT - 8, y(p) + 5, f"{p:d}", "end") for p in (0, 25, 50, 75, 100)]
+    parts = [_text(_LEFT - 8, y(p) + 5, f"{p:d}%", "end") for p in (0, 25, 50, 75, 100)]
     parts += [_line(_LEFT, y(p), _WIDTH - 12, y(p), "var(--line)") for p in (0, 25, 50, 75, 100)]
     for value in _ticks(end):
         anchor = "end" if value > 0.97 * end else "middle"  # no letter is outside the picture
@@ -53,7 +53,10 @@ def curve_svg(curve: RobustnessCurve, radius: float, *, chance: float) -> str:
     title = f"{curve.norm} size of the perturbation{unit}"
     parts.append(_text(_WIDTH / 2, _HEIGHT - 6, title, "middle"))
     parts.append(_line(_LEFT, y(100 * chance), _WIDTH - 12, y(100 * chance), "var(--grey)", "2 4"))
-    parts.append(_text(_WIDTH - 14, y(100 * chance) - 5, "commonest class", "end"))
+    # Where the curve is not: below its high end, or above its low one.
+    is_high = percentages[len(percentages) // 3] > 100 * chance + 15
+    place, anchor = (_LEFT + 4, "start") if is_high else (_WIDTH - 14, "end")
+    parts.append(_text(place, y(100 * chance) - 5, "commonest class", anchor))
     parts.append(_line(x(radius), y(0), x(radius), y(100), "var(--bad)", "6 4"))
     parts.append(_text(x(radius) + 5, y(94), "eps", "start"))
     parts.append(

@@ -40,7 +40,7 @@ _UNRESOLVED, _UNRESOLVED_SAMPLES = 0.02, 0.1
 # Noise found less than this fraction of what the other attacks need: gradients are masked there.
 _MASKED = 0.9
 # Rounds of further search; a sample without masking leaves after so many failures in turn.
-_ROUNDS, _PATIENCE = 12, 3
+_ROUNDS, _PATIENCE = 20, 3
 # Of the rounds of smoothed gradients: steps, noise, and by which fraction the ball is smaller than
 # the closest distance, at first and at least.
 _SMOOTHED_STEPS, _SCALES, _SHRINK, _LEAST_SHRINK = 80, (6.0, 6.0, 9.0, 4.0), 0.1, 0.02
@@ -140,7 +140,7 @@ def robustness_curve(
         and without, and `advfeat.attacks.FAB` towards the four likeliest classes; then rounds of
         `advfeat.attacks.SmoothedPGD` in smaller balls and of MinimumPGD with other noise, and a
         search in small steps around the closest point. That takes about 800 gradients a sample,
-        and up to 2,000 where gradients are masked: where noise finds much closer points.
+        and up to 2,800 where gradients are masked: where noise finds much closer points.
     seed
         Seed of the attacks that are random and have none of their own.
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from advfeat import checks, seeding
+from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data
 from advfeat.metrics import accuracy
 from advfeat.model import Precision
@@ -27,7 +28,7 @@ from advfeat.study._advice import (
     still_learning,
 )
 from advfeat.study._calibration import Calibration
-from advfeat.study._data import dataset_of
+from advfeat.study._data import constant_accuracies, dataset_of
 from advfeat.study._pilot import (
     BATCH,
     MOMENTUM,
@@ -268,22 +269,29 @@ class _Choice:
         text = f"{on:.0%} reach their target on the standard model and {off:.0%} on the robust one"
         self.reasons.append(f"targeted perturbations in {self.pilot.norm} {radius:g}: {text}")
         self._report_trial("D_det", trials[radius], "accuracy")
-        slow, fast = (
-            float(right.double().mean())
-            for right in (taught[radius][0], self.pilot.taught(made[radius][0], _HIGHER * lr))
-        )
-        text = f"it teaches {slow:.1%} at a rate of {lr:g} and {fast:.1%} at {_HIGHER * lr:g}"
-        if fast >= slow + _WORTHWHILE:
-            lr *= _HIGHER
-        self.reasons.append(f"learning rate on D_det {lr:g}: {text}")
+        lr = self._targeted_rate(taught[radius][0], made[radius][0], lr)
         if on < GOOD_SUCCESS or off > MOST_CONTROL_SUCCESS:
             weak = "can hardly teach" if on < LEAST_SUCCESS else "may teach less than they could"
             self.warnings.append(
                 f"At no radius do {GOOD_SUCCESS:.0%} of the perturbations reach their target on "
-                f"the standard model and at most {MOST_CONTROL_SUCCESS:.0%} on the robust one: at "
-                f"best, in {self.pilot.norm} {radius:g}, {text}. D_rand and D_det {weak}."
+                f"the standard model and at most {MOST_CONTROL_SUCCESS:.0%} on the robust one. "
+                f"With the one chosen, {self.pilot.norm} {radius:g}, {text}. D_rand and D_det "
+                f"{weak}."
             )
         return radius, lr
+
+    def _targeted_rate(self, taught: Tensor, made: ConstructedDataset, lr: float) -> float:
+        """A higher rate on D_det, if that teaches more, and more than a constant answer."""
+        slow = float(taught.double().mean())
+        fast = float(self.pilot.taught(made, _HIGHER * lr).double().mean())
+        text = f"it teaches {slow:.1%} at a rate of {lr:g} and {fast:.1%} at {_HIGHER * lr:g}"
+        constant = constant_accuracies(self.pilot.held_out)[1]
+        if fast >= max(slow, constant) + _WORTHWHILE:
+            lr *= _HIGHER
+        self.reasons.append(
+            f"learning rate on D_det {lr:g}: {text} (a constant answer has {constant:.1%})"
+        )
+        return lr
 
     def _inversion(self, standard: nn.Module, robust: nn.Module) -> tuple[int, float]:
         """As many steps as bring activations near; none are near enough below 10 to 15%."""

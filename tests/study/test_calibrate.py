@@ -97,6 +97,19 @@ def test_a_study_has_as_many_passes_as_its_pilot_up_to_twice_the_steps():
     assert epochs_for(12800, 300) == 12
 
 
+@pytest.mark.parametrize(("fast", "rate"), [(0.26, 0.1), (0.6, 0.3)])
+def test_a_rate_at_which_d_det_teaches_a_constant_answer_is_not_chosen(fast, rate, monkeypatch):
+    right = torch.rand(150, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Pilot, "success", lambda self, model, eps: 0.5 if model == "s" else 0.1)
+    monkeypatch.setattr(Pilot, "targeted", lambda self, *models_and_radius: (None, None))
+    monkeypatch.setattr(Pilot, "taught", lambda self, made, lr: right < (0.01, fast)[lr > 0.2])
+    choice = _Choice(Pilot(network, WORLD.data, "l2", (0.0, 1.0), 0), 0.3)
+    assert choice._targeted("s", "r", 0.1)[1] == pytest.approx(rate)
+    assert "a constant answer has" in choice.reasons[-1]
+    (said,) = choice.warnings
+    assert "50% reach their target on the standard model and 10% on the robust one" in said
+
+
 def test_two_radii_are_tried():
     def reached(*rates):
         return [Reached(r, s, c) for r, (s, c) in zip((0.5, 1.0, 1.5, 2.0), rates, strict=True)]

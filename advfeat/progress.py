@@ -8,12 +8,13 @@ Nothing has to be installed for it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TextIO, TypeVar
 
 from typing_extensions import Self
@@ -150,6 +151,18 @@ class Meter:
             parts.append(f"{made / took:.3g} {self._unit}/s")
         parts += [f"{name}={value}" for name, value in self._figures.items()]
         return ", ".join(parts)
+
+
+def shows_evaluations(meter: Meter, figures: dict[str, str]) -> Callable[[], None]:
+    """Return what counts a model's evaluations, and shows them while no unit is finished."""
+    taken = itertools.count(1)
+
+    def count() -> None:
+        figures["evaluations"] = str(next(taken))
+        if meter.is_due:
+            meter.update(0, figures)
+
+    return count
 
 
 def with_progress(

@@ -22,7 +22,7 @@ from advfeat.metrics._masking import BadGradients, masking_signs
 from advfeat.metrics._outcome import WRONG, Accuracy, RobustAccuracy
 from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable, device_of
-from advfeat.progress import Meter, with_progress
+from advfeat.progress import Meter, shows_evaluations, with_progress
 from advfeat.suggestions import suggests
 from advfeat.threat import FeatureBounds, Norm
 
@@ -192,14 +192,16 @@ def robust_accuracy(
         Meter(progress, "robust accuracy", total, unit="samples") as meter,
         attackable(model, expectation=expectation, **settings) as net,
     ):
+        shown: dict[str, str] = {}
+        net.on_gradient = net.on_logits = shows_evaluations(meter, shown)
         for verdict in pool.worst_case(moving, net, clean.resisting(net), source.batch_size):
             bad_gradients.add(net, verdict, attacks[0].bounds)
             ids.extend(verdict.ids.tolist())
             broken.extend(verdict.attack.tolist())
             values.extend(verdict.value.tolist())
             last = broken[-1] if broken else pool.ROBUST
-            name = type(attacks[max(last, -1)]).__name__
-            meter.update(clean.settled(len(verdict.ids)), {"attack": name})
+            shown["attack"] = type(attacks[max(last, -1)]).__name__
+            meter.update(clean.settled(len(verdict.ids)), shown)
             adversarial += [verdict.adversarial.cpu()] if keep_inputs else []
             still = is_unmoved(verdict.adversarial, verdict.inputs) & ~verdict.success
             unmoved += int(still.sum())

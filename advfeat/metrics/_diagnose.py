@@ -23,7 +23,7 @@ from advfeat.attacks.settings import positive_eps
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.model import Network, attackable, device_of
-from advfeat.progress import Meter
+from advfeat.progress import Meter, shows_evaluations
 from advfeat.results import Result
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
@@ -274,13 +274,16 @@ def _findings(
         # A detached input is what one of the checks is for.
         warnings.filterwarnings("ignore", "the model's output has no gradient")
         batch = _correct_samples(net, model, data, samples, attack.bounds)
+        shown: dict[str, str] = {}
+        net.on_gradient = net.on_logits = shows_evaluations(meter, shown)
 
         def fooled(*attacks: Attack, only: Tensor | None = None) -> Tensor:
             """Whether one of the attacks fools each sample; False outside ``only``."""
             chosen = torch.arange(len(batch.ids), device=batch.ids.device)
             chosen = chosen if only is None else chosen[only]
             found = torch.zeros_like(batch.ids, dtype=torch.bool)
-            meter.update(figures={"attack": type(attacks[0]).__name__})
+            shown["attack"] = type(attacks[0]).__name__
+            meter.update(figures=shown)
             if len(chosen):
                 part = select_samples(batch, chosen)
                 runs = (restricted(a.stop_at_success()) for a in seed_attacks(attacks, seed))

@@ -98,8 +98,9 @@ class Network:
         self._purpose, self._trains, self._expectation = purpose, train, expectation
         self._from_probabilities: Callable[[Tensor], Tensor] | None = None
         self.batches = BatchPadding(self.selected)
-        # Called after every gradient: progress of long attacks.
+        # Called after every gradient, and after logits without one: progress of long attacks.
         self.on_gradient: Callable[[], object] = lambda: None
+        self.on_logits: Callable[[], object] = lambda: None
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
         # A compiler would meet the hook that checks.
@@ -184,7 +185,9 @@ class Network:
         """
         with torch.no_grad():
             low = low_precision and self.low_precision
-            return self.batches.call(lambda x: self._logits(x, low), inputs)
+            found = self.batches.call(lambda x: self._logits(x, low), inputs)
+        self.on_logits()
+        return found
 
     def features(self, inputs: Tensor) -> Tensor:
         """Activations at the layer, ``(N, F)``, without a gradient, in float32 (or float64)."""

@@ -155,10 +155,10 @@ class Meter:
 
 def shows_evaluations(meter: Meter, figures: dict[str, str]) -> Callable[[], None]:
     """Return what counts a model's evaluations, and shows them while no unit is finished."""
-    taken = itertools.count(1)
+    counter = itertools.count(1)
 
     def count() -> None:
-        figures["evaluations"] = str(next(taken))
+        figures["evaluations"] = str(next(counter))
         if meter.is_due:
             meter.update(0, figures)
 

@@ -142,8 +142,6 @@ class Stages:
             "robust accuracy", count, part, fraction=0.5, first=first, required=True
         )
         robust = _joined_robust(parts)
-        if ensemble:
-            self._correct_cost("robust accuracy", _FAST, robust.total)
         return robust, ensemble and len(robust.attacks) > 1
 
     def _measured_cost(self) -> Cost:

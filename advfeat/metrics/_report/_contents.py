@@ -36,6 +36,7 @@ _FAST, _DIAGNOSE, _CURVE, _TRANSFER = (
     Work(30, 30),
 )
 _FEWEST = 8  # a stage on fewer samples says nothing
+_LARGEST = 256  # samples of the first part: the next ones know how long it took
 _CHECKED = 128  # samples of diagnose and transfer
 _PROBE, _PROBED = 3, (4, 32)  # steps and samples of the attack that is timed
 _SLOW = 0.05  # seconds of a gradient after which a larger batch is not tried
@@ -126,7 +127,9 @@ class Stages:
                 f"the ensemble of attacks: there was time for PGD with {_SHORT} steps only"
             )
         else:
-            first = min(first, max(_FEWEST, affordable))
+            # Half of what is affordable at once: on small models one large part takes as long as
+            # a small one.
+            first = max(_FEWEST, min(first, affordable), min(_LARGEST, affordable // 2))
 
         def part(start: int, stop: int) -> RobustAccuracy:
             found = robust_accuracy(

@@ -135,6 +135,14 @@ class SquareBeyondGradients(Square):
             earlier=torch.where(self._is_checked(state), state.value, state.earlier),
         )
 
+    def run(self, net: Network, state: Any) -> Any:
+        """Take steps until every sample is finished, as far as that costs no wait."""
+        for _ in range(self.max_evaluations):
+            if threat.known_none(~self.finished(state)):
+                break
+            state = self.step(net, state)
+        return state
+
     @staticmethod
     def _is_checked(state: SquareBeyondGradientsState) -> Tensor:
         return torch.stack([state.step - _PROBE == check for check in _CHECKS]).any(0)

@@ -16,6 +16,7 @@ from advfeat import checks, plots, seeding, threat
 from advfeat.attacks import FAB, Attack, Batch, MinimumPGD, SmoothedPGD
 from advfeat.attacks.ensemble import seed_attacks
 from advfeat.attacks.minimum_norm import MinimumNorm, rounding
+from advfeat.attacks.misleading import SquareBeyondGradients
 from advfeat.attacks.restricted import entered
 from advfeat.attacks.samples import concat_samples, sample_shapes, select_samples
 from advfeat.attacks.settings import own_bounds, own_mask
@@ -44,6 +45,7 @@ _ROUNDS, _PATIENCE = 20, 3
 # Of the rounds of smoothed gradients: steps, noise, and by which fraction the ball is smaller than
 # the closest distance, at first and at least.
 _SMOOTHED_STEPS, _SCALES, _SHRINK, _LEAST_SHRINK = 80, (6.0, 6.0, 9.0, 4.0), 0.1, 0.02
+_QUERIES = 2000  # of Square, where random search gets further than gradients
 _POLISH_STEPS = 30  # after each success
 
 
@@ -138,7 +140,8 @@ def robustness_curve(
         One minimum-norm attack without ``eps``, such as `advfeat.attacks.FMN`. By default the
         closest of several for every sample: `advfeat.attacks.MinimumPGD` with noise (two restarts)
         and without, and `advfeat.attacks.FAB` towards the four likeliest classes; then rounds of
-        `advfeat.attacks.SmoothedPGD` in smaller balls and of MinimumPGD with other noise, and a
+        `advfeat.attacks.SmoothedPGD` in smaller balls, of MinimumPGD with other noise and, in linf,
+        of `advfeat.attacks.Square` where that gets further than gradients, and a
         search in small steps around the closest point. That takes about 800 gradients a sample,
         and up to 2,800 where gradients are masked: where noise finds much closer points.
     seed
@@ -327,7 +330,9 @@ class _Search:
             if not len(chosen):
                 break
             samples = select_samples(batch, chosen)
-            attack = self._attack(number, samples, (distance * (1 - fraction))[chosen])
+            attack = self._attack(number, samples, distance[chosen], fraction[chosen])
+            if attack.starts_at_result:
+                samples = samples._replace(start=closest[chosen])
             with self.net.selected(chosen):
                 found, size, hits = self._attacked(attack, samples, distance[chosen])
             best = _closer(closest[chosen], distance[chosen], found, size)
@@ -338,25 +343,26 @@ class _Search:
             failures[chosen] = torch.where(hits, 0, failures[chosen] + 1)
         return closest, distance
 
-    def _attack(self, number: int, samples: Batch, eps: Tensor) -> Attack:
-        """Two rounds of three are of the kind that is the stronger one in the norm."""
+    def _attack(self, number: int, samples: Batch, distance: Tensor, fraction: Tensor) -> Attack:
+        """Two rounds of three are of the kind that is the stronger one in the norm.
+
+        In linf every third round is random search, where that gets further than gradients.
+        """
         seed = seeding.derive(self.seed, number)
         if (number % 3 == 2) != (self.norm == "l1"):
             return MinimumPGD(norm=self.norm, bounds=self.bounds, seed=seed)
         low, high = threat.bounds_of(samples.box, self.bounds)
         most = torch.maximum(high - samples.inputs, samples.inputs - low)
-        eps = eps.minimum(threat.size(most, self.norm))
+        square = self.norm == "linf" and number % 3 == 1
+        shrink = fraction / 4 if square else fraction
+        eps = (distance * (1 - shrink)).minimum(threat.size(most, self.norm))
         if self.norm == "linf" and samples.box is None:
             eps = eps.clamp_max(high - low)
-        return SmoothedPGD(
-            eps=eps,
-            norm=self.norm,
-            steps=_SMOOTHED_STEPS,
-            scales=(_SCALES[number % len(_SCALES)],),
-            returns="first",
-            bounds=self.bounds,
-            seed=seed,
-        )
+        ball: dict[str, Any] = {"eps": eps, "norm": self.norm, "bounds": self.bounds, "seed": seed}
+        if square:
+            return SquareBeyondGradients(**ball, queries=_QUERIES)
+        scale = _SCALES[number % len(_SCALES)]
+        return SmoothedPGD(**ball, steps=_SMOOTHED_STEPS, scales=(scale,), returns="first")
 
     def _attacked(
         self, attack: Attack, samples: Batch, distance: Tensor

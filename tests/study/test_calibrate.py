@@ -116,6 +116,9 @@ def test_two_radii_are_tried():
 
     # Few targets on the robust model at 1.0, but a wider gap at 1.5.
     assert serving(reached((0.3, 0.02), (0.5, 0.1), (0.9, 0.3), (1.0, 0.6))) == [1.0, 1.5]
+    # The widest gap is two radii further.
+    found = reached((0.3, 0.02), (0.6, 0.25), (0.9, 0.3), (1.0, 0.6))
+    assert serving(found) == [0.5, 1.0, 1.5]
     # The widest gap has few of them: it, and the next.
     assert serving(reached((0.3, 0.02), (0.95, 0.1), (0.97, 0.3), (1.0, 0.6))) == [1.0, 1.5]
     # The last radius has no next, and one with too many targets on both is the best there is.

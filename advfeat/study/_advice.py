@@ -80,7 +80,8 @@ def _about_datasets(made: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
                 strength = "far too" if success < LEAST_SUCCESS else "rather"
                 yield (
                     f"{name}: {success:.1%} of the samples reach their target on the standard "
-                    f"model, {strength} few to learn from; raise its eps or its steps."
+                    f"model, {strength} few to learn from. A larger eps or more steps reach "
+                    "more, and more of them on the robust model too."
                 )
         elif plan.is_targeted and means["success"] > MOST_CONTROL_SUCCESS:
             yield (

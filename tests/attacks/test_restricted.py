@@ -150,12 +150,8 @@ ATTACKS = {
 }
 # Of the optimum, where it is not 1%, in plain balls neither: one step ends at the first face, and
 # Square in l1 and l2 moves windows of an image, in which every pixel has its part of a pattern.
-REACHED = {
-    ("fgsm", "l1"): 0.0,
-    ("fgsm", "l2"): 0.75,
-    ("square", "l1"): -1.0,
-    ("square", "l2"): -1.0,
-}
+REACHED = {("fgsm", "l1"): 0.0, ("fgsm", "l2"): 0.75}
+REACHED_ON_AVERAGE = {("square", "l1"): 0.25, ("square", "l2"): 0.55}
 
 
 def quick_or_slow(attacks, quick):
@@ -181,7 +177,10 @@ def test_attacks_in_a_ball_reach_the_optimum_of_a_linear_model(name, case, norm)
     check_inside(found, norm, eps, low, high)
     gain, best = gain_of(found), best_gain(norm, eps, low, high)
     assert (gain <= best * (1 + 1e-6)).all()
-    assert (gain > REACHED.get((name, norm), 0.99) * best).all()
+    if (name, norm) in REACHED_ON_AVERAGE:
+        assert (gain / best).mean() > REACHED_ON_AVERAGE[name, norm]
+    else:
+        assert (gain > REACHED.get((name, norm), 0.99) * best).all()
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -224,8 +224,9 @@ def robust_accuracy(
     robust.broken_by, robust.value = broken_by, value
     robust.adversarial = None if inputs is None else inputs.contiguous()
     signs = masking_signs(attacks, broken_by, zero, *misled)
+    doubt = " may be too high" if float(robust) else ""
     for topic, sign in signs.items():
-        checks.warn(f"robust accuracy {float(robust):.4f} may be too high: {sign}", topic=topic)
+        checks.warn(f"robust accuracy {float(robust):.4f}{doubt}: {sign}", topic=topic)
     robust.warnings = tuple(signs.values())
     return robust
 

@@ -187,3 +187,13 @@ def test_a_sound_model_gets_no_warning(robust, rows):
 def test_saturated_cross_entropy_still_has_a_direction_or_is_reported(standard, rows):
     found = evaluate(EQUIVALENT["huge logits"](standard), rows, steps=5)
     assert float(found) <= float(evaluate(standard, rows, steps=5)) + 0.03 or found.warnings
+
+
+def test_a_result_of_zero_is_not_said_to_be_too_high():
+    head = nn.Linear(64, 2)
+    head.weight.data = torch.stack([torch.ones(64), -torch.ones(64)])
+    head.bias.data = torch.tensor([-59.0, 0.0])  # the margin is 5; a random start moves it by 1
+    model = Front(nn.Sequential(nn.Flatten(), head), lambda x: torch.round(8 * x) / 8)
+    x, y = torch.full((8, 1, 8, 8), 0.5), torch.zeros(8, dtype=torch.int64)
+    with pytest.warns(UserWarning, match="robust accuracy 0.0000: 8 of 8 samples"):
+        assert float(robust_accuracy(model, [(x, y)], **BALL)) == 0

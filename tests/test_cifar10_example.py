@@ -107,7 +107,8 @@ def test_the_download_is_checked_unpacked_and_read(tmp_path):
 def test_the_estimate_is_from_this_machine_and_lists_every_stage(tmp_path):
     module = runpy.run_path(str(SCRIPT))
     given = ["--data", str(as_npz(tmp_path)), "--budget", "cpu", "--samples", str(SAMPLES)]
-    options = module["parser"].parse_args([*given, "--device", "cpu"])
+    given += ["--device", "cpu", "--precision", "float32"]
+    options = module["parser"].parse_args(given)
     speed = module["Work"](training=0.01, gradients=0.02, evaluated=0.1)
     printed = module["estimate"](options, speed)
     chosen = module["cpu_recipe"]()

@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from advfeat import threat
 from advfeat.attacks import FAB, FMN, MinimumPGD, SmoothedPGD
 from advfeat.attacks.base import prepare_batch
+from advfeat.attacks.misleading import SquareBeyondGradients
 from advfeat.metrics import RobustnessCurve, _curve, robust_accuracy, robustness_curve
 from advfeat.model import attackable
 
@@ -159,10 +160,14 @@ def test_the_search_ends_at_the_closest_point(norm, monkeypatch):
     assert (found >= exact * (1 - 1e-6)).all()
     # Each run in a ball is in a smaller one than the closest point so far.
     for attack, near in attacks:
-        if isinstance(attack, SmoothedPGD):
+        if not isinstance(attack, MinimumPGD):
             assert (attack.eps < near).all()
-    smoothed = [isinstance(attack, SmoothedPGD) for attack, _ in attacks[:3]]
-    assert smoothed == ([False, False, True] if norm == "l1" else [True, True, False])
+    kinds = {
+        "l1": [MinimumPGD, MinimumPGD, SmoothedPGD],
+        "l2": [SmoothedPGD, SmoothedPGD, MinimumPGD],
+        "linf": [SmoothedPGD, SquareBeyondGradients, MinimumPGD],
+    }
+    assert [type(attack) for attack, _ in attacks[:3]] == kinds[norm]
 
 
 @pytest.mark.parametrize(

@@ -153,14 +153,15 @@ class Meter:
         return ", ".join(parts)
 
 
-def shows_evaluations(meter: Meter, figures: dict[str, str]) -> Callable[[], None]:
+def shows_evaluations(
+    meter: Meter, figures: dict[str, str], unit: str = "evaluations"
+) -> Callable[[], None]:
     """Return what counts a model's evaluations, and shows them while no unit is finished."""
     counter = itertools.count(1)
 
     def count() -> None:
-        figures["evaluations"] = str(next(counter))
-        if meter.is_due:
-            meter.update(0, figures)
+        figures[unit] = str(next(counter))
+        meter.update(0, figures)
 
     return count
 

@@ -95,8 +95,8 @@ class Square(Attack):
             bounds = threat.bounds_of(batch.box, self.bounds)
             start = threat.project(batch.start, inputs, state.eps, self.norm, bounds)
         else:
-            start = self._stripes(state) if self.norm == "linf" else self._grid(state)
-        return state._replace(current=start.view(inputs.shape))
+            start = self._own_start(state)
+        return state._replace(current=start)
 
     def step(self, net: Network, state: SquareState) -> SquareState:
         """Spend one query of every sample that is not finished; the first evaluates the start."""
@@ -131,6 +131,11 @@ class Square(Attack):
     def result(self, state: SquareState) -> Tensor:
         """The first success, else the iterate of the largest margin."""
         return state.current
+
+    def _own_start(self, state: SquareState) -> Tensor:
+        """Stripes in linf, a grid of bumps in l1 and l2."""
+        start = self._stripes(state) if self.norm == "linf" else self._grid(state)
+        return start.view(state.inputs.shape)
 
     def _stripes(self, state: SquareState) -> Tensor:
         """Start of linf: each column of each channel at one of the ball's two faces."""

@@ -116,13 +116,13 @@ class SquareBeyondGradients(Square):
         state = self._remember(state, state.step == 1)
         probed = (state.step == _PROBE) & ~state.success
         better = state.value - state.reached > _LEAST_GAIN * state.reached.abs()
-        over = (probed & ~better) | self._is_hopeless(state)
+        checked = self._is_checked(state)
+        over = (probed & ~better) | (checked & self._is_hopeless(state))
         state = state._replace(step=torch.where(over, self.max_evaluations, state.step))
         again = probed & better
         if not threat.known_none(again):
             state = self._remember(state, again)
-            start = self._stripes(state) if self.norm == "linf" else self._grid(state)
-            start = start.view(state.current.shape)
+            start = self._own_start(state)
             state = state._replace(
                 current=torch.where(threat.per_sample(again, start), start, state.current),
                 value=state.value.masked_fill(again, -torch.inf),
@@ -132,7 +132,7 @@ class SquareBeyondGradients(Square):
         return state._replace(
             current=torch.where(kept, state.x_reached, state.current),
             value=torch.where(worse, state.reached, state.value),
-            earlier=torch.where(self._is_checked(state), state.value, state.earlier),
+            earlier=torch.where(checked, state.value, state.earlier),
         )
 
     def run(self, net: Network, state: Any) -> Any:
@@ -148,11 +148,11 @@ class SquareBeyondGradients(Square):
         return torch.stack([state.step - _PROBE == check for check in _CHECKS]).any(0)
 
     def _is_hopeless(self, state: SquareBeyondGradientsState) -> Tensor:
-        """Samples to leave at a check of the second search, bool ``(N,)``."""
+        """Samples to leave if this is a check of the second search, bool ``(N,)``."""
         first = state.step == _PROBE + _CHECKS[0]
         slow = -state.value > _FARTHEST * (state.value - state.earlier)
         behind = slow | (state.value < state.reached)
-        return self._is_checked(state) & ~first & behind & ~state.success
+        return ~first & behind & ~state.success
 
     @staticmethod
     def _remember(state: SquareBeyondGradientsState, chosen: Tensor) -> SquareBeyondGradientsState:

@@ -26,7 +26,7 @@ from advfeat.metrics._accuracy import CleanPass, places, tensor
 from advfeat.metrics._outcome import Accuracy
 from advfeat.metrics._sharing import SharedSamples
 from advfeat.model import Network, Precision, attackable, device_of
-from advfeat.progress import Meter
+from advfeat.progress import Meter, shows_evaluations
 from advfeat.results import Result
 from advfeat.suggestions import suggests
 from advfeat.tables import Table
@@ -271,8 +271,7 @@ def _closest(
     """Distance of the closest point that any of the attacks finds, ``(N,)``."""
 
     def shows(name: str, net: Network = net) -> None:
-        count = itertools.count(1)
-        net.on_gradient = lambda: meter.update(0, {"attack": name, "gradients": str(next(count))})
+        net.on_gradient = shows_evaluations(meter, {"attack": name}, "gradients")
 
     others = [entered(attack, net, batch)[0] for attack in attacks[1:]]
     polish = None if polish is None else entered(polish, net, batch)[0]

@@ -1,5 +1,6 @@
 """Masks, and eps and bounds by feature: closed forms on linear models, and what may not move."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -146,7 +147,7 @@ ATTACKS = {
     "fgsm": lambda **s: FGSM(**s),
     "apgd": lambda **s: APGD(**s, seed=0),
     "smoothed": lambda **s: SmoothedPGD(**s, scales=(6.0, 0.0), seed=0),
-    "square": lambda **s: Square(**s, queries=500, seed=0),
+    "square": lambda **s: Square(**s, queries=250, seed=0),
 }
 # Of the optimum, where it is not 1%, in plain balls neither: one step ends at the first face, and
 # Square in l1 and l2 moves windows of an image, in which every pixel has its part of a pattern.
@@ -155,12 +156,13 @@ REACHED_ON_AVERAGE = {("square", "l1"): 0.25, ("square", "l2"): 0.55}
 
 
 def quick_or_slow(attacks, quick):
-    """Each attack in each case; the short form has `quick` in all, and most in the case "all"."""
+    """Attacks by case; the short form has `quick` in all cases, and most in the case "all"."""
     for attack in attacks:
-        for case in CASES:
+        # An ensemble hands on what it is given, and its attacks are in every case themselves.
+        for case in ["all"] if attack == "autoattack" else CASES:
             marks = (
                 ()
-                if (case == "all" and attack != "square") or attack in quick
+                if (case == "all" and attack not in ("square", "autoattack")) or attack in quick
                 else pytest.mark.slow
             )
             name = attack if isinstance(attack, str) else attack.__name__
@@ -168,7 +170,7 @@ def quick_or_slow(attacks, quick):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("name", "case"), quick_or_slow(ATTACKS, ("pgd", "fgsm")))
+@pytest.mark.parametrize(("name", "case"), list(quick_or_slow(ATTACKS, ("pgd", "fgsm"))))
 def test_attacks_in_a_ball_reach_the_optimum_of_a_linear_model(name, case, norm):
     own, eps, low, high = settings_of(case, norm)
     model, labels = Linear(), torch.zeros(COUNT, dtype=torch.int64)
@@ -216,11 +218,11 @@ def test_a_short_attack_in_a_masked_ball_is_that_of_the_free_features(kind, norm
 @pytest.mark.parametrize("case", ["mask", "scales"])
 def test_square_comes_near_the_optimum_on_columns(case, norm):
     # Its windows of three columns with a fixed pattern end at 0.7 to 0.9 of it in l1 and l2,
-    # however many the queries (500 here; as far with 5,000).
+    # however many the queries (300 here; as far with 5,000).
     x = randoms(COUNT, FEATURES, seed=0)
     scale = 0.5 + randoms(FEATURES, seed=5)
     own = {"mask": MASK.flatten()} if case == "mask" else {"eps": scale[None] * EPS[norm]}
-    found = Square(**{"eps": EPS[norm], **own}, norm=norm, queries=500, seed=0)(
+    found = Square(**{"eps": EPS[norm], **own}, norm=norm, queries=300, seed=0)(
         Linear(100.0), x, torch.zeros(COUNT, dtype=torch.int64)
     )
     free = own.get("mask", torch.ones(FEATURES)) != 0
@@ -232,7 +234,7 @@ def test_square_comes_near_the_optimum_on_columns(case, norm):
 
 
 @pytest.mark.parametrize("norm", L2_QUICK)
-@pytest.mark.parametrize(("kind", "case"), quick_or_slow([FAB, FMN, MinimumPGD], ()))
+@pytest.mark.parametrize(("kind", "case"), list(quick_or_slow([FAB, FMN, MinimumPGD], ())))
 def test_minimum_norm_attacks_reach_the_nearest_point_of_a_linear_model(kind, case, norm):
     own, eps, low, high = settings_of(case, norm)
     # Above the radius that the attack is given, one that needs half of it.
@@ -264,9 +266,24 @@ def test_a_minimum_norm_attack_with_eps_by_feature_stays_in_the_ball(norm):
         check_inside(found, norm, eps, low, high)
 
 
+@pytest.fixture
+def short_ensembles(monkeypatch):
+    """Ensembles whose attacks take few steps and queries: what may move is a matter of each."""
+    whole = AutoAttack.attacks.fget
+
+    def short(ensemble):
+        return tuple(
+            replace(attack, **({"queries": 50} if isinstance(attack, Square) else {"steps": 12}))
+            for attack in whole(ensemble)
+        )
+
+    monkeypatch.setattr(AutoAttack, "attacks", property(short))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("version", ["fast", "standard"])
+@pytest.mark.usefixtures("short_ensembles")
 def test_nothing_outside_the_mask_moves_in_the_pool(version, norm):
     model, count = curved(), 6
     x = randoms(count, *SHAPE, seed=3)
@@ -292,9 +309,10 @@ def test_nothing_outside_the_mask_moves_in_the_pool(version, norm):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_ensembles")
 def test_robust_accuracy_takes_mask_eps_and_bounds_themselves():
     model = curved()
-    x = randoms(20, *SHAPE, seed=3)
+    x = randoms(10, *SHAPE, seed=3)
     data = TensorDataset(x, predicted(model, x))
     ball = {"eps": CHANNELS * 0.3, "norm": "linf", "bounds": (LOW, HIGH), "mask": MASK}
     found = af.robust_accuracy(model, data, **ball, seed=0, keep_inputs=True)

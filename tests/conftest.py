@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 
 # Of this process and of those that tests start: see `ground_one_thread`.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import advfeat as af
+from advfeat.attacks import AutoAttack, Square
 
 collect_ignore = ["benchmarks"]  # scripts, to be run by hand
 SLOW_DOCTESTS = {  # whole studies, and other trainings
@@ -60,6 +62,20 @@ def made_once(tmp_path_factory):
         return torch.load(path, weights_only=True)
 
     return get
+
+
+@pytest.fixture
+def short_ensembles(monkeypatch):
+    """Ensembles whose attacks take few steps and queries, for tests of all but their strength."""
+    whole = AutoAttack.attacks.fget
+
+    def short(ensemble):
+        return tuple(
+            replace(attack, **({"queries": 50} if isinstance(attack, Square) else {"steps": 12}))
+            for attack in whole(ensemble)
+        )
+
+    monkeypatch.setattr(AutoAttack, "attacks", property(short))
 
 
 @pytest.fixture(scope="session")

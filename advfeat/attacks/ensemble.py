@@ -113,7 +113,7 @@ class AutoAttack:
                 APGD(**ball, steps=30, returns="first"),
                 APGD(
                     **ball,
-                    steps=30,
+                    steps=20,
                     loss="dlr",
                     targets=self._towards(9),
                     restarts=3,
@@ -121,6 +121,7 @@ class AutoAttack:
                 ),
                 APGD(**ball, steps=30, loss="margin", restarts=8, returns="first"),
                 APGD(**ball, steps=30, loss="dlr", restarts=4, returns="first"),
+                APGD(**ball, steps=60, restarts=4, returns="first"),
                 SquareOnMisleadingGradients(**ball, queries=_QUERIES),
                 MinimumPGDOnMaskedGradients(**ball),
                 self._smoothed(steps=120, scales=_SCALES[:3], masking_ratio=_MASKING_RATIO_L1),

@@ -59,6 +59,12 @@ COMPOSED = {
 }
 IN_L1 = {
     "fast": fast("l1"),
+    "until 2026-11-29": {
+        Run(CE, 30): 1,
+        Run(DLR, 30, 9): 3,
+        Run(MARGIN, 30): 8,
+        Run(DLR, 30): 4,
+    },
     "shorter towards classes": {
         Run(CE, 30): 1,
         Run(DLR, 15, 9): 4,

@@ -139,15 +139,17 @@ class _Choice:
             meter.stage("targeted perturbations")
             choices["targeted_eps"], choices["targeted_lr"] = self._targeted(standard, robust, lr)
             meter.stage("inversions")
-            choices["steps"], choices["step_size"] = self._inversion(standard, robust)
+            choices.update(self._inversions(standard, robust))
             choices["epochs"] = epochs_for(pilot.count, pilot.study_steps)
-            choices["fewer_epochs"] = epochs_for(pilot.count, STEPS)
+            choices["robust_epochs"] = epochs_for(pilot.count, STEPS)
+            choices["taught_epochs"] = epochs_for(pilot.count, pilot.taught_steps)
             choices["starts"] = 1 if pilot.count >= _MANY else 4
             meter.stage("trial of D_R")
             self._try_inverted(robust, halfway, choices)
         self.reasons += [
             f"epochs {choices['epochs']}: {pilot.study_steps} steps of {BATCH} samples; "
-            f"{choices['fewer_epochs']} of adversarial training, on D_rand and on D_det",
+            f"{choices['robust_epochs']} of adversarial training, {choices['taught_epochs']} on "
+            "D_rand and D_det",
             f"{choices['starts']} starts for each image of D_R and D_NR, at equal steps: "
             f"{pilot.count} training samples",
         ]
@@ -268,7 +270,8 @@ class _Choice:
         _, on, off = next(each for each in found if each.radius == radius)
         text = f"{on:.0%} reach their target on the standard model and {off:.0%} on the robust one"
         self.reasons.append(f"targeted perturbations in {self.pilot.norm} {radius:g}: {text}")
-        self._report_trial("D_det", trials[radius], "accuracy")
+        best = f", the best of {len(trials)} radii" if len(trials) > 1 else ""
+        self._report_trial("D_det", trials[radius], f"accuracy, {self.pilot.tried} samples{best}")
         lr = self._targeted_rate(taught[radius][0], made[radius][0], lr)
         if on < GOOD_SUCCESS or off > MOST_CONTROL_SUCCESS:
             weak = "can hardly teach" if on < LEAST_SUCCESS else "may teach less than they could"
@@ -293,36 +296,54 @@ class _Choice:
         )
         return lr
 
-    def _inversion(self, standard: nn.Module, robust: nn.Module) -> tuple[int, float]:
-        """As many steps as bring activations near; none are near enough below 10 to 15%."""
+    def _inversions(self, standard: nn.Module, robust: nn.Module) -> dict[str, Any]:
+        """As many steps as bring each model's activations near: D_R's the robust one's, D_NR's."""
         images = self.pilot.images.flatten(1)
         apart = float((images - images.roll(1, 0)).norm(dim=1).mean())
         step_size = float(f"{_STEP * apart:.2g}")
-        found: list[tuple[int, float, float, float]] = []
-        for steps in _LENGTHS:
-            left = [self.pilot.distance(model, steps, step_size) for model in (robust, standard)]
-            found.append((steps, step_size, left[0], left[1]))
-            if max(left) <= _GOOD_DISTANCE:
-                break
-            if len(found) > 1 and max(left) > 0.9 * max(found[-2][2:]):
-                step_size = float(f"{step_size / 2:.2g}")  # steps of fixed length swing back
+        found = {
+            name: self._lengths(model, step_size)
+            for name, model in (("robust", robust), ("standard", standard))
+        }
         self.tables["Distance of activations left by an inversion, held out"] = table(
-            ("steps", "of", "robust", "standard"),
-            [(n, f"{size:g}", f"{r:.1%}", f"{s:.1%}") for n, size, r, s in found],
+            ("model", "steps", "of", "left"),
+            [
+                (name, str(steps), f"{size:g}", f"{left:.1%}")
+                for name, tried in found.items()
+                for steps, size, left in tried
+            ],
         )
-        steps, step_size, on_robust, on_standard = min(found, key=lambda each: max(each[2:]))
+        best = [min(tried, key=lambda each: each[2]) for tried in found.values()]
+        (steps, step_size, left), (others, other_size, other_left) = best
         self.reasons.append(
-            f"inversions of {steps} steps of {step_size:g} (images lie {apart:.3g} apart), "
-            f"momentum {MOMENTUM:g}: they leave {on_robust:.0%} of the "
-            f"distance of the robust model's activations, {on_standard:.0%} of the standard one's"
+            f"inversions of {steps} steps of {step_size:g} on the robust model, for D_R, and of "
+            f"{others} of {other_size:g} on the standard one, for D_NR (images lie {apart:.3g} "
+            f"apart), momentum {MOMENTUM:g}: they leave {left:.0%} and {other_left:.0%} of the "
+            "distance of activations"
         )
-        if on_robust > MOST_DISTANCE:
+        if left > MOST_DISTANCE:
             self.warnings.append(
-                f"After {steps} steps {on_robust:.0%} of the distance of the robust model's "
+                f"After {steps} steps {left:.0%} of the distance of the robust model's "
                 f"activations is left, more than {MOST_DISTANCE:.0%}: D_R will hold much of its "
                 "starts. Give more steps, or another layer."
             )
-        return steps, step_size
+        return {
+            "steps": steps,
+            "step_size": step_size,
+            "standard_steps": others,
+            "standard_step_size": other_size,
+        }
+
+    def _lengths(self, model: nn.Module, step_size: float) -> list[tuple[int, float, float]]:
+        """Steps, their size, and the distance left; none is near enough below 10 to 15%."""
+        found: list[tuple[int, float, float]] = []
+        for steps in _LENGTHS:
+            found.append((steps, step_size, self.pilot.distance(model, steps, step_size)))
+            if found[-1][2] <= _GOOD_DISTANCE:
+                break
+            if len(found) > 1 and found[-1][2] > 0.9 * found[-2][2]:
+                step_size = float(f"{step_size / 2:.2g}")  # steps of fixed length swing back
+        return found
 
     def _try_inverted(self, robust: nn.Module, radius: float, choices: dict[str, Any]) -> None:
         """Try D_R on few samples: how much more robust it makes a model than its control."""

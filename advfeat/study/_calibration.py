@@ -50,12 +50,9 @@ class Calibration(Result):
             As in `Recipe`.
         """
         c = self.choices
-        inversion = {
-            "steps": c["steps"],
-            "step_size": c["step_size"],
-            "momentum": MOMENTUM,
-            "starts": c["starts"],
-        }
+        inversion = {"momentum": MOMENTUM, "starts": c["starts"]}
+        on_robust = {"steps": c["steps"], "step_size": c["step_size"]}
+        on_standard = {"steps": c["standard_steps"], "step_size": c["standard_step_size"]}
         targeted = {"eps": c["targeted_eps"], "steps": 20}
         light = {"augment": shift_batch if c["images"] else None, "epochs": c["epochs"]}
         return Recipe(
@@ -65,21 +62,21 @@ class Calibration(Result):
                 "steps": 3,
                 "step_size": c["eps"] / 2,
                 "lr": c["robust_lr"],
-                "epochs": c["fewer_epochs"],
-                "warmup": warmup_for(c["fewer_epochs"]),
+                "epochs": c["robust_epochs"],
+                "warmup": warmup_for(c["robust_epochs"]),
             },
             sets={
-                "D_R": inversion,
+                "D_R": {**on_robust, **inversion},
                 "D_R control": {},
-                "D_NR": inversion,
+                "D_NR": {**on_standard, **inversion},
                 "D_rand": targeted,
                 "D_rand control": {},
                 "D_det": targeted,
                 "D_det control": {},
             },
             fresh={
-                "D_rand": {"lr": c["lr"] / 5, "epochs": c["fewer_epochs"]},
-                "D_det": {"lr": c["targeted_lr"], "epochs": c["fewer_epochs"]},
+                "D_rand": {"lr": c["lr"] / 5, "epochs": c["taught_epochs"]},
+                "D_det": {"lr": c["targeted_lr"], "epochs": c["taught_epochs"]},
             },
             samples=samples,
         )

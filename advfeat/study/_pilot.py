@@ -97,6 +97,19 @@ class Pilot:
         """The same for the study: as many passes over its samples, up to twice the steps."""
         return round(self.steps * min(2.0, self.count / len(self.train)))
 
+    @property
+    def tried(self) -> int:
+        """Samples of a trial of D_det."""
+        return min(len(self.train), _TRIED[1])
+
+    @property
+    def taught_steps(self) -> int:
+        """Of the study on D_rand and D_det: the trial's passes, up to four times its steps.
+
+        With more samples and no more steps D_det teaches less than in the trial.
+        """
+        return round(STEPS * min(4.0, self.count / self.tried))
+
     def standard(self, lr: float = RATE) -> tuple[nn.Module, float]:
         """A standard model, and its training loss at the end."""
         model = self._fresh()
@@ -143,7 +156,7 @@ class Pilot:
         self, standard: nn.Module, robust: nn.Module, eps: float
     ) -> tuple[ConstructedDataset, ConstructedDataset]:
         """D_det of few samples, and its control: the same from the robust model."""
-        some = Subset(self.train, range(min(len(self.train), _TRIED[1])))
+        some = Subset(self.train, range(self.tried))
         return self._targeted(standard, some, eps), self._targeted(robust, some, eps)
 
     def taught(self, made: ConstructedDataset, lr: float) -> Tensor:

@@ -35,6 +35,8 @@ def test_planted_data_have_what_the_paper_found(found):
         assert part in text
     recipe = found.recipe()
     assert recipe.sets["D_det"]["eps"] == found.choices["targeted_eps"]
+    assert recipe.sets["D_R"]["steps"] == found.choices["steps"]
+    assert recipe.sets["D_NR"]["steps"] == found.choices["standard_steps"]
     assert recipe.training("robust")["eps"] == 0.3
     assert recipe.training("D_R")["augment"] is None
     assert {"D_R control", "D_det control"} <= set(recipe.sets)
@@ -93,6 +95,12 @@ def test_a_study_has_as_many_passes_as_its_pilot_up_to_twice_the_steps():
     assert pilot.study_steps == round(300 * 600 / 450)
     pilot.count *= 10
     assert pilot.study_steps == 600
+    # D_det has the passes of its trial, here of 450 samples and then of 1000.
+    assert pilot.tried == 450
+    assert pilot.taught_steps == 1200
+    pilot.count = 600
+    assert pilot.taught_steps == 400
+    assert epochs_for(600, pilot.taught_steps) == 80
     assert epochs_for(1280, 300) == 30
     assert epochs_for(12800, 300) == 12
 
@@ -108,6 +116,26 @@ def test_a_rate_at_which_d_det_teaches_a_constant_answer_is_not_chosen(fast, rat
     assert "a constant answer has" in choice.reasons[-1]
     (said,) = choice.warnings
     assert "50% reach their target on the standard model and 10% on the robust one" in said
+
+
+def test_d_r_has_the_steps_that_the_robust_model_needs_and_d_nr_the_standard_ones(monkeypatch):
+    left = {"r": {20: 0.3, 40: 0.08}, "s": {20: 0.5, 40: 0.49, 80: 0.2, 160: 0.15, 320: 0.12}}
+    tried = []
+
+    def distance(self, model, steps, step_size):
+        tried.append((model, steps, step_size))
+        return left[model][steps]
+
+    monkeypatch.setattr(Pilot, "distance", distance)
+    choice = _Choice(Pilot(network, WORLD.data, "l2", (0.0, 1.0), 0), 0.3)
+    chosen = choice._inversions("s", "r")
+    assert [model for model, _, _ in tried] == 2 * ["r"] + 5 * ["s"]
+    assert (chosen["steps"], chosen["standard_steps"]) == (40, 320)
+    whole, half = tried[0][2], tried[-1][2]  # halved once, after 40 steps that left 0.49
+    assert half == pytest.approx(whole / 2, rel=0.1)
+    assert (chosen["step_size"], chosen["standard_step_size"]) == (whole, half)
+    assert "leave 8% and 12%" in choice.reasons[-1]
+    assert not choice.warnings
 
 
 def test_two_radii_are_tried():

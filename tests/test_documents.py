@@ -64,6 +64,7 @@ def yours():
     "page", [p for p in PAGES if blocks(p) and p not in GUIDE], ids=lambda p: p.name
 )
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("short_ensembles")
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -82,6 +83,7 @@ def shortened(block, page):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("short_ensembles")
 def test_the_blocks_of_the_guide_run_one_after_another(tmp_path, monkeypatch):
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()

@@ -105,7 +105,7 @@ def test_targeted_square_reaches_the_target_as_often_as_torchattacks(standard, d
 @pytest.mark.slow
 def test_the_ensemble_leaves_no_more_than_that_of_torchattacks(standard, digits):
     ta = pytest.importorskip("torchattacks")
-    x, y = (tensor[:30] for tensor in digits[1].tensors)
+    x, y = (tensor[:16] for tensor in digits[1].tensors)
     right = predicted(standard, x) == y
     x, y = x[right], y[right]
     peer = ta.AutoAttack(standard, norm="Linf", eps=0.08, n_classes=10, seed=0)

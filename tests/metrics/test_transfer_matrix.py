@@ -109,6 +109,7 @@ def test_the_diagonal_is_the_attack_on_the_model_itself(standard, robust, digits
         pytest.param(AutoAttack(eps=0.1, norm="linf", version="fast"), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("short_ensembles")
 def test_random_attacks_follow_the_seed(standard, robust, digits, attack):
     data = TensorDataset(*(tensor[:20] for tensor in digits[1].tensors))
 

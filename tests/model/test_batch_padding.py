@@ -75,7 +75,8 @@ def test_a_single_sample_is_enough_for_a_model_that_squeezes(batch_size):
 
 
 @pytest.mark.slow
-def test_constructions_and_curves_pad_too():
+def test_constructions_and_curves_pad_too(monkeypatch):
+    monkeypatch.setattr("advfeat.metrics._curve._ROUNDS", 2)
     model = OneSize(network())
     made = af.construct_det_dataset(model, data(), eps=0.5, steps=5, batch_size=BATCH)
     expected = af.construct_det_dataset(network(), data(), eps=0.5, steps=5, batch_size=BATCH)

@@ -103,6 +103,7 @@ CALLS = {
     [n if n != "AutoAttack" else pytest.param(n, marks=pytest.mark.slow) for n in CALLS],
 )
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_ensembles")
 def test_calls_with_an_expectation_repeat_without_a_warning(name):
     model, y = noisy()
     before = states()

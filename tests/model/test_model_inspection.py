@@ -126,7 +126,8 @@ DOUBTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DOUBTS)
-def test_what_is_doubtful_is_warned_of_by_every_call(name):
+def test_what_is_doubtful_is_warned_of_by_every_call(name, monkeypatch):
+    monkeypatch.setattr("advfeat.metrics._curve._ROUNDS", 1)
     model, message = DOUBTS[name]
     with torch.no_grad():
         y = model.model(X).argmax(1) if isinstance(model, Function) else model.eval()(X).argmax(1)
@@ -143,7 +144,7 @@ def test_what_is_doubtful_is_warned_of_by_every_call(name):
         "construction": lambda: af.construct_det_dataset(model, data, eps=0.1, norm="l2", steps=2),
     }
     if name not in ("softmax", "noise", "layer without backward"):
-        del calls["curve"]  # seconds each
+        del calls["curve"]  # a second each
     if name == "BatchNorm without statistics":
         del calls["construction"]  # fails on the first sample alone, and says so
     for call, run in calls.items():
@@ -325,6 +326,7 @@ def by_numpy(x):
     "change", [torch.relu_, scaling, lambda x: F.hardtanh_(x, 0.2, 0.8), by_numpy]
 )
 @pytest.mark.parametrize("attack", ["pgd", "robust_accuracy", "square", "fmn"])
+@pytest.mark.usefixtures("short_ensembles")
 def test_a_model_that_writes_to_its_inputs(change, attack):
     from advfeat.attacks import Square, fmn
 

@@ -20,8 +20,22 @@ WORLD = analysis.planted(600, classes=4, agreement=(0.95, 0.99), seed=0)
 
 
 @pytest.fixture(scope="module")
-def found():
-    return study.calibrate(network, WORLD.data, eps=0.3, norm="l2", seed=0)
+def run(tmp_path_factory):
+    """One stage of a study without a recipe, in a folder."""
+    test = analysis.planted(200, classes=4, agreement=(0.95, 0.99), seed=1).data
+    settings = {"eps": 0.3, "norm": "l2", "seed": 0, "stages": ["train standard"]}
+    settings["out"] = tmp_path_factory.mktemp("study")
+    return lambda **changes: study.run(network, WORLD.data, test, **{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def studied(run):
+    return run()
+
+
+@pytest.fixture(scope="module")
+def found(studied):
+    return studied.calibration
 
 
 @pytest.mark.slow
@@ -52,20 +66,17 @@ def test_noise_has_not_and_it_says_so_with_the_number():
 
 
 @pytest.mark.slow
-def test_calibration_is_kept_and_used_by_run(tmp_path):
-    test = analysis.planted(200, classes=4, agreement=(0.95, 0.99), seed=1).data
-    given = {"eps": 0.3, "norm": "l2", "seed": 0, "out": tmp_path, "stages": ["train standard"]}
-    found = study.run(network, WORLD.data, test, **given)
-    kept = json.loads((tmp_path / "stages" / "calibrate.json").read_text())["result"]
-    assert found.calibration.to_dict() == kept
-    assert found._found.work.at == found.calibration.at
-    assert "Calibration" in (tmp_path / "report.html").read_text()
-    before = (tmp_path / "stages" / "calibrate.json").stat().st_mtime_ns
-    again = study.run(network, WORLD.data, test, **given)
-    assert again.calibration.to_dict() == kept
-    assert (tmp_path / "stages" / "calibrate.json").stat().st_mtime_ns == before
+def test_calibration_is_kept_and_used_by_run(run, studied):
+    folder = studied._found.work.stages.folder
+    kept = json.loads((folder / "stages" / "calibrate.json").read_text())["result"]
+    assert studied.calibration.to_dict() == kept
+    assert studied._found.work.at == studied.calibration.at
+    assert "Calibration" in (folder / "report.html").read_text()
+    before = (folder / "stages" / "calibrate.json").stat().st_mtime_ns
+    assert run().calibration.to_dict() == kept
+    assert (folder / "stages" / "calibrate.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"eps=0\.3 there, 0\.2 here"):
-        study.run(network, WORLD.data, test, **{**given, "eps": 0.2})
+        run(eps=0.2)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The report: its numbers are those of the single calls, its verdict warns, its page is whole."""
 
+import functools
 import json
 import re
 import time
@@ -13,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import advfeat as af
 from advfeat import pages
-from advfeat.attacks import PGD, Square
-from advfeat.metrics import Diagnosis, Report
+from advfeat.attacks import FAB, PGD, Square
+from advfeat.metrics import Diagnosis, Report, _curve, _diagnose
 from advfeat.metrics._diagnose import Finding
 from advfeat.metrics._report._budget import Budget, Cost, Work
 from advfeat.metrics._report._contents import Stages
@@ -35,6 +36,13 @@ class First(nn.Module):
 
     def forward(self, x):
         return x.flatten(1)[:, :3] * 4
+
+
+@pytest.fixture
+def short_stages(short_ensembles, monkeypatch):
+    """Short attacks in every stage, for tests of what is reported and not of how strong it is."""
+    monkeypatch.setattr(_curve, "_ROUNDS", 0)
+    monkeypatch.setattr(_diagnose, "FAB", functools.partial(FAB, targets=1))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +163,7 @@ def test_an_attack_of_its_own_must_have_the_mask_of_the_report():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_stages")
 def test_images_are_shown_as_they_are(tmp_path):
     generator = torch.Generator().manual_seed(0)
     inputs = torch.rand(30, 3, 8, 8, generator=generator)
@@ -174,6 +183,7 @@ class Rounded(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("short_stages")
 def test_a_model_without_gradients_gets_no_green_light():
     inputs, _ = points(60)
     data = TensorDataset(inputs, Rounded()(inputs).argmax(1))
@@ -275,6 +285,7 @@ class Mappings(Dataset):
     ],
     ids=["mappings", "loader", "batches", "pair"],
 )
+@pytest.mark.usefixtures("short_stages")
 def test_any_data(data):
     found = af.report(First(), data, eps=0.05, norm="l2", budget=None, samples=20, progress=False)
     assert found.robust.total == 20

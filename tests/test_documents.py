@@ -6,6 +6,7 @@ guide as it is. Any other page has a session of its own.
 """
 
 import ast
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 import advfeat
+from advfeat.attacks import FAB
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,6 +92,7 @@ def test_the_blocks_of_the_guide_run_one_after_another(tmp_path, monkeypatch):
     digits.images, digits.target = digits.images[:160], digits.target[:160]
     monkeypatch.setattr(datasets, "load_digits", lambda: digits)
     monkeypatch.setattr("advfeat.metrics._curve._ROUNDS", 1)  # a search as short as the attacks
+    monkeypatch.setattr("advfeat.metrics._diagnose.FAB", functools.partial(FAB, targets=1))
     monkeypatch.chdir(tmp_path)
     assert [page.stem for page in GUIDE][:2] == ["install", "attack"]
     namespace = {}

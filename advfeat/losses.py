@@ -216,5 +216,6 @@ def _largest_other(logits: Tensor, labels: Tensor) -> Tensor:
 def is_success(logits: Tensor, labels: Tensor, targeted: bool) -> Tensor:
     """Whether the attack has what it wants, bool ``(N,)``; NaN among logits is no class at all."""
     largest, where = logits.max(1)  # of NaN among others NaN
-    says_label = (where == labels) & ~largest.isnan()
-    return says_label if targeted else ~says_label
+    if targeted:  # NaN alone is not equal to itself
+        return (where == labels) & (largest == largest)
+    return (where != labels) | (largest != largest)

@@ -325,15 +325,17 @@ def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 4
     high = magnitude.amax(axes, keepdim=True)
     threshold = low
     enough = 8 * torch.finfo(radius.dtype).eps * radius  # by which the sum is rounded
+    too_little = -enough
     for _ in range(rounds):
         rest = magnitude - threshold
         kept = torch.minimum(rest.clamp_min(0.0), limit)
         excess = kept.sum(axes, keepdim=True) - radius
-        missing = (excess > enough) | ((excess < -enough) & (threshold > 0))
+        missing = (excess > enough) | ((excess < too_little) & (threshold > 0))
         if known_none(missing):
             break
-        low = torch.where(excess > 0, threshold, low)
-        high = torch.where(excess > 0, high, threshold)
+        outside = excess > 0
+        low = torch.where(outside, threshold, low)
+        high = torch.where(outside, high, threshold)
         slope = ((rest > 0) & (rest < limit)).sum(axes, keepdim=True)
         newton = threshold + excess / slope.clamp_min(1)
         inside = ((newton > low) & (newton < high)) | (newton == threshold)

@@ -118,6 +118,7 @@ def masked_distance(inputs, labels, mask):
     "kind",
     ["one mask", *(pytest.param(k, marks=pytest.mark.slow) for k in ("masks", "eps by feature"))],
 )
+@pytest.mark.usefixtures("short_stages")
 def test_a_report_in_a_restricted_ball_has_the_numbers_of_a_linear_model(kind):
     inputs, labels = points(24)
     inputs = 0.3 + 0.4 * inputs  # no face of the bounds is in reach
@@ -149,6 +150,7 @@ def test_a_report_in_a_restricted_ball_has_the_numbers_of_a_linear_model(kind):
     assert again._repr_html_()
 
 
+@pytest.mark.usefixtures("short_stages")
 def test_an_attack_of_its_own_must_have_the_mask_of_the_report():
     settings = {"eps": 0.1, "norm": "linf", "budget": None, "progress": False}
     with pytest.raises(ValueError, match="mask must be equal"):

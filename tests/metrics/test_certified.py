@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import advfeat as af
 from advfeat.checks import ResultWarning
-from advfeat.metrics import certified_accuracy, robustness_curve
+from advfeat.metrics import _certified, certified_accuracy, robustness_curve
 from advfeat.metrics._certified import lower_bound
 
 SIGMA = 0.5
@@ -101,8 +101,24 @@ def test_a_sample_that_no_class_wins_is_abstained_and_counts_as_wrong():
         )
     assert found.abstained >= 5
     gone = found.prediction == -1
+    assert int(gone.sum()) == found.abstained
     assert not bool(found.correct[gone].any())
     assert not bool(found.radius[gone].any())
+
+
+def test_no_copy_that_chose_the_class_is_counted_for_it(monkeypatch):
+    drawn, count = [], _certified._Votes._count
+
+    def counted(self, net, batch, place, first, number):
+        drawn.extend(range(first, first + number))
+        return count(self, net, batch, place, first, number)
+
+    monkeypatch.setattr(_certified._Votes, "_count", counted)
+    model, inputs, distance = half_plane()
+    settings = {"sigma": SIGMA, "alpha": 0.6}
+    certified_accuracy(model, (inputs[:1], (distance < 0).long()[:1]), n0=3, n=4, **settings)
+    assert drawn == list(range(7))
+    certified_accuracy(model, (inputs[:1], (distance < 0).long()[:1]), n0=1, n=1, **settings)
 
 
 def test_noise_goes_by_the_sample_not_by_the_batch():

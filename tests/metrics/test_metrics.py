@@ -52,6 +52,8 @@ def test_accuracy_is_a_float_with_its_counts():
     assert f"{found:.3f}" == "0.750"
     assert round(found, 1) == 0.8
     assert torch.tensor(found) == 0.75
+    assert found.index.tolist() == [0, 1, 2, 3]
+    assert Accuracy.of(torch.tensor([True, False]), torch.tensor([7, 5])).index.tolist() == [7, 5]
 
 
 def test_accuracy_survives_pickling_and_copying():

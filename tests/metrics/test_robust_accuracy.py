@@ -109,9 +109,11 @@ def test_the_record_says_which_attack_broke_a_sample_and_at_what_loss(standard, 
     assert torch.equal(found.adversarial[found.broken_by == -2], x[found.broken_by == -2])
 
 
-def test_adversarial_inputs_are_kept_on_request_alone(standard, digits):
+def test_adversarial_inputs_are_kept_on_request_alone(standard, digits, recwarn):
     found = robust_accuracy(standard, subset(digits, 10), eps=0.05, norm="linf", steps=2)
     assert found.adversarial is None
+    assert found > 0
+    assert not recwarn.list  # what is still robust was moved
 
 
 def test_a_list_is_the_worst_case_of_its_attacks(standard, digits):

@@ -84,6 +84,8 @@ def test_text_page_and_json(found, tmp_path):
     text = str(found)
     for part in ("Robustness:", "Reliability", "seed 0", torch.__version__, "Croce and Hein"):
         assert part in text
+    for part in ("Fast Adaptive", "Decoupling"):  # the curve's attacks are cited
+        assert part in text
     path = tmp_path / "report.html"
     found.save(path)
     page = path.read_text()

@@ -33,9 +33,9 @@ from advfeat.attacks import invert
 from advfeat.training import Options
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from cifar10 import fast_net, resnet18, small_resnet
+from cifar10 import fast_net, resnet18, small_net
 
-NETWORKS = {"small": small_resnet, "fast": fast_net, "resnet18": resnet18}
+NETWORKS = {"small": small_net, "fast": fast_net, "resnet18": resnet18}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -104,7 +104,7 @@ class Report(ReportFields):
         parts += ["", self.paper, "Cite:", *(f"  {each}" for each in self.citations), ""]
         left = [f"Left out: {each}" for each in self.left_out]
         took = sum(self.seconds.values())
-        return [*parts, *left, f"{took:.1f} s; report.save('report.html') writes a page"]
+        return [*parts, *left, f"{took:.1f} s"]
 
     def _repr_html_(self) -> str:
         """The page, in a frame of its own."""

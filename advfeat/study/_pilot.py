@@ -48,11 +48,12 @@ class Reached(NamedTuple):
 
 
 def serving(found: Sequence[Reached]) -> list[float]:
-    """Two or three radii to try D_det in, in order.
+    """Up to four radii to try D_det in, in order.
 
-    That of the widest gap among those in which few targets are reached on the robust model, the
-    next one, and that of the widest gap of all: in a small ball D_det learns from few samples, in a
-    large one robust features change too, and success alone does not say which costs more.
+    Of those in which few targets are reached on the robust model: that of the widest gap, the next
+    one, and the largest. And that of the widest gap of all. In a small ball D_det learns from few
+    samples, in a large one robust features change too, and success alone does not say which costs
+    more.
     """
 
     def gap(each: Reached) -> float:
@@ -61,7 +62,7 @@ def serving(found: Sequence[Reached]) -> list[float]:
     small = [each for each in found if each.robust <= MOST_CONTROL_SUCCESS] or found[:1]
     best, widest = max(small, key=gap), max(found, key=gap)
     following = found[min(found.index(best) + 1, len(found) - 1)]
-    return sorted({best.radius, following.radius, widest.radius})
+    return sorted({best.radius, following.radius, small[-1].radius, widest.radius})
 
 
 class Pilot:

@@ -149,7 +149,7 @@ def test_d_r_has_the_steps_that_the_robust_model_needs_and_d_nr_the_standard_one
     assert not choice.warnings
 
 
-def test_two_radii_are_tried():
+def test_which_radii_are_tried():
     def reached(*rates):
         return [Reached(r, s, c) for r, (s, c) in zip((0.5, 1.0, 1.5, 2.0), rates, strict=True)]
 
@@ -160,6 +160,8 @@ def test_two_radii_are_tried():
     assert serving(found) == [0.5, 1.0, 1.5]
     # The widest gap has few of them: it, and the next.
     assert serving(reached((0.3, 0.02), (0.95, 0.1), (0.97, 0.3), (1.0, 0.6))) == [1.0, 1.5]
+    # The largest with few of them is tried too: D_det learns most from large perturbations.
+    assert serving(reached((0.8, 0.02), (0.85, 0.1), (0.9, 0.18), (1.0, 0.6))) == [0.5, 1.0, 1.5]
     # The last radius has no next, and one with too many targets on both is the best there is.
     assert serving(reached((0.1, 0.0), (0.3, 0.0), (0.6, 0.1), (0.9, 0.1))) == [2.0]
     assert serving([Reached(0.5, 0.9, 0.8)]) == [0.5]

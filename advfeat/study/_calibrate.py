@@ -272,7 +272,7 @@ class _Choice:
         self.reasons.append(f"targeted perturbations in {self.pilot.norm} {radius:g}: {text}")
         best = f", the best of {len(trials)} radii" if len(trials) > 1 else ""
         self._report_trial("D_det", trials[radius], f"accuracy, {self.pilot.tried} samples{best}")
-        lr = self._targeted_rate(taught[radius][0], made[radius][0], lr)
+        lr = self._targeted_rate(taught[radius][0], made[radius][0], lr, trials[radius])
         if on < GOOD_SUCCESS or off > MOST_CONTROL_SUCCESS:
             weak = "can hardly teach" if on < LEAST_SUCCESS else "may teach less than they could"
             self.warnings.append(
@@ -283,7 +283,9 @@ class _Choice:
             )
         return radius, lr
 
-    def _targeted_rate(self, taught: Tensor, made: ConstructedDataset, lr: float) -> float:
+    def _targeted_rate(
+        self, taught: Tensor, made: ConstructedDataset, lr: float, trial: Estimate
+    ) -> float:
         """A higher rate on D_det, if that teaches more, and more than a constant answer."""
         slow = float(taught.double().mean())
         fast = float(self.pilot.taught(made, _HIGHER * lr).double().mean())
@@ -294,6 +296,12 @@ class _Choice:
         self.reasons.append(
             f"learning rate on D_det {lr:g}: {text} (a constant answer has {constant:.1%})"
         )
+        if not trial.sign and max(slow, fast) <= constant:
+            self.warnings.append(
+                f"In the trial D_det taught {max(slow, fast):.1%}, no more than a constant answer "
+                f"has ({constant:.1%}), and no more than its control: a model learns from the "
+                "images rather than from their perturbations. The study may find the same."
+            )
         return lr
 
     def _inversions(self, standard: nn.Module, robust: nn.Module) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_a_study_has_as_many_passes_as_its_pilot_up_to_twice_the_steps():
     assert epochs_for(12800, 300) == 12
 
 
-@pytest.mark.parametrize(("fast", "rate"), [(0.26, 0.1), (0.6, 0.3)])
+@pytest.mark.parametrize(("fast", "rate"), [(0.2, 0.1), (0.26, 0.1), (0.6, 0.3)])
 def test_a_rate_at_which_d_det_teaches_a_constant_answer_is_not_chosen(fast, rate, monkeypatch):
     right = torch.rand(150, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(Pilot, "success", lambda self, model, eps: 0.5 if model == "s" else 0.1)
@@ -125,8 +125,10 @@ def test_a_rate_at_which_d_det_teaches_a_constant_answer_is_not_chosen(fast, rat
     choice = _Choice(Pilot(network, WORLD.data, "l2", (0.0, 1.0), 0), 0.3)
     assert choice._targeted("s", "r", 0.1)[1] == pytest.approx(rate)
     assert "a constant answer has" in choice.reasons[-1]
-    (said,) = choice.warnings
+    *nothing, said = choice.warnings
     assert "50% reach their target on the standard model and 10% on the robust one" in said
+    # Warned of where no rate teaches more than a constant answer, nor more than the control.
+    assert ["no more than its control" in each for each in nothing] == [True] * (fast == 0.2)
 
 
 def test_d_r_has_the_steps_that_the_robust_model_needs_and_d_nr_the_standard_ones(monkeypatch):

@@ -45,23 +45,23 @@ def test_distances_of_a_linear_model_are_the_closed_form(norm, attack):
 
 
 @pytest.fixture(scope="module")
-def rows(digits):
+def samples(digits):
     return TensorDataset(*(tensor[:60] for tensor in digits[1].tensors))
 
 
 @pytest.fixture(scope="module")
-def curves(robust, rows):
+def curves(robust, samples):
     """The default curve of the robust model, by norm."""
-    return functools.cache(lambda norm: robustness_curve(robust, rows, norm=norm))
+    return functools.cache(lambda norm: robustness_curve(robust, samples, norm=norm))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
-def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, rows, curves, norm):
+def test_the_curve_agrees_with_robust_accuracy_at_each_eps(robust, samples, curves, norm):
     curve = curves(norm)
     scale = {"linf": 1.0, "l2": 5.0, "l1": 25.0}[norm]
     for eps in (0.06 * scale, 0.12 * scale) if norm == "linf" else (0.12 * scale,):
-        fast = robust_accuracy(robust, rows, eps=eps, norm=norm, seed=0)
+        fast = robust_accuracy(robust, samples, eps=eps, norm=norm, seed=0)
         # One sample of 60.
         assert abs(curve.at(eps) - fast) <= 0.017
         assert torch.equal(curve.at(0.0).correct, fast.standard.correct)

@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 
 # Of this process and of those that tests start: see `ground_one_thread`.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,7 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import advfeat as af
-from advfeat.attacks import AutoAttack, Square
+from advfeat.attacks import FAB, AutoAttack, Square
+from advfeat.metrics import _diagnose
 
 collect_ignore = ["benchmarks"]  # scripts, to be run by hand
 SLOW_DOCTESTS = {  # whole studies, and other trainings
@@ -76,6 +78,12 @@ def short_ensembles(monkeypatch):
         )
 
     monkeypatch.setattr(AutoAttack, "attacks", property(short))
+
+
+@pytest.fixture
+def short_boundary_search(monkeypatch):
+    """Let `diagnose` search the boundary towards one class, not nine: for tests of all else."""
+    monkeypatch.setattr(_diagnose, "FAB", partial(FAB, targets=1))
 
 
 @pytest.fixture(scope="session")

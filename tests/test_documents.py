@@ -6,7 +6,6 @@ guide as it is. Any other page has a session of its own.
 """
 
 import ast
-import functools
 import importlib
 import re
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 import advfeat
-from advfeat.attacks import FAB
+from advfeat import study
+from advfeat.training._schedule import make_scheduler
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -85,14 +85,13 @@ def shortened(block, page):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("short_ensembles")
+@pytest.mark.usefixtures("short_ensembles", "short_boundary_search")
 def test_the_blocks_of_the_guide_run_one_after_another(tmp_path, monkeypatch):
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
     digits.images, digits.target = digits.images[:160], digits.target[:160]
     monkeypatch.setattr(datasets, "load_digits", lambda: digits)
     monkeypatch.setattr("advfeat.metrics._curve._ROUNDS", 1)  # a search as short as the attacks
-    monkeypatch.setattr("advfeat.metrics._diagnose.FAB", functools.partial(FAB, targets=1))
     monkeypatch.chdir(tmp_path)
     assert [page.stem for page in GUIDE][:2] == ["install", "attack"]
     namespace = {}
@@ -236,6 +235,33 @@ def test_the_readme_is_short():
     readme = (ROOT / "README.md").read_text()
     assert readme.count("\n") < 150
     assert "## How fast" in readme
+
+
+def test_the_table_of_digits_has_mean_and_range_of_the_seeds_and_shifted_labels():
+    readme, results = ((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    section = readme.split("## Results on digits", 1)[1].split("\n## ")[0]
+    head, _, *body = (line for line in section.splitlines() if line.startswith("|"))
+    assert head.strip("| ").split(" | ")[-1] == "shifted labels"
+    assert f"{head}\n|---|---|---|---|\n" + "\n".join(body) in results
+    assert len(body) == 8
+    for line in body:
+        cells = re.findall(r"\| (\S+) \((\S+) to (\S+)\) (?=\|)", line)
+        assert len(cells) == 3
+        assert all(float(low) <= float(mean) <= float(high) for mean, low, high in cells)
+
+
+def test_what_the_paper_recipe_adds_is_called_so():
+    page = (ROOT / "docs/not_in_the_paper.md").read_text()
+    epochs = study.Recipe.paper().training("standard")["epochs"]
+    weights = torch.zeros(1, requires_grad=True)
+    schedule = make_scheduler(torch.optim.SGD([weights], lr=0.1), None, epochs, lambda: 1)
+    first, second = sorted(schedule.milestones)
+    assert (
+        f"| number of epochs | not given | {epochs} in `Recipe.paper()`, learning rate divided by "
+        f"{1 / schedule.gamma:g} after {first} and {second} |"
+    ) in page
+    own = study.Recipe.paper().training("standard")["augment"].__name__
+    assert re.search(rf"\| not given; .*jitter 0.25 and rotation by 2 degrees \|.*`{own}`", page)
 
 
 def test_every_address_has_the_same_owner():

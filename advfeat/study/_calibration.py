@@ -6,10 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from advfeat import checks
 from advfeat.results import Result
 from advfeat.study._pilot import MOMENTUM, shift_batch, warmup_for
 from advfeat.study._recipe import Recipe
 from advfeat.tables import Table
+
+_CHOICES = {
+    "lr", "robust_lr", "eps", "images", "at", "targeted_eps", "targeted_lr", "steps", "step_size",
+    "standard_steps", "standard_step_size", "epochs", "robust_epochs", "taught_epochs", "starts",
+}  # fmt: skip
+
+
+def of_another_version(choices: Mapping[str, Any]) -> str:
+    """Say that another version of advfeat made a calibration; empty if this one did."""
+    names = ", ".join(sorted(choices.keys() ^ _CHOICES))
+    return names and f"made by another version of advfeat, which chose other settings ({names})"
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,8 +60,15 @@ class Calibration(Result):
         ----------
         samples
             As in `Recipe`.
+
+        Raises
+        ------
+        ValueError
+            If another version of advfeat chose other settings.
         """
         c = self.choices
+        if text := of_another_version(c):
+            checks.fail("choices", sorted(c), f"{text}. Calibrate again")
         inversion = {"momentum": MOMENTUM, "starts": c["starts"]}
         on_robust = {"steps": c["steps"], "step_size": c["step_size"]}
         on_standard = {"steps": c["standard_steps"], "step_size": c["standard_step_size"]}

@@ -15,7 +15,7 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.study._advice import LEARNED, advise, still_learning, widest_gaps
 from advfeat.study._calibration import Calibration
-from advfeat.study._claims import Claim, Outcomes, judge
+from advfeat.study._claims import Claim, Outcomes, Verdict, judge
 from advfeat.study._data import constant_accuracies, from_text
 from advfeat.study._plan import PLANS
 from advfeat.study._work import TRANSFER, Work
@@ -202,17 +202,21 @@ class Findings:
             for name, found in measured.items()
         }
         said = [each.note for claim in self.claims for each in claim.evidence]
-        lacking = advise(accuracy, widest_gaps(robust), self.means(), self.work.norm)
+        gained = any("confirmed" in self._gain(name) for name in ("D_R", "D_R from noise"))
+        gaps = {} if gained else widest_gaps(robust)
+        lacking = advise(accuracy, gaps, self.means(), self.work.norm)
         return [*(text for text in said if text is not None), *self._unlearned(), *lacking]
+
+    def _gain(self, name: str) -> set[Verdict]:
+        """Whether the model of D_R is more robust than its control; empty if not measured."""
+        start = f"{name} - {self.work.recipe.control(name)},"
+        evidence = (each for claim in self.claims for each in claim.evidence)
+        return {each.verdict for each in evidence if each.text.startswith(start)}
 
     def _unlearned(self) -> Iterator[str]:
         """That the control of D_R still learns its samples, where D_R is not above it."""
         control, settings = self.work.recipe.control("D_R"), self.work.recipe.training("D_R")
-        doubted = any(
-            each.text.startswith(f"D_R - {control},") and each.verdict != "confirmed"
-            for claim in self.claims
-            for each in claim.evidence
-        )
+        doubted = bool(self._gain("D_R") - {"confirmed"})
         # Another loss, or one of smoothed labels, has another size when it is learned.
         if control is None or not doubted or settings.keys() & {"loss", "options"}:
             return

@@ -149,8 +149,10 @@ class Study(Result):
         parts: list[str | Table] = [Table(["trained on", *self._found.columns()], body)]
         if self.claims:
             parts += ["", claims_as_table(self.claims), self._found.about_intervals()]
-        found = () if self.calibration is None else self.calibration.warnings
-        return parts + [f"\nNote: {text}" for text in (*found, *self.notes)]
+        expected: tuple[str, ...] = ()
+        if self.calibration is not None and not self.claims:
+            expected = self.calibration.warnings  # once measured, the study's own notes say more
+        return parts + [f"\nNote: {text}" for text in (*expected, *self.notes)]
 
     def _fields(self) -> dict[str, Any]:
         """Numbers, claims and settings; models and datasets are in the folder."""

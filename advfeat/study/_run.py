@@ -16,7 +16,7 @@ from advfeat.loading import Data
 from advfeat.model import Precision
 from advfeat.progress import Meter
 from advfeat.study._calibrate import calibrate
-from advfeat.study._calibration import Calibration
+from advfeat.study._calibration import Calibration, of_another_version
 from advfeat.study._data import dataset_of, plain
 from advfeat.study._findings import Run
 from advfeat.study._recipe import Recipe
@@ -228,7 +228,11 @@ def _calibrated(
         plain({name: settings[name] for name in ("eps", "norm", "bounds", "seed", "precision")}),
         lambda: calibrate(make_model, train, **settings).to_dict(),
     )
-    return Calibration.from_dict(kept)
+    found = Calibration.from_dict(kept)
+    if made := of_another_version(found.choices):
+        cause = f"the calibration in it was {made}. Use another folder, or that version"
+        checks.fail("out", str(stages.folder), cause)
+    return found
 
 
 def _radii(

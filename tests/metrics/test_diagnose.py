@@ -1,6 +1,5 @@
 """Planted traps are found, each by the check that is meant for it; a sound model has none."""
 
-import functools
 import warnings
 
 import pytest
@@ -9,8 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from toys import Changed
 
-from advfeat.attacks import FAB
-from advfeat.metrics import _diagnose, diagnose, robust_accuracy
+from advfeat.metrics import diagnose, robust_accuracy
 
 BALL = {"eps": 0.1, "norm": "linf"}
 
@@ -73,12 +71,6 @@ def test_saturated_logits_are_no_trap(standard, digits):
         for model in (standard, Changed(standard, lambda z: 1000 * z))
     )
     assert saturated <= plain + 0.02
-
-
-@pytest.fixture
-def short_boundary_search(monkeypatch):
-    """FAB towards two classes, not nine: for traps that other checks are meant for."""
-    monkeypatch.setattr(_diagnose, "FAB", functools.partial(FAB, targets=2))
 
 
 @pytest.mark.slow

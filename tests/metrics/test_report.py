@@ -1,6 +1,5 @@
 """The report: its numbers are those of the single calls, its verdict warns, its page is whole."""
 
-import functools
 import json
 import re
 import time
@@ -14,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import advfeat as af
 from advfeat import pages
-from advfeat.attacks import FAB, PGD, Square
-from advfeat.metrics import Diagnosis, Report, _curve, _diagnose
+from advfeat.attacks import PGD, Square
+from advfeat.metrics import Diagnosis, Report, _curve
 from advfeat.metrics._diagnose import Finding
 from advfeat.metrics._report._budget import Budget, Cost, Work
 from advfeat.metrics._report._contents import Stages
@@ -39,10 +38,9 @@ class First(nn.Module):
 
 
 @pytest.fixture
-def short_stages(short_ensembles, monkeypatch):
+def short_stages(short_ensembles, short_boundary_search, monkeypatch):
     """Short attacks in every stage, for tests of what is reported and not of how strong it is."""
     monkeypatch.setattr(_curve, "_ROUNDS", 0)
-    monkeypatch.setattr(_diagnose, "FAB", functools.partial(FAB, targets=1))
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,20 @@ def test_calibration_is_kept_and_used_by_run(run, studied):
         run(eps=0.2)
 
 
+def test_a_calibration_of_another_version_is_refused(tmp_path):
+    choices = {"lr": 0.1, "at": [0.3], "epochs": 12, "rate": 1.0}
+    result = {"type": "Calibration", "choices": choices, "reasons": [], "warnings": [],
+              "tables": {}, "seconds": 1.0}  # fmt: skip
+    settings = {"eps": 0.3, "norm": "l2", "bounds": [0.0, 1.0], "seed": 0, "precision": "float32"}
+    (tmp_path / "stages").mkdir()
+    record = {"settings": settings, "seconds": 1.0, "result": result}
+    (tmp_path / "stages" / "calibrate.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"out=.*another version.*rate.*steps.*another folder"):
+        study.run(network, WORLD.data, WORLD.data, eps=0.3, norm="l2", seed=0, out=tmp_path)
+    with pytest.raises(ValueError, match=r"choices=.*another version.*Calibrate again"):
+        study.Calibration.from_dict(result).recipe()
+
+
 @pytest.mark.parametrize(
     ("losses", "steps", "warned"),
     [

@@ -12,7 +12,7 @@ import advfeat as af
 from advfeat import study, training
 from advfeat.statistics import paired_difference
 from advfeat.study._advice import advise
-from advfeat.study._claims import Outcomes, judge
+from advfeat.study._claims import Claim, Evidence, Outcomes, judge
 
 
 def outcomes(accuracy, robust, shifted=0.0, count=400):
@@ -301,6 +301,23 @@ def test_a_control_that_still_learns_its_samples_is_named_where_d_r_is_not_above
     options = training.Options(label_smoothing=0.1)  # its loss is never near 0
     smooth = dataclasses.replace(RECIPE, standard={**RECIPE.standard, "options": options})
     assert not any("training loss" in note for note in run(stages=stages, recipe=smooth).notes)
+
+
+def test_the_gap_is_noted_once_and_only_where_d_r_has_no_gain():
+    names = ("standard", "robust", "D_R", "D_R control")
+    found = run(stages=[f"measure {name}" for name in names])
+    warned = study.Calibration({}, (), ("Nowhere 30 points",), {}, 0.0)
+    early = run(stages=["measure standard"])
+    assert "Nowhere" in str(type(early)(early._found.runs, warned))
+    text = str(type(found)(found._found.runs, warned))
+    assert "little robustness that D_R could pass on" in text
+    assert "Nowhere" not in text  # the study has measured it itself
+    right = torch.ones(1, 40, dtype=torch.bool)
+    wrong = torch.arange(40)[None] % 2 > 0
+    gain = Evidence("D_R - D_R control, l2 0.1", paired_difference(right, wrong))
+    found._found.__dict__["claims"] = (Claim("D_R", (gain,)),)
+    assert gain.verdict == "confirmed"
+    assert not any("little robustness" in note for note in found.notes)
 
 
 def test_chance_is_that_of_the_commonest_class_also_of_sorted_data():

@@ -1,5 +1,6 @@
 """examples/cifar10.py on made images: both formats of the data, interrupted and resumed."""
 
+import functools
 import hashlib
 import json
 import os
@@ -12,6 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import advfeat as af
+from advfeat import analysis
 
 SAMPLES = 15
 SCRIPT = Path(__file__).parents[1] / "examples" / "cifar10.py"
@@ -155,3 +161,45 @@ def test_the_half_hour_on_a_gpu_runs_tiny_on_the_cpu(tmp_path):
     (line,) = (line for line in table.splitlines() if line.startswith("| D_R |"))
     near, far = (float(cell) for cell in line.split("|")[2:4])
     assert 0 <= far <= near <= 100
+
+
+@pytest.fixture(scope="module")
+def figure_3():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        patch.delitem(sys.modules, "cifar10", raising=False)  # one parser for one script
+        return runpy.run_path(str(SCRIPT.with_name("cifar10_transfer.py")))
+
+
+def test_the_architectures_of_figure_3_are_different_and_return_ten_logits(figure_3):
+    weights = set()
+    for make in figure_3["ARCHITECTURES"].values():
+        model = make()
+        model(torch.rand(2, 3, 32, 32)).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+        weights.add(sum(p.numel() for p in model.parameters()))
+    assert len(weights) == len(figure_3["ARCHITECTURES"]) == 10
+
+
+def test_figure_3_has_a_column_for_each_training_and_their_mean(figure_3):
+    data = TensorDataset(torch.eye(3), torch.arange(3))
+    source, wrong = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3)
+    torch.nn.init.eye_(source.weight)
+    torch.nn.init.zeros_(wrong.weight)
+    torch.nn.init.zeros_(wrong.bias)  # class 0 for all images
+    det = functools.partial(af.construct_det_dataset, eps=0.9, steps=10)
+    results = [
+        analysis.transfer(
+            source, {"one": source}, data, data, construct=det, learn=lambda *_, model=model: model
+        )
+        for model in (source, wrong)
+    ]
+    printed = figure_3["table"](results, {"one": source}).splitlines()
+    assert [len(line.split("|")) for line in printed] == [9, 9, 9]
+    cells = printed[-1].replace("|", "").split()
+    assert cells[:4] == ["one", "9", "100.0", "100.0"]
+    assert "33.3 (6.1 to 79.2)" in printed[-1]
+    (mean,) = figure_3["averaged"](results).points
+    assert float(mean.learned) == pytest.approx(2 / 3)
+    assert float(mean.fooled) == 1.0

@@ -270,7 +270,18 @@ def _difference(name: str, had: Any, has: Any) -> tuple[str, Any, Any] | None:
         return None
     if name.endswith(".code") and _python(had) != _python(has):
         return None  # bytecode of another version of Python
+    if name.endswith(".function") and _is_same_name(had, has):
+        return None
     return None if had == has else (name, had, has)
+
+
+def _is_same_name(had: Any, has: Any) -> bool:
+    """Compare names of functions: a script's module is ``__main__`` only while the script runs."""
+    script = "__main__"
+    return any(
+        str(one).startswith(f"{script}.") and str(other).endswith(str(one).removeprefix(script))
+        for one, other in ((had, has), (has, had))
+    )
 
 
 def _python(code: Any) -> str:

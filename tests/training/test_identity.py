@@ -276,6 +276,34 @@ def test_other_settings_are_refused_and_named_and_the_same_are_not(name, tmp_pat
         af.fit(network(), blobs(), **(settings | {argument: other}))
 
 
+def test_a_function_of_a_script_is_the_same_where_another_script_imports_it(tmp_path):
+    def halved_in(module, factor=0.5):
+        augment = partial(lambda x, factor: factor * x, factor=factor)
+        augment.func.__module__, augment.func.__qualname__ = module, "halved"
+        return augment
+
+    settings = BASE | {"checkpoint": tmp_path}
+    af.fit(network(), blobs(), **settings, augment=halved_in("__main__"))
+    af.fit(network(), blobs(), **settings, augment=halved_in("study"))
+    af.fit(network(), blobs(), **settings, augment=halved_in("__main__"))
+    with pytest.raises(ValueError, match="factor"):
+        af.fit(network(), blobs(), **settings, augment=halved_in("study", 0.4))
+    af.fit(
+        network(),
+        blobs(),
+        **settings | {"checkpoint": tmp_path / "imported"},
+        augment=halved_in("study"),
+    )
+    for module in ("my_study", "other"):
+        with pytest.raises(ValueError, match=rf"function='{module}.halved'"):
+            af.fit(
+                network(),
+                blobs(),
+                **settings | {"checkpoint": tmp_path / "imported"},
+                augment=halved_in(module),
+            )
+
+
 def test_the_loss_of_an_attack_is_part_of_the_run(tmp_path):
     def run(factor):
         loss = partial(F.cross_entropy, reduction="none", label_smoothing=factor)

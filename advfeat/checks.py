@@ -203,6 +203,8 @@ def bounds(value: object) -> Bounds:
     value = tuple(scalar("bounds", end) for end in value)
     low, high = value
     for end in (low, high):
+        if isinstance(end, Real) and math.isinf(end):
+            fail("bounds", value, "must be finite; wide ones, (-1e3, 1e3), are as good as none")
         number("bounds", end, low=-math.inf)
     if not low < high:
         fail("bounds", value, "low must be below high; are they reversed?")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -26,17 +27,10 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from advfeat import checks
+from advfeat.unpacking import as_dataset, entries_of, unpack
 
 Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Sequence[Any]"
 T = TypeVar("T")
-
-_INPUT_KEYS = (
-    *("inputs", "input", "images", "image", "pixel_values", "img", "x", "data"),
-    *("inputs_embeds", "input_values", "input_features"),
-)
-# Types that hardly any operation of torch takes.
-_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-_LABEL_KEYS = ("labels", "label", "targets", "target", "y", "fine_label")
 
 
 class Samples(NamedTuple):
@@ -141,7 +135,7 @@ class Source:
             # A loader's iterator takes a number from the global generator, which is put back.
             with torch.random.fork_rng(devices=[]):
                 stream = iter(self._batches)
-            return _numbered(stream, device)
+            return _numbered(stream, device, _promised(self._batches))
         if chunks is None:
             chunks = [
                 self.indices[start : start + self.batch_size]
@@ -205,77 +199,6 @@ def prefetched(items: Iterable[T]) -> Iterator[T]:
             yield item
 
 
-def unpack(batch: object) -> tuple[Tensor, Tensor]:
-    """Find inputs and labels in a batch: a tuple with any extra items, or a mapping."""
-    if isinstance(batch, Mapping):
-        inputs, labels = (
-            next((batch[key] for key in keys if key in batch), None)
-            for keys in (_INPUT_KEYS, _LABEL_KEYS)
-        )
-        if inputs is None or labels is None:
-            checks.fail(
-                "batch keys",
-                sorted(map(str, batch)),
-                f"expected one of {_INPUT_KEYS} and one of {_LABEL_KEYS}",
-            )
-    elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
-        inputs, labels = batch[0], batch[1]
-    else:
-        kind = type(batch).__name__
-        if isinstance(batch, (tuple, list)):
-            kind += f" of {len(batch)}, without labels"
-        raise TypeError(f"data: a batch is a {kind}; expected (inputs, labels, ...) or a mapping")
-    inputs, labels = _as_tensor(inputs), _as_tensor(labels)
-    if isinstance(labels, Tensor) and labels.dtype in _UNSIGNED:
-        labels = labels.to(torch.int64)
-    if isinstance(inputs, Tensor) and isinstance(labels, Tensor):
-        return inputs, labels
-    raise TypeError(_no_tensors(inputs, labels))
-
-
-def entries_of(batch: object) -> dict[str, Any]:
-    """Entries of a mapping but the labels, which a model may take by name; the inputs as None."""
-    if not isinstance(batch, Mapping):
-        return {}
-    own = next(key for key in _INPUT_KEYS if key in batch)
-    others = {k: v for k, v in batch.items() if isinstance(k, str) and k not in _LABEL_KEYS}
-    return others | {own: None}
-
-
-def _as_tensor(value: Any) -> Any:
-    """A NumPy array as a tensor, anything else as it is."""
-    numeric = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
-    return torch.from_numpy(value) if numeric else value
-
-
-def as_dataset(data: Any) -> Any:
-    """A pair of tensors or arrays, inputs and labels, as a dataset; other data as they are."""
-    if not isinstance(data, (tuple, list)) or len(data) != 2:
-        return data
-    inputs, labels = map(_as_tensor, data)
-    is_pair = isinstance(inputs, Tensor) and isinstance(labels, Tensor)
-    if not is_pair or labels.ndim != 1 or inputs.shape[:1] != labels.shape:
-        return data
-    return TensorDataset(inputs, labels)
-
-
-def _no_tensors(inputs: object, labels: object) -> str:
-    """What is wrong with a batch whose inputs or labels are no tensors, and what to do."""
-    name, value = ("labels", labels) if isinstance(inputs, Tensor) else ("inputs", inputs)
-    found = f"data: {name} of a batch are {type(value).__name__}; expected a tensor. "
-    first = value[0] if isinstance(value, (list, tuple)) and value else value
-    if name == "labels" and isinstance(first, str):
-        return found + "Number the classes: classes.index(label), with classes = sorted(names)"
-    if isinstance(first, (int, np.integer)) and not isinstance(value, (list, tuple)):
-        return found + (
-            "A list of samples? It is read as a list of batches: wrap it in a loader, "
-            "DataLoader(samples, batch_size=128)"
-        )
-    if name == "labels":
-        return found + "Have the dataset return an integer, or collate_fn a tensor"
-    return found + "For images, add a transform that makes tensors"
-
-
 def _samples(
     index: Tensor, batch: object, device: torch.device, check: Check | None = None
 ) -> Samples:
@@ -297,15 +220,35 @@ def _samples(
 
 
 def _numbered(
-    batches: Iterable[Any], device: torch.device, check: Check | None = None
+    batches: Iterable[Any], device: torch.device, promised: int | None
 ) -> Iterator[Samples]:
     place = 0
     for batch in batches:
         inputs, _ = unpack(batch)
-        yield _samples(torch.arange(place, place + len(inputs), device="cpu"), batch, device, check)
+        yield _samples(torch.arange(place, place + len(inputs), device="cpu"), batch, device)
         place += len(inputs)
+        if promised is not None and place > promised:
+            checks.warn(
+                f"the stream gives more samples than its length of {promised}: it repeats some, or "
+                "its length is wrong. Each worker process of a loader reads an IterableDataset "
+                "from its beginning: divide it by torch.utils.data.get_worker_info()",
+                topic="length",
+            )
+            promised = None
     if place == 0:
         checks.fail("data", type(batches).__name__, "it gave no samples")
+    if promised is not None and place < promised:
+        says = f"the stream gave {place} samples, and its length is {promised}"
+        checks.warn(f"{says}: was some of it read before?", topic="length")
+
+
+def _promised(batches: Any) -> int | None:
+    """Samples that a loader of a stream should give; None where that is not known."""
+    if not isinstance(batches, DataLoader) or batches.batch_size is None:
+        return None
+    # Of several ranks each may have a part; workers may each drop a last batch.
+    divided = batches.drop_last or (dist.is_available() and dist.is_initialized())
+    return None if divided else len(batches.dataset)  # type: ignore[arg-type]
 
 
 def is_stream(data: object) -> bool:

@@ -26,7 +26,7 @@ LEVELS = [
     {"plots", "progress", "results", "pages"},
     {"statistics"},
     {"model", "class_correlation"},
-    {"labels"},
+    {"labels", "unpacking"},
     {"loading"},
     {"attacks"},
     {"datasets"},
@@ -119,7 +119,7 @@ def test_imports_only_point_downward():
         ("losses", {"threat"}),
         ("seeding", set()),
         # A loop over data never sees a model.
-        ("loading", {"checks", "seeding"}),
+        ("loading", {"checks", "seeding", "unpacking"}),
         # An attack never sees a loader, a file or a progress bar.
         ("attacks", {"threat", "losses", "checks", "suggestions", "seeding", "model"}),
         # Drawing knows numbers and images, and no result: so every package above can plot.

@@ -399,7 +399,7 @@ CASES = {
     "set normalised": (
         lambda m: det_set(m, rows(X * 4 - 2)),
         V,
-        "sample 0: inputs",
+        r"inputs\[0\]",
         "normalisation",
     ),
     "set of an iterable": (
@@ -519,3 +519,34 @@ def test_what_is_no_constructed_dataset_or_tensor_is_named():
         af.datasets.inspect(rows())
     with pytest.raises(TypeError, match="from_numpy"):
         af.pgd(network(), X.numpy(), Y, eps=0.1, norm="l2")
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        ("x", float("nan"), "='NaN or"),
+        ("x", 1.5, "="),
+        ("y", 7, "=7: the model has 3 classes"),
+        ("y", -1, "=-1: class indices start at 0"),
+    ],
+)
+@pytest.mark.parametrize("wrap", [rows, lambda x, y: [(x[:3], y[:3]), (x[3:], y[3:])]])
+def test_evaluation_names_the_bad_sample(place, value, named, wrap):
+    x, y = X.clone(), Y.clone()
+    {"x": x, "y": y}[place][4] = value
+    name = {"x": "inputs", "y": "labels"}[place]
+    with pytest.raises(ValueError, match=rf"^{name}\[4\]{named}"):
+        robust(network(), wrap(x, y), batch_size=2)
+    if value != 1.5:  # accuracy has no bounds
+        with pytest.raises(ValueError, match=rf"^{name}\[4\]{named}"):
+            af.accuracy(network(), wrap(x, y))
+
+
+def test_a_bad_label_is_found_before_the_attack():
+    labels = Y.clone()
+    labels[5] = 3
+    model, seen = network(), []
+    model.register_forward_hook(lambda _, given, out: seen.append(len(given[0])))
+    with pytest.raises(ValueError, match=r"labels\[5\]=3"):
+        robust(model, TensorDataset(X, labels), batch_size=2, steps=50)
+    assert len(seen) < 10

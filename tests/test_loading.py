@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import warnings
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from advfeat.loading import Source, prefetched, unpack
+from advfeat.checks import ResultWarning
+from advfeat.loading import Source, prefetched
+from advfeat.unpacking import unpack
 
 CPU = torch.device("cpu")
 SAMPLES = 11
@@ -329,6 +332,43 @@ def test_samples_of_a_stream_are_numbered_as_they_come(make):
     assert labels.tolist() == [10 * row for row in reversed(range(SAMPLES))]
     for rows in batches:
         assert torch.equal(rows.inputs, inputs_of(rows.labels // 10))
+
+
+class Repeating(SizedStream):
+    """As in each of several workers that do not divide the samples."""
+
+    def __iter__(self):
+        yield from super().__iter__()
+        yield from super().__iter__()
+
+
+class Ending(SizedStream):
+    def __iter__(self):
+        yield from itertools.islice(super().__iter__(), 5)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [(Repeating(), f"more samples than its length of {SAMPLES}"), (Ending(), "gave 5 samples")],
+)
+def test_a_stream_of_another_length_is_warned_of_once(stream, message):
+    with pytest.warns(ResultWarning, match=message) as found:
+        list(Source(several(stream)).batches(CPU))
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(Source(several(SizedStream())).batches(CPU))
+        list(Source(several(Ending(), drop_last=True)).batches(CPU))
+
+
+@pytest.mark.parametrize("kind", ["reversed", "big endian"])
+def test_arrays_that_torch_does_not_take_as_they_are(kind):
+    inputs, labels = (tensor.numpy() for tensor in tensors().tensors)
+    given = inputs.astype(">f4"), labels.astype(">i8")
+    if kind == "reversed":
+        given = inputs[::-1].copy()[::-1], labels[::-1].copy()[::-1]
+    for tensor, array in zip(unpack(given), (inputs, labels), strict=True):
+        assert torch.equal(tensor, torch.from_numpy(array))
 
 
 def test_a_stream_without_length_is_refused():

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from advfeat import checks, losses, threat
 from advfeat.attacks.pool import attack_batch
 from advfeat.attacks.restricted import is_by_feature, restricted
-from advfeat.attacks.samples import Batch
+from advfeat.attacks.samples import Batch, check_samples
 from advfeat.attacks.tracing import OnStep, run_traced
 from advfeat.losses import is_success
 from advfeat.model import Network, Precision, attackable
@@ -191,13 +191,19 @@ def prepare_batch(
     extras: Mapping[str, Any] | None = None,
 ) -> Batch:
     """Check the input, clip rounding off the bounds, and number the samples if nobody did."""
-    checks.inputs(inputs, bounds)
-    checks.same_device(inputs, net.device)
-    checks.labels(labels, inputs)
-    net.expect(labels, "labels (targets)" if targeted else "labels")
+    name = "labels (targets)" if targeted else "labels"
     if index is None:
+        checks.inputs(inputs, bounds)
+        checks.same_device(inputs, net.device)
+        checks.labels(labels, inputs)
         index = torch.arange(inputs.shape[0], device=inputs.device)
-    checks.index(index, inputs)
+    else:
+        check_samples(inputs, labels, index, bounds, net.classes, name)
+        checks.same_device(inputs, net.device)
+        checks.index(index, inputs)
+        if net.classes is None:  # for the first batch the model tells it later
+            name += f"[{int(index[labels.argmax()])}]"
+    net.expect(labels, name)
     # Copied, for labels made in inference mode could not enter a gradient.
     labels = labels.to(torch.int64, copy=True)
     prepared = threat.clip(net.prepare(inputs), bounds, inplace=True)

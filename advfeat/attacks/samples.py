@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from advfeat import checks
+from advfeat.threat import FeatureBounds
+
 
 class Batch(NamedTuple):
     """What an attack starts from: checked, detached, float32 at least, within the bounds.
@@ -81,3 +84,35 @@ def sample_count(samples: Any) -> int:
         return len(samples)
     fields = samples.values() if isinstance(samples, Mapping) else samples
     return sample_count(next(field for field in fields if field is not None))
+
+
+def check_samples(
+    inputs: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    bounds: FeatureBounds,
+    classes: int | None,
+    label_name: str = "labels",
+) -> None:
+    """Check a batch; of a bad value, name the first sample that has one."""
+    try:
+        checks.inputs(inputs, bounds)
+        _check_labels(labels, inputs, classes, label_name)
+    except ValueError:
+        fits = isinstance(index, Tensor) and labels.shape == index.shape == inputs.shape[:1]
+        if fits and inputs.ndim > 1 and inputs.numel():
+            for place, number in enumerate(index.tolist()):
+                one = slice(place, place + 1)
+                try:
+                    checks.inputs(inputs[one], bounds)
+                except ValueError:
+                    # The advice goes by the range of the batch.
+                    checks.inputs(inputs, bounds, f"inputs[{number}]")
+                _check_labels(labels[one], inputs[one], classes, f"{label_name}[{number}]")
+        raise
+
+
+def _check_labels(labels: Tensor, inputs: Tensor, classes: int | None, name: str) -> None:
+    checks.labels(labels, inputs, name)
+    if classes is not None:
+        checks.class_range(int(labels.max()), classes, name)

@@ -19,7 +19,8 @@ from advfeat import checks, distributed, threat
 from advfeat.attacks import Batch
 from advfeat.attacks.pool import Policy, Pool, drive
 from advfeat.attacks.restricted import restricted
-from advfeat.construction.checking import check_known_labels, check_samples
+from advfeat.attacks.samples import check_samples
+from advfeat.construction.checking import check_known_labels
 from advfeat.construction.provenance import build_manifest
 from advfeat.construction.recipe import (
     BuildOptions,
@@ -209,7 +210,8 @@ class _Builder:
         """Check on the host, where it waits for nothing, and move to the device."""
         net, bounds, count = self._net, self._recipe.attack.bounds, len(samples.ids)
         indices = source_index(samples.ids).tolist() + self._recipe.companions(samples.ids.tolist())
-        check_samples(samples.inputs, samples.labels, indices, bounds, net.classes)
+        index = torch.tensor(indices, device="cpu")
+        check_samples(samples.inputs, samples.labels, index, bounds, net.classes)
         net.expect(samples.labels)
         inputs = self._moved(samples.inputs)
         extras = net.choose_extras(samples.entries, inputs[:count])

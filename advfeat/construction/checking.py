@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from advfeat import checks
+from advfeat.attacks.samples import check_samples
 from advfeat.labels import known_labels
 from advfeat.loading import Source
 from advfeat.threat import FeatureBounds
-
-
-def check_samples(
-    inputs: Tensor, labels: Tensor, indices: list[int], bounds: FeatureBounds, classes: int | None
-) -> None:
-    """Check a batch on the host; of a bad one, name the first bad sample."""
-    try:
-        _check(inputs, labels, bounds, classes, "")
-    except ValueError:
-        for place, index in enumerate(indices):
-            one = slice(place, place + 1)
-            _check(inputs[one], labels[one], bounds, classes, f"sample {index}: ")
-        raise
 
 
 def check_known_labels(source: Source, bounds: FeatureBounds, classes: int) -> None:
@@ -34,13 +20,4 @@ def check_known_labels(source: Source, bounds: FeatureBounds, classes: int) -> N
         # Read, for a dataset may return another label than the one it keeps.
         index = source.indices[place]
         batch = source.samples([index], torch.device("cpu"))
-        check_samples(batch.inputs, batch.labels, [index], bounds, classes)
-
-
-def _check(
-    inputs: Tensor, labels: Tensor, bounds: FeatureBounds, classes: int | None, name: str
-) -> None:
-    checks.inputs(inputs, bounds, f"{name}inputs")
-    checks.labels(labels, inputs, f"{name}labels")
-    if classes is not None:
-        checks.class_range(int(labels.max()), classes, f"{name}labels")
+        check_samples(batch.inputs, batch.labels, batch.ids, bounds, classes)

@@ -15,6 +15,7 @@ from advfeat import checks
 from advfeat.attacks import Attack, AutoAttack, Batch, pool
 from advfeat.attacks.base import can_move, is_unmoved, prepare_batch, warn_of_unmoved
 from advfeat.attacks.samples import select_samples
+from advfeat.construction.checking import check_known_labels
 from advfeat.loading import Data, Source
 from advfeat.losses import is_success
 from advfeat.metrics._choice import choose_attacks
@@ -249,7 +250,7 @@ class CleanPass:
             label=label,
             progress=progress,
         )
-        self._bounds, self._batch_size = bounds, source.batch_size
+        self._source, self._bounds, self._batch_size = source, bounds, source.batch_size
         self._index, self._right, self._counted = array("q"), array("b"), 0
         self._wrong = 0
         self._inputs: list[Tensor] | None = [] if keep_inputs else None
@@ -268,6 +269,8 @@ class CleanPass:
             )
             with net.given(batch.extras):
                 right = is_success(net.logits(batch.inputs), batch.labels, targeted=True)
+            if not self._index and net.classes is not None and not self._source.is_stream:
+                check_known_labels(self._source, self._bounds, net.classes)
             self._index.extend(samples.ids.tolist())
             outcomes = right.tolist()
             self._right.extend(outcomes)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from advfeat.attacks import PGD
-from advfeat.loading import Data, as_dataset
+from advfeat.loading import Data
 from advfeat.model import Precision
 from advfeat.threat import Bounds, Norm
 from advfeat.training._adversarial import AdversarialSettings, Method, Objective
@@ -23,6 +23,7 @@ from advfeat.training._output import Output
 from advfeat.training._pgd import AttackMode
 from advfeat.training._schedule import Schedule
 from advfeat.training._settings import Callback, TrainingSettings
+from advfeat.unpacking import as_dataset
 
 
 def adversarial_fit(

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from advfeat import checks
 from advfeat.labels import known_labels
-from advfeat.loading import Data, Source, unpack
+from advfeat.loading import Data, Source
 from advfeat.threat import Bounds
+from advfeat.unpacking import unpack
 
 # Names a sample, of its index and its position in the batch.
 Naming = Callable[[int, int], str]

@@ -19,13 +19,12 @@ from advfeat.loading import (
     Data,
     Source,
     check_length,
-    entries_of,
     is_stream,
     prefetched,
-    unpack,
 )
 from advfeat.model import Extras
 from advfeat.training._batch_checks import BatchChecks
+from advfeat.unpacking import entries_of, unpack
 
 # Where a batch may hold the weight of each sample.
 Field = str | int

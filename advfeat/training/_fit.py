@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from advfeat.loading import Data, as_dataset
+from advfeat.loading import Data
 from advfeat.model import Precision
 from advfeat.training._history import History
 from advfeat.training._loop import train
@@ -19,6 +19,7 @@ from advfeat.training._options import Options
 from advfeat.training._output import Output
 from advfeat.training._schedule import Schedule
 from advfeat.training._settings import Callback, StandardSettings, TrainingSettings
+from advfeat.unpacking import as_dataset
 
 
 def fit(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from advfeat import checks, seeding
-from advfeat.loading import Data, Source, unpack
+from advfeat.loading import Data, Source
+from advfeat.unpacking import unpack
 
 
 class Drawn:

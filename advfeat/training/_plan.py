@@ -24,7 +24,7 @@ from advfeat.training._checkpoint import CheckpointFolder, State
 from advfeat.training._optimizer import make_optimizer
 from advfeat.training._output import OutputChoice
 from advfeat.training._parallel import check_sharded, common_seed, training_process
-from advfeat.training._random import OwnGenerators, global_state, same_state
+from advfeat.training._random import OwnState, global_state, same_state
 from advfeat.training._schedule import ScheduleStepper, make_scheduler, stepped_every
 from advfeat.training._settings import MethodSettings, TrainingSettings
 
@@ -41,7 +41,8 @@ class Plan:
     module: nn.Module  # without the wrapper of torch.compile: whose state is saved
     device: torch.device
     data: Data
-    generators: OwnGenerators  # of the data
+    generators: OwnState  # of the data
+    own: OwnState  # of the model, the loss and the augmentation
     validation: Data | None
     optimizer: Optimizer
     schedule: ScheduleStepper
@@ -90,7 +91,7 @@ def make_plan(settings: TrainingSettings, method: MethodSettings) -> Iterator[Pl
         steps = lambda: batch_count(data, settings.batch_size)  # noqa: E731
         scheduler = make_scheduler(optimizer, settings.schedule, settings.epochs, steps)
         every = stepped_every(scheduler, settings.schedule_every, settings.epochs, steps)
-        generators = OwnGenerators(data)
+        generators = OwnState(data)
         plan = Plan(
             settings=settings,
             model=as_called(settings, settings.model),
@@ -98,6 +99,7 @@ def make_plan(settings: TrainingSettings, method: MethodSettings) -> Iterator[Pl
             device=device_of(module),
             data=data,
             generators=generators,
+            own=OwnState(folder and [module, settings.loss, settings.augment]),
             validation=validation,
             optimizer=optimizer,
             schedule=ScheduleStepper(scheduler, every),
@@ -227,9 +229,7 @@ def _describe(
     }
 
 
-def _describe_data(
-    settings: TrainingSettings, generators: OwnGenerators, process: Process
-) -> State:
+def _describe_data(settings: TrainingSettings, generators: OwnState, process: Process) -> State:
     """Describe training and validation data, and warn of what a resumed run cannot repeat."""
     if not process.is_first:
         return {}
@@ -244,13 +244,13 @@ def _describe_data(
     described = identity.describe_data(data, iter(samples if repeats else ["differs"]))
     if validation is None or isinstance(validation, (int, float)):
         return {"data": described, "validation": validation}
-    own = OwnGenerators(validation)
+    own = OwnState(validation)
     with own.fixed():
         found = identity.describe_data(validation, identity.some_samples(validation))
     return {"data": described, "validation": found}
 
 
-def _read_again(data: Data, generators: OwnGenerators, count: int) -> list[str]:
+def _read_again(data: Data, generators: OwnState, count: int) -> list[str]:
     """Read the first samples once more, with the same random numbers."""
     with generators.fixed():
         samples = identity.some_samples(data)

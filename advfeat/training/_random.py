@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from advfeat.training._counters import Counters
+
 State = dict[str, Any]
 _Generator = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # Objects inside of objects are searched to this depth, and lists up to this length.
@@ -58,18 +60,20 @@ def same_state(one: State, other: State) -> bool:
     )
 
 
-# --- Generators of the user's objects ---
+# --- State of the user's objects ---
 
 
-class OwnGenerators:
-    """Generators, and samplers with a ``state_dict``, that a loader or dataset holds.
+class OwnState:
+    """Generators, samplers with a ``state_dict`` and counters that a user's objects hold.
 
     They are found in attributes, containers, closures and partial arguments, and in the globals
     that ``__getitem__`` and ``__iter__`` use.
     """
 
     def __init__(self, data: Any) -> None:
-        self._generators = dict(_search(data, "data", set(), _DEPTH))
+        found = dict(_search(data, "data", set(), _DEPTH))
+        self._generators = {k: v for k, v in found.items() if isinstance(v, _Generator)}
+        self._counters = Counters({k: v for k, v in found.items() if k not in self._generators})
         samplers: list[Any] = [
             getattr(data, name, None) for name in ("sampler", "batch_sampler", "dataset")
         ]
@@ -91,16 +95,18 @@ class OwnGenerators:
         return {
             "generators": {name: _get_state(g) for name, g in self._generators.items()},
             "stateful": {name: part.state_dict() for name, part in self._stateful.items()},
+            "counters": self._counters.state_dict(),
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Set the states of the generators that are still there."""
+        """Set the states of what is still there."""
         for name, generator in self._generators.items():
-            if name in state["generators"]:
+            if name in state.get("generators", {}):
                 _set_state(generator, state["generators"][name])
         for name, part in self._stateful.items():
-            if name in state["stateful"]:
+            if name in state.get("stateful", {}):
                 part.load_state_dict(state["stateful"][name])
+        self._counters.load_state_dict(state.get("counters", {}))
 
     @contextmanager
     def fixed(self) -> Iterator[None]:
@@ -116,7 +122,8 @@ class OwnGenerators:
             np.random.set_state(np.random.RandomState(0).get_state())  # noqa: NPY002
             for generator in self._generators.values():
                 _set_state(generator, _first_state(generator))
-            yield
+            with self._counters.unchanged():
+                yield
         finally:
             set_global_state(before, cpu, with_torch=True)
             self.load_state_dict(own)
@@ -126,18 +133,19 @@ def _search(value: Any, name: str, seen: set[int], depth: int) -> Iterator[tuple
     if id(value) in seen or depth < 0:
         return
     seen.add(id(value))
-    if isinstance(value, _Generator):
-        if _get_state(value) is not None:
-            yield name, value
-        return
+    if not isinstance(value, _Generator) or _get_state(value) is not None:
+        yield name, value
     for key, part in _parts(value):
         yield from _search(part, f"{name}.{key}", seen, depth - 1)
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, (Tensor, np.ndarray, nn.Module, type, str, bytes, int, float)):
+    if isinstance(value, (Tensor, np.ndarray, _Generator, type, str, bytes, int, float)):
         return
-    if isinstance(value, dict):
+    if isinstance(value, nn.Module):
+        yield from list(value.named_modules())[1:]
+        yield from ((k, v) for k, v in vars(value).items() if not k.startswith("_"))
+    elif isinstance(value, dict):
         yield from list(value.items())[:_LENGTH] if len(value) <= _LENGTH else ()
     elif isinstance(value, (list, tuple)):
         yield from ((str(k), item) for k, item in enumerate(value) if len(value) <= _LENGTH)

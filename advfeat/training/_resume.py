@@ -105,6 +105,7 @@ class Checkpoints:
             "totals": totals.sums,
             "rate": at.first_rate,
             "random": global_state(plan.device),
+            "own": plan.own.state_dict(),
             "epoch_start": self._epoch_start if at.batches else self._random_of_data(),
             "history": at.history.rows,
             "best": at.history.best,
@@ -134,6 +135,7 @@ class Checkpoints:
         start = found["epoch_start"]
         set_global_state(start["global"], plan.device, with_torch=False)
         plan.generators.load_state_dict(start["data"])
+        plan.own.load_state_dict(found.get("own", {}))
         return self._is_over(found)
 
     def _is_over(self, found: State) -> bool:

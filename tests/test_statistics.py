@@ -107,6 +107,20 @@ def test_a_mean_over_trainings_agrees_with_students_t(stats):
     assert (found.samples, found.repeats) == (50, 4)
 
 
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_differences_that_are_never_negative_are_still_differences(seeds):
+    right = (torch.arange(40) < 30).expand(seeds, -1)
+    low, high = statistics.paired_difference(right, right).interval
+    assert low == pytest.approx(-high)
+    assert high > 0
+    first, second = right.clone(), right.clone()
+    second[0, 7] = False
+    won = statistics.paired_difference(first, second)
+    lost = statistics.paired_difference(second, first)
+    assert won.interval[0] < 0 < won.interval[1]
+    assert won.interval == pytest.approx([-end for end in reversed(lost.interval)])
+
+
 def test_bootstrap_is_as_wide_as_the_mean_scatters():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
     low, high = statistics.bootstrap_interval(values, torch.mean, seed=0)

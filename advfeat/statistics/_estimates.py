@@ -138,10 +138,10 @@ def mean_outcome(outcomes: Tensor, level: float = 0.95) -> Estimate:
     (0.625, True)
     """
     check_level(level)
+    is_fraction = outcomes.dtype == torch.bool  # differences may happen to be 0 and 1 alone
     outcomes = _check_values(outcomes)
     repeats, total = outcomes.shape
     value = float(outcomes.mean())
-    is_fraction = bool(((outcomes == 0) | (outcomes == 1)).all())
     if repeats == 1 and is_fraction:
         interval = wilson_interval(int(outcomes.sum()), total, level)
         return Estimate(value, interval, math.nan, level, total)

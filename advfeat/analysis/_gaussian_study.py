@@ -190,6 +190,9 @@ def fit_gaussian(
     checks.count("attack_steps", attack_steps, low=1)
     checks.labels(labels, inputs)
     signed = signed_inputs(inputs, labels)
+    constant = (signed == signed[:1]).all(0).nonzero().flatten()
+    if len(constant):
+        checks.fail("inputs", f"{len(signed)} samples", f"feature {int(constant[0])} is constant")
     # In units of the samples' own spread, in which Adam's steps are of a size that fits.
     unit = (signed - signed.mean(0)).square().mean().sqrt()
     signed, eps = signed / unit, eps / float(unit)

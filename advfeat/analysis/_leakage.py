@@ -149,8 +149,6 @@ def leakage(
     drawn = seeding.resolve(seed)
     chosen_on, tested_on = _halves(true, drawn)
     weight = _most_robust(chosen_on, classes, eps, norm)
-    if not bool((_robust_usefulness(weight, chosen_on, classes, eps, norm) > 0).any()):
-        checks.fail("eps", eps, "no linear feature is robust here: class means are too close")
     found = linear_usefulness(weight, TensorDataset(*tested_on), eps=eps, norm=norm, seed=drawn)
     weight = weight[(found.kind == ROBUST).any(1)]
 
@@ -180,15 +178,6 @@ def _halves(samples: Stacked, seed: int) -> tuple[Stacked, Stacked]:
     return first, second
 
 
-def _robust_usefulness(
-    weight: Tensor, samples: Stacked, classes: int, eps: float, norm: Norm
-) -> Tensor:
-    """What `_most_robust` maximises, for each class with its own feature."""
-    own = F.one_hot(samples.labels, classes).float()
-    half_gap = (own / own.sum(0) - (1 - own) / (1 - own).sum(0)).T @ samples.inputs / 2
-    return (weight * half_gap).sum(1) - eps * threat.size(weight, DUAL[norm])
-
-
 def _most_robust(samples: Stacked, classes: int, eps: float, norm: Norm) -> Tensor:
     """For each class the linear feature of the largest robust usefulness, ``(C, d)``.
 
@@ -200,6 +189,9 @@ def _most_robust(samples: Stacked, classes: int, eps: float, norm: Norm) -> Tens
         checks.fail("train", "a class without samples", "every class needs samples of its own")
     weights = (own / own.sum(0) + (1 - own) / (1 - own).sum(0)) / 2  # (N, C), each column adds to 1
     half_gap = ((2 * own - 1) * weights).T @ samples.inputs
+    # The largest a^T m - eps ||a||_* of features of length 1 is ||m|| - eps.
+    if not bool((threat.size(half_gap, norm) > eps).any()):
+        checks.fail("eps", eps, "no linear feature is robust here: class means are too close")
     weight = nn.Parameter(threat.steepest(half_gap, norm))
 
     def loss() -> Tensor:

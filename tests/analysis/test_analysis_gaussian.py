@@ -275,3 +275,12 @@ def test_adversarial_fit_does_not_depend_on_the_units(scale):
 def test_a_third_class_is_refused(learn):
     with pytest.raises(ValueError, match="labels=2: two classes"):
         learn(torch.rand(3, 2), torch.arange(3))
+
+
+def test_a_constant_feature_is_named():
+    inputs, labels = Gaussian([1.0, 2.0], [1.0, 1.0]).sample(20, seed=0).tensors
+    inputs[:, 1] = 0  # a black pixel
+    with pytest.raises(ValueError, match="feature 1 is constant"):
+        fit_gaussian(inputs, labels, eps=0.1)
+    with pytest.raises(ValueError, match="feature 0 is constant"):
+        fit_gaussian(inputs[:1], labels[:1], eps=0.1)

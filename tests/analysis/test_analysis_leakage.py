@@ -57,6 +57,12 @@ def test_the_features_that_are_used_are_robust_by_the_closed_form(sets):
     assert found.usefulness.eps == 0.2
 
 
+def test_constant_inputs_have_no_robust_feature():
+    same = TensorDataset(torch.full((40, 6), 0.3), torch.arange(40) % 2)
+    with pytest.raises(ValueError, match="no linear feature is robust"):
+        analysis.leakage(same, same, same, eps=0.1, seed=0)
+
+
 def test_a_radius_at_which_nothing_is_robust_is_refused(sets):
     with pytest.raises(ValueError, match="eps"):
         analysis.leakage(sets["random"], sets["true"], sets["test"], eps=2.0, seed=0)

@@ -19,7 +19,9 @@ Folder: TypeAlias = str | os.PathLike[str]
 
 
 def as_path(folder: Folder) -> Path:
-    """The path of a user's name for a folder, in which ``~`` is the home folder."""
+    """The path of a user's name for a file or folder, in which ``~`` is the home folder."""
+    if not os.fspath(folder):
+        raise ValueError(f"{folder!r}: expected the name of a file or folder; '.' is this folder")
     return Path(folder).expanduser()
 
 

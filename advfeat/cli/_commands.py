@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from advfeat import study
 from advfeat.attacks import AutoAttack
 from advfeat.cli import _load
-from advfeat.durable import write_whole
+from advfeat.durable import as_path, write_whole
 from advfeat.metrics import report
 from advfeat.nonrobust import (
     construct_det_dataset,
@@ -120,7 +119,7 @@ def evaluate(options: Any) -> None:
     )  # fmt: skip
     print(found)
     if options.json:
-        write_whole(Path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
+        write_whole(as_path(options.json), json.dumps(found.to_dict(), indent=1) + "\n")
     if options.html:
         found.save(options.html)
         print(f"page: {options.html}")

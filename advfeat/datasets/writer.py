@@ -193,6 +193,11 @@ def lock_folder(folder: Folder) -> AbstractContextManager[None]:
         raise PermissionError(
             error.errno, f"out={str(folder)!r}: no permission to write there"
         ) from error
+    except FileExistsError as error:
+        raise FileExistsError(
+            error.errno,
+            f"out={str(folder)!r}: expected a folder, and this is a file or broken link",
+        ) from error
     if names and not names & {MANIFEST, LOCK}:
         raise FileExistsError(
             f"out={str(folder)!r}: not empty, and what is in it ({min(names)}, ...) is no "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +13,7 @@ from typing_extensions import Self
 
 from advfeat import checks, pages, plots
 from advfeat.datasets import ConstructedDataset
+from advfeat.durable import as_path
 from advfeat.loading import Source
 from advfeat.metrics import Accuracy, TransferMatrix
 from advfeat.results import Result
@@ -285,7 +285,7 @@ class Study(Result):
             parts += [pages.heading("Compared with another study"), found._repr_html_()]
         if self.calibration is not None:
             parts += [pages.heading("Calibration"), pages.preformatted(str(self.calibration))]
-        pages.write(Path(path), "Robust and non-robust features", summary, parts)
+        pages.write(as_path(path), "Robust and non-robust features", summary, parts)
 
     def _draw(self, kind: str) -> Figure:
         """A figure of the report."""

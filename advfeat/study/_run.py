@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from advfeat import checks, distributed
+from advfeat.durable import as_path
 from advfeat.loading import Data
 from advfeat.model import Precision
 from advfeat.progress import Meter
@@ -161,7 +161,7 @@ def run(
     study = Study(runs, found)
     first = runs[0].work.stages
     if out is not None and first.is_first:
-        study.save_report(Path(out) / "report.html")
+        study.save_report(as_path(out) / "report.html")
     return study
 
 
@@ -202,9 +202,8 @@ def _folders(
         listed = list(range(begin, begin + seeds))
     else:
         listed = _listed(seeds, seed)
-    return [
-        (Stages(None if out is None else Path(out) / f"seed-{one}", process), one) for one in listed
-    ]
+    places = {one: None if out is None else as_path(out) / f"seed-{one}" for one in listed}
+    return [(Stages(place, process), one) for one, place in places.items()]
 
 
 def _listed(seeds: object, seed: object) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from advfeat import checks, distributed, seeding
-from advfeat.durable import write_whole
+from advfeat.durable import as_path, write_whole
 
 _STUDY = "study.json"
 
@@ -26,7 +26,7 @@ class Stages:
     def __init__(self, out: str | os.PathLike[str] | None, process: distributed.Process) -> None:
         if not (out is None or isinstance(out, (str, os.PathLike))):
             raise TypeError(f"out={out!r}: expected the name of a folder")
-        self.folder = None if out is None else Path(out)
+        self.folder = None if out is None else as_path(out)
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             checks.fail("out", str(out), "expected a folder, and this is a file")
         if self.folder is None and process.world_size > 1:

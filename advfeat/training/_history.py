@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from advfeat import checks, plots
+from advfeat.durable import as_path, write_whole
 from advfeat.results import Result
 from advfeat.tables import Table
 
@@ -66,14 +67,15 @@ class History(Result):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rows to a ``.csv`` file, or rows and best epoch to a ``.json`` file."""
-        path = Path(path)
+        path = as_path(path)
         if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+            write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
         elif path.suffix == ".csv":
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, self._names())
-                writer.writeheader()
-                writer.writerows(self.rows)
+            file = io.StringIO()
+            writer = csv.DictWriter(file, self._names())
+            writer.writeheader()
+            writer.writerows(self.rows)
+            write_whole(path, file.getvalue())
         else:
             checks.fail("path", str(path), "name a file that ends in .csv or .json")
 

@@ -70,6 +70,20 @@ def test_labels_that_are_kept_and_not_returned_are_no_error():
     assert len(build("D_det", data=data, steps=1)) == 40
 
 
+# --- No folder ---
+
+
+def test_a_file_in_place_of_a_folder_and_an_empty_name_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match=r"out=.*file.*expected a folder"):
+        build("D_det", tmp_path / "file", steps=1)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"'.' is this folder"):
+        build("D_det", "", steps=1)
+    assert not list((tmp_path / "empty").iterdir())
+
+
 # --- In use ---
 
 

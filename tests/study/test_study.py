@@ -22,6 +22,7 @@ from advfeat.statistics import paired_difference
 from advfeat.study._data import Shifted
 from advfeat.study._explorer import explorer
 from advfeat.study._result import Study
+from advfeat.study._run import _folders
 
 RADII = [0.1, 0.2]
 RECIPE = study.Recipe(
@@ -292,6 +293,13 @@ def test_other_data_and_another_model_are_refused(found):
 
 
 @pytest.mark.slow
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folders = [place.folder for place, _ in _folders("~/study", 0, [1, 2])]
+    assert folders == [tmp_path / "study" / "seed-1", tmp_path / "study" / "seed-2"]
+    assert _folders("~/study", 0, None)[0][0].folder == tmp_path / "study"
+
+
 def test_without_a_seed_a_folder_keeps_its_own(tmp_path):
     torch.manual_seed(11)
     first = run(out=tmp_path, seed=None, stages=["train standard"])

@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -365,6 +367,22 @@ def test_a_history_is_saved_as_csv_and_json(tmp_path):
     assert History(found["rows"], found["best"]) == history
     with pytest.raises(ValueError, match=r"history.txt.*csv or .json"):
         history.save(tmp_path / "history.txt")
+
+
+@pytest.mark.parametrize("name", ["h.csv", "h.json"])
+def test_a_history_that_is_not_written_whole_leaves_the_one_before(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    History([{"epoch": 1, "loss": 0.5}]).save(f"~/{name}")
+    before = (tmp_path / name).read_text()
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=f"No space left on device, while {name!r} was written"):
+        History([{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.4}]).save(f"~/{name}")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == before
 
 
 def test_a_history_is_plotted():

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from advfeat import checks, pages, seeding
 from advfeat.attacks import PGD, Attack, AutoAttack
 from advfeat.attacks.settings import positive_eps
+from advfeat.durable import as_path
 from advfeat.loading import Data
 from advfeat.metrics._accuracy import accuracy
 from advfeat.metrics._choice import choose_attacks
@@ -121,7 +121,7 @@ class Report(ReportFields):
         """
         lines = [f"{self.robust.total} samples", f"made with advfeat {self.provenance['advfeat']}"]
         parts = list(_page.sections(self))
-        pages.write(Path(path), self.title, ", ".join(lines), parts, style=_page.STYLE)
+        pages.write(as_path(path), self.title, ", ".join(lines), parts, style=_page.STYLE)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """The curve; without one, what broke the samples."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +16,12 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.metrics import Accuracy
 from advfeat.model import attackable, device_of
+from advfeat.unpacking import as_dataset
 
 
 def dataset_of(argument: str, data: Data) -> Dataset[Any]:
     """A map-style dataset, or what a loader covers of its own, in the order of its samples."""
+    data = as_dataset(data)
     source = Source(data)
     if source.is_stream:
         checks.fail(
@@ -92,9 +95,31 @@ class Shifted(Dataset[tuple[Tensor, Tensor]]):
         return list(zip(found.inputs, (found.labels + 1) % self._classes, strict=True))
 
 
-def made_model(make_model: Callable[[], nn.Module]) -> nn.Module:
-    """Call the user's function, which must make a module."""
-    model: object = make_model()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"make_model: made {type(model).__name__}; expected a torch.nn.Module")
-    return model
+class ModelMaker:
+    """The user's function, which must make a new module in each call.
+
+    Parameters
+    ----------
+    make_model
+        The function.
+    """
+
+    def __init__(self, make_model: Callable[[], nn.Module]) -> None:
+        self._make = make_model
+        self._made: list[weakref.ref[nn.Parameter]] = []
+
+    def __call__(self) -> nn.Module:
+        """Make a module, none of whose trainable parameters is one of an earlier module."""
+        model: object = self._make()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"make_model: made {type(model).__name__}; expected a torch.nn.Module")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        before = {id(parameter) for ref in self._made if (parameter := ref()) is not None}
+        if any(id(parameter) in before for parameter in trained):
+            raise ValueError(
+                "make_model: made the same parameters twice, so each model of the study would be "
+                "trained on from the one before; make a new module in each call, or a copy: "
+                "make_model=lambda: copy.deepcopy(model)"
+            )
+        self._made += map(weakref.ref, trained)
+        return model

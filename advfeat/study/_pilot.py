@@ -20,7 +20,7 @@ from advfeat.metrics import RobustAccuracy, accuracy, robust_accuracy
 from advfeat.model import Precision
 from advfeat.statistics import Estimate, paired_difference
 from advfeat.study._advice import MOST_CONTROL_SUCCESS
-from advfeat.study._data import made_model
+from advfeat.study._data import ModelMaker
 from advfeat.threat import Bounds, Norm
 from advfeat.training import adversarial_fit, fit
 
@@ -80,7 +80,8 @@ class Pilot:
         bounds: Bounds,
         seed: int,
     ) -> None:
-        self.make_model, self.norm, self.bounds, self.seed = make_model, norm, bounds, seed
+        self._new_model = ModelMaker(make_model)
+        self.norm, self.bounds, self.seed = norm, bounds, seed
         self.steps = STEPS  # of a standard model, and on D_R and its control
         self.count = len(train)  # type: ignore[arg-type]
         if self.count < 8:
@@ -168,7 +169,7 @@ class Pilot:
     def _fresh(self) -> nn.Module:
         device = torch.device("cpu" if self.device is None else self.device)
         with seeding.default_generators(self.seed, 0, device):
-            model = made_model(self.make_model)
+            model = self._new_model()
         return model if self.device is None else model.to(self.device)
 
     def _training(self, count: int, lr: float, steps: int) -> dict[str, Any]:

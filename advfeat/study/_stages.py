@@ -39,6 +39,11 @@ class Stages:
         """Whether this is the rank that writes and reports."""
         return self._team.rank == 0
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder has the result of a stage."""
+        return self.folder is not None and any((self.folder / "stages").glob("*.json"))
+
     def seed(self, seed: Any) -> int:
         """The seed to use: of a study that was begun here its own, unless another is given."""
         manifest = self._read(_STUDY) if seed is None else None

@@ -21,7 +21,7 @@ from advfeat.datasets import ConstructedDataset, moved_control, noise_control
 from advfeat.loading import Source
 from advfeat.metrics import RobustAccuracy, accuracy, robust_accuracy, transfer_matrix
 from advfeat.model import Precision
-from advfeat.study._data import Shifted, as_text, first, made_model, plain, resident
+from advfeat.study._data import ModelMaker, Shifted, as_text, first, plain, resident
 from advfeat.study._plan import PLANS, base_of, training_stage
 from advfeat.study._recipe import Recipe
 from advfeat.study._stages import Stages
@@ -70,6 +70,7 @@ class Work:
         checks.one_of("precision", self.precision, checks.PRECISIONS)
         checks.seed(self.seed)
         self.seed = self.stages.seed(self.seed)
+        self._new_model = ModelMaker(self.make_model)
         self._models: dict[str, nn.Module] = {}
         self._datasets: dict[str, ConstructedDataset] = {}
         self.identity = self._identity()
@@ -115,6 +116,8 @@ class Work:
 
     def needed(self, stages: Iterable[str]) -> list[str]:
         """These stages and what they need, in order."""
+        if isinstance(stages, str):
+            raise TypeError(f"stages={stages!r}: expected a list of names, [{stages!r}]")
         order, found = self.order(), set[str]()
 
         def add(stage: str) -> None:
@@ -278,7 +281,7 @@ class Work:
         """An untrained model; a control begins with the weights of its dataset's model."""
         device = torch.device("cpu" if self.device is None else self.device)
         with seeding.default_generators(self._training_seed(name), 0, device):
-            model = made_model(self.make_model)
+            model = self._new_model()
         return model if self.device is None else model.to(self.device)
 
     def _robust(self, model: nn.Module, radius: float) -> RobustAccuracy:
@@ -376,3 +379,6 @@ def check_ball(eps: float, norm: Norm, bounds: Bounds, at: Iterable[float]) -> N
     for argument, radius in (("eps", eps), *(("at", radius) for radius in at)):
         checks.number(argument, radius, low=0.0, strict=True)
         checks.linf_in_bounds(radius, norm, bounds)
+    named = [f"{radius:g}" for radius in at]
+    if len(set(named)) < len(named):
+        checks.fail("at", named, "a radius occurs twice, or two differ by less than six digits")

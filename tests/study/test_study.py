@@ -322,7 +322,10 @@ def test_a_broken_result_is_named(tmp_path):
         ({"at": [0.1, -1.0]}, ValueError, "at=-1.0"),
         ({"bounds": (1.0, 0.0)}, ValueError, "bounds"),
         ({"recipe": "long"}, ValueError, "recipe='long'"),
+        ({"at": [0.1, 0.2, 0.1]}, ValueError, "a radius occurs twice"),
+        ({"at": [0.1, 0.1 + 1e-9]}, ValueError, "a radius occurs twice"),
         ({"stages": ["make D_X"]}, ValueError, "stages='make D_X'"),
+        ({"stages": "make D_R"}, TypeError, "expected a list of names"),
         ({"precision": "float8"}, ValueError, "precision='float8'"),
         ({"seed": 1.5}, TypeError, r"seed=1\.5"),
         ({"out": 3}, TypeError, "out=3"),
@@ -346,6 +349,32 @@ def test_a_model_in_place_of_a_function_is_refused():
 
 
 # --- What it shows ---
+
+
+def test_models_that_share_trained_parameters_are_refused_and_frozen_ones_not():
+    whole, body = network(), nn.Linear(6, 8)
+    makers = [lambda: whole, lambda: nn.Sequential(body, nn.ReLU(), nn.Linear(8, 3))]
+    stages = ["train standard"]
+    for make_model in makers:
+        with pytest.raises(ValueError, match="make_model: made the same parameters twice"):
+            study.run(make_model, TRAIN, TEST, eps=0.1, norm="l2", recipe=RECIPE, stages=stages)
+        with pytest.raises(ValueError, match="make_model: made the same parameters twice"):
+            study.calibrate(make_model, TRAIN, eps=0.1, norm="l2")
+    body.requires_grad_(False)
+    study.run(makers[1], TRAIN, TEST, eps=0.1, norm="l2", recipe=RECIPE, stages=stages)
+
+
+def test_a_pair_of_tensors_is_data():
+    data = TRAIN.tensors, tuple(tensor.numpy() for tensor in TEST.tensors)
+    settings = {"eps": 0.1, "norm": "l2", "recipe": RECIPE, "stages": ["train standard"], "seed": 0}
+    found, same = study.run(network, *data, **settings), study.run(network, TRAIN, TEST, **settings)
+    assert found.settings == same.settings
+
+
+def test_no_calibration_in_a_folder_that_was_begun_with_a_recipe(tmp_path):
+    run(out=tmp_path, stages=["train standard"])
+    with pytest.raises(ValueError, match=r"recipe='auto': the study in out=.* pass the same"):
+        run(out=tmp_path, recipe="auto")
 
 
 def test_tables_agree_with_each_other(found):

@@ -222,7 +222,7 @@ def _calibrated(
     stages: Stages, make_model: Callable[[], nn.Module], train: Any, settings: dict[str, Any]
 ) -> Calibration:
     """Settings chosen once, and kept in the folder."""
-    if stages.is_begun and stages.record("calibrate") is None:
+    if stages.has_results and stages.record("calibrate") is None:
         cause = f"the study in out={str(stages.folder)!r} was begun with a recipe; pass the same"
         checks.fail("recipe", "auto", cause)
     kept = stages.once(

@@ -40,7 +40,7 @@ class Stages:
         return self._team.rank == 0
 
     @property
-    def is_begun(self) -> bool:
+    def has_results(self) -> bool:
         """Whether the folder has the result of a stage."""
         return self.folder is not None and any((self.folder / "stages").glob("*.json"))
 

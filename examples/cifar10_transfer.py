@@ -2,7 +2,7 @@
 
     python examples/cifar10_transfer.py --data DIR --out runs/cifar10 [--trainings 2] [--bugs]
 
-The architecture of examples/cifar10.py and ten small ones of other kinds. Each is trained on the
+The architecture of examples/cifar10.py and nine small ones of other kinds. Each is trained on the
 original images and on D_det with the settings that the study has for D_det, but for fewer epochs on
 the original images. The standard model, D_det and the model trained on it come from the study's
 folder, and are made there if they are missing; options as in examples/cifar10.py. After an
@@ -119,17 +119,6 @@ def inception() -> nn.Module:
     )  # fmt: skip
 
 
-def densenet() -> nn.Module:
-    def layers(entering: int, growth: int = 12, count: int = 3) -> list[nn.Module]:
-        widths = range(entering, entering + growth * count, growth)
-        return [Branches(nn.Identity(), conv(width, growth)) for width in widths]
-
-    return classifier(
-        conv(3, 24, stride=2), *layers(24), conv(60, 30, 1), nn.AvgPool2d(2), *layers(30),
-        conv(66, 33, 1), nn.AvgPool2d(2), *layers(33), width=69,
-    )  # fmt: skip
-
-
 def mobilenet() -> nn.Module:
     def module(entering: int, leaving: int, stride: int) -> nn.Module:
         wide = 3 * entering
@@ -173,12 +162,11 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "VGG": vgg,
     "LeNet": lenet,
     "large kernels": large_kernels,
-    "Inception": inception,
-    "DenseNet": densenet,
-    "MobileNet": mobilenet,
     "ConvMixer": conv_mixer,
     "MLP-Mixer": mlp_mixer,
+    "MobileNet": mobilenet,
     "bag of patches": bag_of_patches,
+    "Inception": inception,
 }
 
 parser.add_argument("--figures", type=Path, default=Path("runs/figures"))

@@ -179,7 +179,7 @@ def test_the_architectures_of_figure_3_are_different_and_return_ten_logits(figur
         assert all(p.grad is not None for p in model.parameters())
         assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
         weights.add(sum(p.numel() for p in model.parameters()))
-    assert len(weights) == len(figure_3["ARCHITECTURES"]) == 10
+    assert len(weights) == len(figure_3["ARCHITECTURES"]) == 9
 
 
 def test_figure_3_has_a_column_for_each_training_and_their_mean(figure_3):

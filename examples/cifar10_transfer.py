@@ -249,7 +249,11 @@ def main() -> None:
 
     results = [compared(det, "D_det", 10 + number) for number in range(options.trainings)]
     figure, others = averaged(results), {}
-    print(f"\n{table(results, trained)}\n\n{figure}", flush=True)
+    print(f"\n{table(results, trained)}\n\n{figure}")
+    print(
+        f"without the architecture of the source: {analysis.Transfer(figure.points[1:])!r}",
+        flush=True,
+    )
     if options.bugs:
         fresh = [fitted(name, original, "original", 1) for name in architectures]
         bugs = functools.partial(analysis.just_bugs, others=fresh, **ball)

@@ -133,3 +133,8 @@ def test_colours_differ_in_grey():
         (s["marker"], str(s["linestyle"])) for s, _ in zip(plots.styles(), range(5), strict=False)
     ]
     assert len(set(kinds)) == 5
+
+
+def test_thirty_series_differ_in_colour_or_marker():
+    kinds = {(s["color"], s["marker"]) for s, _ in zip(plots.styles(), range(30), strict=False)}
+    assert len(kinds) == 30

@@ -136,9 +136,10 @@ class Transfer(Result):
                     markersize=9, color=style["color"], marker=style["marker"], clip_on=False,
                     label=f"{point.name}, {kind}" if kind else point.name,
                 )  # fmt: skip
-        axes.set(xlabel="accuracy learned from the constructed dataset (%)", ylim=(0, 102))
+        axes.set(xlabel="accuracy learned from the constructed dataset (%)")
         axes.set(ylabel="fooled by examples of the source (%)")
         axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
         axes.set_title(self._correlation_text(), fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)

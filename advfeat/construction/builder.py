@@ -140,6 +140,7 @@ class _Builder:
             sample_id(index, start) for start in range(recipe.starts) for index in source.indices
         ]
         self._places = {number: place for place, number in enumerate(self._ids)}
+        self._shape: tuple[int, ...] | None = None  # of a sample
 
     def read(self, chunks: list[Array]) -> Iterator[Samples]:
         """The chunks' samples, and their companions behind them, on the host."""
@@ -210,6 +211,11 @@ class _Builder:
         """Check on the host, where it waits for nothing, and move to the device."""
         net, bounds, count = self._net, self._recipe.attack.bounds, len(samples.ids)
         indices = source_index(samples.ids).tolist() + self._recipe.companions(samples.ids.tolist())
+        shape = tuple(samples.inputs.shape[1:])
+        self._shape = self._shape or shape
+        if shape != self._shape:
+            cause = f"the first sample has {self._shape}, and a dataset has one shape: pad them all"
+            checks.fail("inputs.shape", shape, cause)
         index = torch.tensor(indices, device="cpu")
         check_samples(samples.inputs, samples.labels, index, bounds, net.classes)
         net.expect(samples.labels)

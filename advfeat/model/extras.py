@@ -60,7 +60,7 @@ class ExtraArguments:
         for name, value in (entries or {}).items():
             if value is None or name not in self._names:
                 continue
-            tensor = _as_tensor(value)
+            tensor = _as_tensor(value, len(inputs))
             if tensor is None or tensor.shape[:1] != inputs.shape[:1]:
                 shape = type(value).__name__ if tensor is None else tuple(tensor.shape)
                 checks.fail(
@@ -138,13 +138,16 @@ def input_name(module: nn.Module, entries: Mapping[str, Any] | None) -> str | No
 def forward_names(module: nn.Module) -> tuple[set[str], bool]:
     """Names of the arguments of forward but the first, and whether it takes any name.
 
-    Where it passes ``**kwargs`` on, those of the modules inside count too.
+    Where it takes ``**kwargs``, the strings in its code count, and those of the modules inside.
     """
     parameters = _parameters(module)
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     names = {p.name for p in named}
     takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
     if takes_any:
+        code = getattr(getattr(module.forward, "__func__", None), "__code__", None)
+        # Such as "mask" in kwargs.get("mask").
+        names |= {each for each in getattr(code, "co_consts", ()) if isinstance(each, str)}
         for child in module.children():
             names |= forward_names(child)[0] - _first(child)
     return names, takes_any
@@ -184,12 +187,23 @@ def _parameters(module: nn.Module) -> Sequence[inspect.Parameter]:
     return found
 
 
-def _as_tensor(value: Any) -> Tensor | None:
-    """An array, or a list of numbers, as a tensor."""
+def _as_tensor(value: Any, count: int) -> Tensor | None:
+    """An array, a list of numbers, or a list of tensors of so many samples, as a tensor."""
     if isinstance(value, Tensor):
         return value
+    if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
+        return _stacked(value, count)
     try:
         numeric = np.asarray(value).dtype.kind in "fiub" and np.ndim(value) > 0
     except ValueError:
         return None
     return torch.as_tensor(value, device="cpu") if numeric else None
+
+
+def _stacked(values: Sequence[Any], count: int) -> Tensor | None:
+    shape = getattr(values[0], "shape", None)
+    tensors = [one for one in values if isinstance(one, Tensor) and one.shape == shape]
+    if len(tensors) < len(values):
+        return None
+    # Of lists of numbers, torch's default_collate makes a list of tensors, one for each place.
+    return torch.stack(tensors, dim=int(tensors[0].shape[:1] == (count,)))

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, StackDataset
 
 import advfeat as af
 from advfeat import attacks
@@ -288,6 +288,17 @@ class Passing(nn.Module):
         return self.module(x, **kwargs)
 
 
+class Looking(nn.Module):
+    """Takes what it needs out of the keywords."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x, **kwargs):
+        return self.module(x, kwargs.get("attention_mask"))
+
+
 class Keywords(nn.Module):
     def __init__(self, module):
         super().__init__()
@@ -302,6 +313,7 @@ class Keywords(nn.Module):
     [
         "embeddings",
         "kwargs",
+        "kwargs.get",
         "normalised",
         "by name",
         pytest.param("compiled", marks=pytest.mark.slow),
@@ -312,6 +324,7 @@ def test_ways_to_name_arguments(kind):
     model = {
         "embeddings": lambda: Embedded(plain),
         "kwargs": lambda: Passing(plain),
+        "kwargs.get": lambda: Looking(plain),
         "normalised": lambda: af.Normalize(plain, 0.0, 1.0),
         "compiled": lambda: torch.compile(plain, backend="eager"),
         "by name": lambda: Keywords(plain),
@@ -326,6 +339,27 @@ def test_ways_to_name_arguments(kind):
             model, x, y, eps=EPS, norm="linf", loss="margin", extras={"attention_mask": mask}
         )
         assert ((plain(made, mask).argmax(1) == y) == exact).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("batch_size", [4, LENGTH])
+def test_lists_that_default_collate_turns_over(batch_size):
+    plain, x, mask, y = case(Masked)
+    data = Entries(x, y, attention_mask=[one.int().tolist() for one in mask])
+    robust = af.robust_accuracy(plain, data, attack=MARGIN, batch_size=batch_size)
+    assert robust.standard == 1.0
+    assert torch.equal(robust.correct, exact_distance(plain, x, mask, y) > EPS)
+
+
+def test_a_dataset_is_not_made_of_samples_of_two_shapes():
+    def padded(samples):
+        inputs = nn.utils.rnn.pad_sequence([x for x, _ in samples], batch_first=True)
+        return inputs, torch.tensor([y for _, y in samples])
+
+    data = StackDataset([torch.rand(4 + 2 * (n > 1), 2) for n in range(4)], [0, 1, 0, 1])
+    loader = DataLoader(data, batch_size=2, collate_fn=padded)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"inputs.shape=\(6, 2\): the first sample has \(4, 2\)"):
+        af.construct_det_dataset(model, loader, eps=0.1, steps=1)
 
 
 def test_batches_padded_to_lengths_of_their_own():

@@ -142,7 +142,7 @@ def scaled(gradient: Tensor) -> Tensor:
 
 def _known_in_range(length: Tensor) -> bool:
     """Whether the squares of all entries that matter are numbers, if known without waiting."""
-    return known_none(~((length > _SQUARES_IN_RANGE) & (length < 1 / _SQUARES_IN_RANGE)))
+    return known_none(length != length.clamp(_SQUARES_IN_RANGE, 1 / _SQUARES_IN_RANGE))
 
 
 def _over_peak(gradient: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def ascend_l2(
     if gradient.device.type == "cpu":
         own = size(gradient, "l2") if gradient_size is None else gradient_size
         if _known_in_range(own):
-            return torch.addcmul(points, gradient, length / per_sample(_nonzero(own), length))
+            return torch.addcmul(points, gradient, length / per_sample(own, length))
     return ascend_scaled_l2(points, _over_peak(gradient), length)
 
 
@@ -207,7 +207,7 @@ def finite(gradient: Tensor) -> Tensor:
     # To check is free on the CPU; elsewhere it would wait for the device. The sum less itself is
     # zero if it is finite, and NaN otherwise.
     total = gradient.sum()
-    if known_none(total - total):
+    if known_none(total.sub_(total)):
         return gradient
     is_finite = torch.isfinite(gradient)
     largest = torch.where(is_finite, gradient, 0.0).abs().amax(feature_axes(gradient), keepdim=True)
@@ -258,12 +258,14 @@ def project(
             return clip(points, bounds)
         kept, factor = _scale_into_ball(delta, length, radius, limits)
         return clip(torch.addcmul(center, kept, factor, out=kept), bounds, inplace=True)
-    kept = _shrink_l1(delta.abs(), torch.where(delta > 0, limits[1], limits[0]).abs_(), radius)
+    # The end of the bounds that each entry moves towards; torch.where takes several times as long.
+    room = torch.copysign(delta.new_full((), torch.inf), delta).clamp_(*limits).abs_()
+    kept = _shrink_l1(delta.abs(), room, radius)
     nearest = center + torch.copysign(kept, delta)
     # Rounded towards the center: roundings of one sign in many entries would leave the ball.
-    outside = (nearest - center).abs() > kept
-    nearest = torch.where(outside, torch.nextafter(nearest, center), nearest)
-    return clip(nearest, bounds)
+    outside = (nearest - center).abs_().gt_(kept)  # as numbers 0 and 1, with which lerp is exact
+    nearest = torch.lerp(nearest, torch.nextafter(nearest, center), outside)
+    return clip(nearest, bounds, inplace=True)
 
 
 def limits_of(
@@ -320,33 +322,37 @@ def _shrink_l1(magnitude: Tensor, limit: Tensor, radius: Tensor, rounds: int = 4
 
     The sum falls piecewise linearly in t: Newton steps, halving the bracket where one leaves it.
     """
-    axes = feature_axes(magnitude)
-    low = torch.zeros_like(radius.expand(magnitude.shape[0], *radius.shape[1:]))
-    high = magnitude.amax(axes, keepdim=True)
-    threshold = low
-    enough = 8 * torch.finfo(radius.dtype).eps * radius  # by which the sum is rounded
-    too_little = -enough
-    for _ in range(rounds):
+    axes, rounding = feature_axes(magnitude), torch.finfo(radius.dtype).eps
+    zero, high = magnitude.new_zeros(()), magnitude.amax(axes, keepdim=True)
+    low = threshold = torch.zeros_like(high)
+    enough = 8 * rounding * radius  # by which the sum is rounded
+    goal = radius
+    for turn in range(rounds):
         rest = magnitude - threshold
-        kept = torch.minimum(rest.clamp_min(0.0), limit)
-        excess = kept.sum(axes, keepdim=True) - radius
-        missing = (excess > enough) | ((excess < too_little) & (threshold > 0))
+        kept = rest.clamp(zero, limit)
+        total = kept.sum(axes, keepdim=True)
+        if turn == 0:
+            goal = torch.minimum(radius, total)  # what is inside stays
+        excess = total - goal
+        missing = excess.abs() > enough
         if known_none(missing):
             break
-        outside = excess > 0
+        outside = excess > zero
         low = torch.where(outside, threshold, low)
         high = torch.where(outside, high, threshold)
-        slope = ((rest > 0) & (rest < limit)).sum(axes, keepdim=True)
-        newton = threshold + excess / slope.clamp_min(1)
+        # The entries between 0 and their limit, as numbers 0 and 1.
+        slope = rest.lt_(limit).mul_(kept.sign()).sum(axes, keepdim=True)
+        newton = torch.addcdiv(threshold, excess, slope)  # not finite where the slope is 0
         inside = ((newton > low) & (newton < high)) | (newton == threshold)
-        following = torch.where(inside & (slope > 0), newton, (low + high) / 2)
+        following = torch.where(inside, newton, (low + high) / 2)
         following = torch.where(missing, following, threshold)  # whatever others in the batch need
-        if known_none(following != threshold):
+        # Rounding alone is seldom what is left, so that it is not asked for at first.
+        if turn > 8 and known_none(following != threshold):
             break
         threshold = following
     # The sum of many entries is itself rounded.
-    safe = radius * (1 - 2 * torch.finfo(radius.dtype).eps)
-    return kept * (safe / _nonzero(kept.sum(axes, keepdim=True))).clamp_max(1.0)
+    safe = radius * (1 - 2 * rounding)
+    return kept * (safe / _nonzero(total)).clamp_max(1.0)
 
 
 def point_in_ball(

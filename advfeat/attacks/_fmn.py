@@ -164,9 +164,11 @@ class FMN(MinimumNorm):
         place = state.step.clamp_max(self.steps)
         shrink, grow, length = table.index_select(0, place).unbind(1)
         slope = threat.size(found.gradient, DUAL[self.norm])
-        to_boundary = (found.value.to(radius.dtype).abs() / slope).nan_to_num(torch.inf)
-        wider = torch.where(state.distance.isinf(), distance + to_boundary, radius * grow)
-        narrower = torch.minimum(radius * shrink, state.distance)
+        wider, narrower = radius * grow, torch.minimum(radius * shrink, state.distance)
+        never = state.distance == torch.inf
+        if not threat.known_none(never):
+            to_boundary = (found.value.to(radius.dtype).abs() / slope).nan_to_num(torch.inf)
+            wider = torch.where(never, distance + to_boundary, wider)
         radius = torch.where(hits, narrower, wider).minimum(state.farthest)
         if self.step_size is None:
             length = length * radius

@@ -214,7 +214,7 @@ class PGD(Attack):
         if self.returns == "last":
             better &= phase == self.steps
         else:
-            better &= phase > 0
+            better.logical_and_(phase)
         if self.returns == "first":
             better = ~state.success & (hits | better)
         return state._replace(

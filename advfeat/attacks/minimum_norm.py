@@ -35,11 +35,11 @@ _CLOSER = 1 - 1e-6
 def rounding(logits: Tensor) -> Tensor:
     """By how much one logit has to lead another for the lead to be sure, ``(N,)``."""
     # A class that the model rules out by a logit of minus infinity is not rounded.
-    finite = logits.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    finite = logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     offset = finite.mean(1, keepdim=True)
-    spread = (finite - offset).abs().amax(1)
-    uncertain = _ROUNDINGS * spread + _OFFSET_ROUNDINGS * offset.squeeze(1).abs()
-    return torch.finfo(logits.dtype).eps * uncertain
+    spread = finite.sub_(offset).abs_().amax(1)
+    eps = torch.finfo(logits.dtype).eps  # powers of two, which round nothing
+    return spread.mul_(_ROUNDINGS * eps).add_(offset.squeeze(1).abs(), alpha=_OFFSET_ROUNDINGS * eps)
 
 
 def step_direction(gradient: Tensor, norm: Norm) -> Tensor:
@@ -77,7 +77,7 @@ def evaluated(
         logits = net.logits(points)
         value = objective(logits)
     uncertain = rounding(logits)
-    return Evaluation(found.gradient, value - 2 * uncertain, logits), uncertain
+    return Evaluation(found.gradient, value.sub(uncertain, alpha=2), logits), uncertain
 
 
 def likely_others(logits: Tensor, labels: Tensor, count: int) -> Tensor:
@@ -231,7 +231,7 @@ class MinimumNorm(Attack):
             distance = threat.size(points - state.inputs, self.norm)
         closer = hits & (distance < _CLOSER * state.distance)
         # Until then the latest point: a failed attack returns a perturbed input.
-        kept = closer | state.distance.isinf()
+        kept = closer | (state.distance == torch.inf)
         distance = torch.where(closer, distance, state.distance)
         return state._replace(
             x_best=threat.choose(kept, points, state.x_best),
@@ -250,7 +250,7 @@ class MinimumNorm(Attack):
         return self._keep(state, start, hits)
 
     def _close_enough(self, distance: Tensor) -> Tensor:
-        return distance.isfinite() if self.eps is None else distance <= self.eps
+        return distance < torch.inf if self.eps is None else distance <= self.eps
 
 
 def flat_bounds(bounds: FeatureBounds) -> FeatureBounds:

@@ -91,4 +91,4 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)

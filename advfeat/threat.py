@@ -110,7 +110,7 @@ def known_none(values: Tensor) -> bool:
     On the CPU a loop can then leave work out. On an accelerator it is never known: there the work
     costs less than to wait.
     """
-    return values.device.type == "cpu" and not np.count_nonzero(values.numpy())
+    return values.is_cpu and not np.count_nonzero(values.numpy())
 
 
 def choose(samples: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def choose(samples: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
 
     For finite tensors. The result may be ``chosen`` or ``other`` itself.
     """
-    if other.device.type != "cpu":
+    if not other.is_cpu:
         return torch.where(per_sample(samples, other), chosen, other)
     count = np.count_nonzero(samples.numpy())
     if count == 0:
@@ -135,7 +135,7 @@ def scaled(gradient: Tensor) -> Tensor:
     An entry that is NaN counts as zero, one that is infinite as the largest number. Where all is in
     range already the result is the gradient itself.
     """
-    if gradient.device.type == "cpu" and _known_in_range(size(gradient, "l2")):
+    if gradient.is_cpu and _known_in_range(size(gradient, "l2")):
         return gradient
     return _over_peak(gradient)
 
@@ -182,7 +182,7 @@ def ascend_l2(
 
     ``gradient_size`` is the gradient's l2 norm ``(N,)``, where that is known already.
     """
-    if gradient.device.type == "cpu":
+    if gradient.is_cpu:
         own = size(gradient, "l2") if gradient_size is None else gradient_size
         if _known_in_range(own):
             return torch.addcmul(points, gradient, length / per_sample(own, length))
@@ -301,7 +301,7 @@ def _scale_into_ball(
     slope, excess = value / _nonzero(square), value - 1.0
     last = square, excess
     # Where the end cannot be seen, as many rounds as all but constructed cases need.
-    for turn in range(64 if delta.device.type == "cpu" else 16):
+    for turn in range(64 if delta.is_cpu else 16):
         missing = F.hardshrink(excess, 4 * torch.finfo(delta.dtype).eps)
         if known_none(missing):
             break

@@ -28,10 +28,11 @@ _COPY_ATTEMPTS = 100
 def frozen(module: nn.Module, *, train: bool) -> Iterator[None]:
     """Freeze flags and parameters; put back flags, ``requires_grad`` and every buffer's value."""
     # A module of torch.jit.freeze has no flag.
-    flags = [(m, m.training) for m in module.modules() if hasattr(m, "training")]
+    modules = list(module.modules())
+    flags = [(m, m.training) for m in modules if hasattr(m, "training")]
     wanted = [(p, p.requires_grad) for p in module.parameters()]
-    owned = [(m, dict(m._buffers.items())) for m in module.modules()]
-    recurrent = [(m, m.dropout) for m in module.modules() if isinstance(m, nn.RNNBase)]
+    owned = [(m, dict(m._buffers.items())) for m in modules]
+    recurrent = [(m, m.dropout) for m in modules if isinstance(m, nn.RNNBase)]
     try:
         for m, _ in flags:
             m.training = m.training and train

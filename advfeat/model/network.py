@@ -84,16 +84,17 @@ class Network:
         self._head: nn.Module | None = None  # where the layer is found by the logits
         self._straight_through = straight_through
         self._at_layer: Callable[..., object] | None = None
-        example = next((t for t in _tensors(module) if t.is_floating_point()), None)
+        tensors, modules = list(_tensors(module)), list(module.modules())
+        example = next((t for t in tensors if t.is_floating_point()), None)
         self.device = None if example is None else example.device
         self.dtype = None if example is None else example.dtype
-        types = {t.dtype for t in _tensors(module) if t.is_floating_point() and t.itemsize > 1}
+        types = {t.dtype for t in tensors if t.is_floating_point() and t.itemsize > 1}
         # Size of a rounding in the coarsest type of the module, as a fraction.
         self.rounding = max((torch.finfo(t).eps for t in types), default=0.0)
         self._takes_straight_through = True
-        self._has_float16 = any(t.dtype == torch.float16 for t in _tensors(module))
+        self._has_float16 = any(t.dtype == torch.float16 for t in tensors)
         self.low_precision = precision == "bfloat16"
-        self._has_convolution = any(isinstance(m, CONVOLUTIONS) for m in module.modules())
+        self._has_convolution = any(isinstance(m, CONVOLUTIONS) for m in modules)
         self._warned_of_no_gradient = False
         self._purpose, self._trains, self._expectation = purpose, train, expectation
         self._from_probabilities: Callable[[Tensor], Tensor] | None = None
@@ -104,7 +105,7 @@ class Network:
         self.classes: int | None = None
         self._largest_label, self._label_name = -1, "labels"
         # A compiler would meet the hook that checks.
-        self._checked_submodules = compile or any(map(is_compiled, module.modules()))
+        self._checked_submodules = compile or any(map(is_compiled, modules))
         self._set_input_name(None)
 
     def prepare(self, inputs: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def rounding(logits: Tensor) -> Tensor:
     offset = finite.mean(1, keepdim=True)
     spread = finite.sub_(offset).abs_().amax(1)
     eps = torch.finfo(logits.dtype).eps  # powers of two, which round nothing
-    return spread.mul_(_ROUNDINGS * eps).add_(offset.squeeze(1).abs(), alpha=_OFFSET_ROUNDINGS * eps)
+    common = offset.squeeze(1).abs()
+    return spread.mul_(_ROUNDINGS * eps).add_(common, alpha=_OFFSET_ROUNDINGS * eps)
 
 
 def step_direction(gradient: Tensor, norm: Norm) -> Tensor:

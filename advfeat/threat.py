@@ -259,8 +259,8 @@ def project(
         kept, factor = _scale_into_ball(delta, length, radius, limits)
         return clip(torch.addcmul(center, kept, factor, out=kept), bounds, inplace=True)
     # The end of the bounds that each entry moves towards; torch.where takes several times as long.
-    room = torch.copysign(delta.new_full((), torch.inf), delta).clamp_(*limits).abs_()
-    kept = _shrink_l1(delta.abs(), room, radius)
+    limit = torch.copysign(delta.new_full((), torch.inf), delta).clamp_(*limits).abs_()
+    kept = _shrink_l1(delta.abs(), limit, radius)
     nearest = center + torch.copysign(kept, delta)
     # Rounded towards the center: roundings of one sign in many entries would leave the ball.
     outside = (nearest - center).abs_().gt_(kept)  # as numbers 0 and 1, with which lerp is exact

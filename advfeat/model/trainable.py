@@ -57,6 +57,7 @@ def trainable(
 
     A module that is in training mode keeps its frozen parts; of one in evaluation mode those parts
     stay so that have parameters, all of them frozen, for the statistics of a frozen backbone.
+    A ``train`` of the module's own class is obeyed.
     Weights of convolutions are in channels_last meanwhile, the fastest format on CPU and CUDA.
     """
     own = innermost(module)
@@ -65,6 +66,7 @@ def trainable(
     if not module.training:
         module.train()
         _keep_frozen_in_evaluation(module)
+    _obey_own_train(module)
     try:
         if own not in contiguous_only:
             set_memory_format(weights, torch.channels_last)
@@ -83,6 +85,17 @@ def _keep_frozen_in_evaluation(module: nn.Module) -> None:
         parameters = list(part.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
             part.train(False)
+
+
+def _obey_own_train(module: nn.Module) -> None:
+    """Leave in evaluation mode what a module's own ``train`` puts there, as in a plain loop."""
+    for part in module.modules():
+        is_own = type(part).train is not nn.Module.train
+        if is_own and part.training and not isinstance(part, torch.jit.ScriptModule):
+            flags = [(m, m.training) for m in part.modules()]
+            part.train()
+            for m, flag in flags:
+                m.training = flag and m.training
 
 
 def averaging(module: nn.Module, like: nn.Module, precision: Precision) -> Trainee:

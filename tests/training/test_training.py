@@ -371,6 +371,30 @@ def test_a_frozen_batchnorm_stays_frozen(adversarial):
     assert not model[1].training
 
 
+class KeepsStatistics(nn.Sequential):
+    """Fine-tuning as it is often written: ``train`` leaves the normalisation alone."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_train_of_the_models_own_is_obeyed(training):
+    model = KeepsStatistics(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3))
+    assert model[1].training  # nobody has called train yet
+    if not training:
+        model.eval()
+    model[2].eval()
+    seen = []
+    model[2].register_forward_pre_hook(lambda m, _: seen.append(m.training))
+    af.fit(model, blobs(), epochs=1)
+    assert model[1].num_batches_tracked == 0
+    assert (True in seen) != training  # what the caller has put in evaluation mode stays there
+    assert model[1].training == training
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_the_mode_is_restored(training):
     model = normed().train(training)

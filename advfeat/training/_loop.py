@@ -153,6 +153,8 @@ class TrainingLoop:
             self._learner.set_mode("eval")
             self._check_weights()
             row |= means(plan.process.all_reduce_sum(self._totals.sums))
+            if math.isnan(row["loss"]):
+                checks.fail("weights", 0, "every sample of the epoch has a weight of 0")
             row |= {"lr": at.first_rate, "seconds": time.perf_counter() - began}
             row |= self._validate()
         plan.schedule.after_epoch(row, self._method.figure)

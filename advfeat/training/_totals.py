@@ -34,7 +34,8 @@ class StepResult(NamedTuple):
     def means(self) -> dict[str, float]:
         """Mean loss and accuracy; reads from the device."""
         weight = self.samples if self.weight is None else float(self.weight)
-        return {"loss": float(self.loss) / weight, "accuracy": float(self.hits) / self.samples}
+        loss = float(self.loss) / weight if weight else math.nan
+        return {"loss": loss, "accuracy": float(self.hits) / self.samples}
 
 
 class Totals:
@@ -87,6 +88,6 @@ class Totals:
 
 
 def means(sums: Tensor) -> dict[str, float]:
-    """Mean loss and accuracy of sums; reads from the device."""
+    """Mean loss (NaN without any weight) and accuracy of sums; reads from the device."""
     loss, hits, count, weight = sums.tolist()
-    return {"loss": loss / weight, "accuracy": hits / count}
+    return {"loss": loss / weight if weight else math.nan, "accuracy": hits / count}

@@ -1,6 +1,7 @@
 """What people do with `fit` in practice: schedules, optimisers, loaders, labels, signals."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -486,6 +487,20 @@ def test_a_sample_without_weight_is_as_if_it_were_not_there():
     af.fit(model, [(x, y, w)], epochs=3, options=Options(sample_weight=2))
     af.fit(twin, [(x[1::2], y[1::2])], epochs=3)
     assert_close(model, weights(twin))
+
+
+def test_a_batch_without_weight_is_passed_and_an_epoch_without_is_an_error():
+    x, y = blobs().tensors
+    first, rows, twin = linear(), [], linear()
+    batches = [(x[:30], y[:30], torch.ones(30)), (x[30:], y[30:], torch.zeros(30))]
+    plain = {"epochs": 1, "momentum": 0.0, "weight_decay": 0.0}
+    found = af.fit(first, batches, **plain, options=Options(sample_weight=2), on_step=rows.append)
+    expected = af.fit(twin, [(x[:30], y[:30])], **plain)
+    assert_close(first, weights(twin))
+    assert found.rows[0]["loss"] == pytest.approx(expected.rows[0]["loss"])
+    assert math.isnan(rows[1]["loss"])
+    with pytest.raises(ValueError, match="every sample of the epoch has a weight of 0"):
+        af.fit(linear(), [(x, y)], epochs=1, options=Options(class_weights=[0.0, 0.0, 0.0]))
 
 
 def mixup(x, y):

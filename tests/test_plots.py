@@ -78,6 +78,11 @@ def test_robustness_curves_are_shares_above_each_distance():
     rendered(figure)
 
 
+def test_the_curve_of_a_model_that_is_wrong_on_every_sample():
+    (axes,) = plots.robustness_curves({"none": torch.zeros(4)}, norm="l2").axes
+    assert axes.get_xlim() == (0.0, 1.0)
+
+
 def test_the_curve_of_many_samples_is_thinned_and_exact_at_every_step():
     distance = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
     distance[:7] = torch.nan  # not robust

@@ -215,7 +215,7 @@ def robustness_curves(
     """
     tensors = {name: torch.as_tensor(getattr(d, "distance", d)) for name, d in distances.items()}
     finite = [float(d[torch.isfinite(d)].max()) for d in tensors.values() if d.isfinite().any()]
-    end = largest if largest is not None else max(finite, default=1.0) * 1.02
+    end = largest if largest is not None else max(finite, default=1.0) * 1.02 or 1.0
     axes = new_figure(5.4, 3.8).add_subplot() if ax is None else ax
     for (name, d), style in zip(tensors.items(), styles(), strict=False):
         edges, left = _remaining(d, end)

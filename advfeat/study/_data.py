@@ -16,6 +16,7 @@ from advfeat.datasets import ConstructedDataset
 from advfeat.loading import Data, Source
 from advfeat.metrics import Accuracy
 from advfeat.model import attackable, device_of
+from advfeat.model.state import random_state_kept
 from advfeat.unpacking import as_dataset
 
 
@@ -27,10 +28,26 @@ def dataset_of(argument: str, data: Data) -> Dataset[Any]:
         checks.fail(
             argument, type(data).__name__, "samples are fetched by number; pass a map-style dataset"
         )
+    _check_repeats(argument, source)
     dataset: Any = data.dataset if isinstance(data, DataLoader) else data
     if source.indices == list(range(len(dataset))):
         return dataset  # type: ignore[no-any-return]
     return Subset(dataset, source.indices)
+
+
+# Samples that are read twice: one in 256 random flips goes unnoticed.
+_READ_TWICE = 8
+
+
+def _check_repeats(argument: str, source: Source) -> None:
+    """Check that a sample is the same each time: models are compared on the same ones."""
+    cpu = torch.device("cpu")
+    with random_state_kept(cpu):
+        one, again = (source.samples(source.indices[:_READ_TWICE], cpu).inputs for _ in range(2))
+    same = one.shape == again.shape and torch.allclose(one, again, rtol=0, atol=0, equal_nan=True)
+    if not same:
+        cause = "reading a sample twice gives two values: leave random augmentation to the recipe"
+        checks.fail(argument, type(source.dataset).__name__, cause)
 
 
 def first(data: Dataset[Any], samples: int) -> Dataset[Any]:

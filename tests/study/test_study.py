@@ -14,7 +14,7 @@ import time
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler, TensorDataset
 
 import advfeat as af
 from advfeat import pages, plots, study
@@ -369,6 +369,26 @@ def test_a_pair_of_tensors_is_data():
     settings = {"eps": 0.1, "norm": "l2", "recipe": RECIPE, "stages": ["train standard"], "seed": 0}
     found, same = study.run(network, *data, **settings), study.run(network, TRAIN, TEST, **settings)
     assert found.settings == same.settings
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        x, y = TRAIN[index]
+        return (x.flip(0) if torch.rand(()) < 0.5 else x), y
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_data_that_are_augmented_at_random_are_refused(place):
+    data = [TRAIN, TEST]
+    data[place] = Augmented()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=("train", "test")[place] + "='Augmented': reading"):
+        study.run(network, *data, eps=0.1, norm="l2", recipe=RECIPE, stages=["train standard"])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_no_calibration_in_a_folder_that_was_begun_with_a_recipe(tmp_path):

@@ -292,14 +292,14 @@ def test_other_data_and_another_model_are_refused(found):
         study.run(lambda: nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 3)), TRAIN, TEST, **given)
 
 
-@pytest.mark.slow
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    folders = [place.folder for place, _ in _folders("~/study", 0, [1, 2])]
+    folders = [place.folder for place, _ in _folders("~/study", None, [1, 2])]
     assert folders == [tmp_path / "study" / "seed-1", tmp_path / "study" / "seed-2"]
     assert _folders("~/study", 0, None)[0][0].folder == tmp_path / "study"
 
 
+@pytest.mark.slow
 def test_without_a_seed_a_folder_keeps_its_own(tmp_path):
     torch.manual_seed(11)
     first = run(out=tmp_path, seed=None, stages=["train standard"])

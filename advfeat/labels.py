@@ -68,7 +68,9 @@ def _indices(kept: Any, dataset: Any) -> Tensor | None:
     if kept is None:
         return None
     try:
-        labels = torch.as_tensor(np.asarray(kept) if isinstance(kept, list) else kept, device="cpu")
+        # Copied, for torch warns of an array that is read-only, such as a memory map.
+        copied = np.array(kept) if isinstance(kept, (list, np.ndarray)) else kept
+        labels = torch.as_tensor(copied, device="cpu")
         fits = labels.ndim == 1 and len(labels) == len(dataset) and labels.dtype != torch.bool
     except (TypeError, ValueError, RuntimeError):
         return None

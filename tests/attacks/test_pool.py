@@ -392,6 +392,7 @@ def test_an_ensemble_of_a_batch_costs_what_robust_accuracy_costs(version):
     assert of_batch <= counted.samples
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_a_batch_agrees_with_robust_accuracy():
     model = fragile()
     x, y = labelled(model, 60)

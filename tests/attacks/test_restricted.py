@@ -310,7 +310,8 @@ def test_robust_accuracy_takes_mask_eps_and_bounds_themselves():
     assert short.count >= found.count
 
 
-@pytest.mark.parametrize("norm", L2_QUICK)
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", NORMS)
 def test_the_curve_measures_in_multiples_of_the_scale(norm):
     own, eps, low, high = settings_of("all", norm)
     needed = best_gain(norm, eps, low, high, radius=0.5)

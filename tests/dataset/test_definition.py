@@ -64,6 +64,7 @@ def test_d_rand_leaves_robust_features_without_use():
     assert any("raise eps or steps" in text for text in nothing.notes)
 
 
+@pytest.mark.slow
 def test_d_r_keeps_robust_features_and_no_others():
     y = WORLD.data.tensors[1]
     found = inspect(made("D_R", y, None), WORLD.data, features=FEATURES, seed=0)

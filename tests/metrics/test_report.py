@@ -150,6 +150,7 @@ def test_a_report_in_a_restricted_ball_has_the_numbers_of_a_linear_model(kind):
     assert again._repr_html_()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_stages")
 def test_an_attack_of_its_own_must_have_the_mask_of_the_report():
     settings = {"eps": 0.1, "norm": "linf", "budget": None, "progress": False}

@@ -216,6 +216,7 @@ def test_transfer_diagnose_and_mistakes():
         mistakes(model, data)
 
 
+@pytest.mark.slow
 def test_constructions():
     model, x, mask, y = case(Masked)
     data = loader(model, x, mask, y)

@@ -351,6 +351,7 @@ def test_a_model_in_place_of_a_function_is_refused():
 # --- What it shows ---
 
 
+@pytest.mark.slow
 def test_models_that_share_trained_parameters_are_refused_and_frozen_ones_not():
     whole, body = network(), nn.Linear(6, 8)
     makers = [lambda: whole, lambda: nn.Sequential(body, nn.ReLU(), nn.Linear(8, 3))]

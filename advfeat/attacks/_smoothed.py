@@ -128,9 +128,10 @@ class SmoothedPGD(Attack):
             own = net.logits_gradient(inputs, objective)
             value, gradient = own.value, _finite(own.gradient).flatten(1)
         slope = threat.size(gradient, _DUAL[self.norm]).to(eps.dtype)
-        expected = value.to(eps.dtype) + self.masking_ratio * eps * slope
+        value = value.to(eps.dtype)
+        expected = value + self.masking_ratio * eps * slope
         if self.loss == "margin":
-            expected = expected.maximum((1 - _LEAST_CLOSED) * value.to(eps.dtype))
+            expected = expected.maximum((1 - _LEAST_CLOSED) * value)
         through = torch.zeros_like(found.misled)
         if self.straight_through == "auto" and len(self.scales) > 1:
             other = net.logits_gradient(inputs, objective, straight_through=True)
